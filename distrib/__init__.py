@@ -1,0 +1,27 @@
+"""Ranks, data and the training loop of a data-parallel trainer for ResNet-9.
+
+Importing this package decides the number of BLAS threads, which must happen before NumPy is imported.
+"""
+
+import os
+
+__version__ = "0.1.0"
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+_SIZE_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "PMI_SIZE",  # MPICH, Intel MPI
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
+    "SLURM_STEP_NUM_TASKS",  # srun
+)
+
+
+def launched_ranks() -> int:
+    """Number of ranks that mpirun or srun started, read from the environment; 1 without a launcher."""
+    return max((int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES), default=1)
+
+
+if launched_ranks() > 1:  # a rank per core: element-wise work then runs on all cores too
+    for _name in THREAD_VARIABLES:
+        os.environ.setdefault(_name, "1")

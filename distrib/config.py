@@ -1,0 +1,147 @@
+"""The configuration: one frozen dataclass, validated once, printed whole, stored with the run.
+
+Its fields are the options of `python -m distrib.train`: name, type, default and help are said once, here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from distrib.errors import UserError
+from nn.functional import LOSSES
+from nn.optim import SCHEDULES
+from nn.resnet9 import VARIANTS
+
+CHOICES = {
+    "optimizer": ("adam", "sgd"),
+    "schedule": SCHEDULES,
+    "loss": tuple(LOSSES),
+    "variant": VARIANTS,
+    "batch_norm": ("sync", "local"),
+    "precision": ("float32", "float64", "tf32", "bf16"),
+    "backend": ("auto", "numpy", "cupy"),
+    "comm": ("auto", "none", "mpi", "nccl"),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "demo": dict(epochs=1, batch_size=128, lr=0.02, schedule="onecycle", width=0.125, log_every=20),
+    "reference": dict(epochs=8, batch_size=8, lr=1e-3, optimizer="adam"),
+    "reference-sgd": dict(epochs=8, batch_size=8, lr=1e-3, optimizer="sgd"),
+}
+
+MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "run_dir", "resume",
+              "recipe", "timeout", "data", "batch_size_per_rank")  # fmt: skip
+"""Fields that do not change what is computed, so that a resumed run may have others."""
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on, as a person gave it. `resolve` makes it complete."""
+
+    epochs: int = option(8, "Passes over the training set.")
+    batch_size: int = option(8, "Global batch: the images of one step, split over the ranks.")
+    batch_size_per_rank: int | None = option(None, "The other way to say it: a batch for each rank.")
+    optimizer: str = option("adam", "adam or sgd.")
+    lr: float = option(1e-3, "Learning rate; with onecycle its peak.")
+    momentum: float = option(0.0, "Momentum of SGD.")
+    nesterov: bool = option(False, "Nesterov momentum (needs --momentum).")
+    weight_decay: float = option(0.0, "Added to the gradient with SGD, decoupled with Adam.")
+    schedule: str = option("constant", "constant, cosine or onecycle.")
+    warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
+    loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
+    variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
+    width: float = option(1.0, "Multiplier of all channel counts.")
+    batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
+    precision: str = option("float32", "float32, float64, and on a GPU tf32 or bf16.")
+    backend: str = option("auto", "numpy, cupy, or auto: cupy if every rank has a GPU.")
+    comm: str = option("auto", "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none alone.")
+    data: str | None = option(None, "Folder with four IDX files, gzipped or not; without it, MNIST.")
+    limit_train: int | None = option(None, "Use only the first N training images.")
+    limit_test: int | None = option(None, "Use only the first N test images.")
+    seed: int = option(0, "Seed of weights and data order.")
+    run_dir: str | None = option(None, "The run's folder; without it, runs/<time>-<name>.")
+    log_every: int = option(50, "Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = option(1000, "Steps between checkpoints; every epoch ends with one too.")
+    keep: int = option(3, "Checkpoints to keep.")
+    resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
+    max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
+    recipe: str | None = option(None, "A named set of options: demo, reference or reference-sgd; others given win.")
+    timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
+        for name in ("epochs", "batch_size", "batch_size_per_rank", "limit_train", "limit_test", "log_every",
+                     "checkpoint_every", "keep", "max_steps"):  # fmt: skip
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "give 1 or more")
+        for name in ("lr", "width", "timeout"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
+        for name in ("momentum", "weight_decay", "warmup_epochs", "seed"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
+        self._require("momentum", self.momentum < 1, "give less than 1")
+        self._require("momentum", not self.momentum or self.optimizer == "sgd", "is of --optimizer sgd only")
+        self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
+        self._require("width", self.width <= 64, "give 64 or less")
+        self._require("warmup_epochs", not self.warmup_epochs or self.schedule != "onecycle",
+                      "onecycle warms up by itself: leave it out")  # fmt: skip
+        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, f"is longer than --epochs {self.epochs}")
+
+    def _require(self, name: str, holds: bool, remedy: str) -> None:
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {remedy}")
+
+    @property
+    def dtype(self) -> str:
+        """dtype of parameters and activations."""
+        return "float64" if self.precision == "float64" else "float32"
+
+    def resolve(self, size: int, train_images: int, test_images: int) -> Config:
+        """The global batch for `size` ranks and limits within the data; UserError where they do not fit."""
+        for name, have in (("limit_train", train_images), ("limit_test", test_images)):
+            limit = getattr(self, name)
+            self._require(name, limit is None or limit <= have, f"the data has only {have} images")
+        config = self
+        if self.batch_size_per_rank is not None:
+            config = replace(config, batch_size=self.batch_size_per_rank * size)
+        config._require("batch_size", config.batch_size >= size, f"is below the number of ranks, {size}:"
+                        f" give {size} or more, or start fewer ranks")  # fmt: skip
+        return config
+
+    def differences(self, stored: dict[str, Any]) -> list[str]:
+        """Options that would change the result of the stored run, as "--lr 0.1 (the run has 0.001)"."""
+        found = []
+        for name, value in asdict(self).items():
+            free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
+            if not free and name in stored and stored[name] != value:
+                found.append(f"--{name.replace('_', '-')} {value} (the run has {stored[name]})")
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def build(given: dict[str, Any]) -> Config:
+    """The configuration for the options a person gave; a recipe fills in what was not given."""
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = given.get("recipe")
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe}: choose one of {', '.join(RECIPES)}")
+    merged = {**RECIPES.get(recipe or "", {}), **given}
+    if "batch_size" in given and "batch_size_per_rank" in given:
+        raise UserError(f"--batch-size-per-rank {given['batch_size_per_rank']}: give it or --batch-size, not both")
+    return Config(**merged)
+
+
+def options() -> list[tuple[str, Any, Any, str]]:
+    """(name, type, default, help) of every option, in order."""
+    return [(f.name, f.type, f.default, f.metadata["help"]) for f in fields(Config)]

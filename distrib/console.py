@@ -1,0 +1,71 @@
+"""What a person sees of a run: a table at the start, progress, and the result. Rank 0 alone prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0
+"""Seconds between lines of progress where the output is a file."""
+
+
+class Screen:
+    """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
+
+    def __init__(self, active: bool) -> None:
+        self._console = Console(quiet=not active, soft_wrap=True, highlight=False)
+        self._bar = self._task = None
+        self._last_line = time.monotonic()
+        self._active = active
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False)
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """Print names and values, one a line."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        for name, value in rows.items():
+            table.add_row(name, str(value), style=None)
+        self._console.print(table)
+
+    def start(self, steps: int, done: int, epochs: int) -> None:
+        """Begin to show progress over `steps` steps, `done` of which lie behind."""
+        self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
+        if not (self._active and self._console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self._console, refresh_per_second=4,
+        )  # fmt: skip
+        self._task = self._bar.add_task(f"epoch 1/{epochs}", total=steps, completed=done, info="")
+        self._bar.start()
+
+    def due(self) -> bool:
+        """Whether `progress` would show anything now; asking costs next to nothing."""
+        if not self._active:
+            return False
+        interval = 0.25 if self._bar else PLAIN_SECONDS
+        return time.monotonic() - self._last_line >= interval
+
+    def progress(self, step: int, epoch: int, loss: float, images_per_second: float) -> None:
+        """Show that `step` steps are done."""
+        self._last_line = time.monotonic()
+        info = f"loss {loss:.4f}  {images_per_second:.0f} images/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info)
+            return
+        rate = (time.monotonic() - self._begin) / max(1, step - self._first)
+        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._steps - step)))
+        self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  {info}  left {left}")
+
+    def close(self) -> None:
+        """End the progress display."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,10 @@
+"""Mistakes that a person can mend: one line, no traceback, exit code 2."""
+
+
+class UserError(ValueError):
+    """Wrong use, bad data or a bad checkpoint. The message names the option or file, value and remedy."""
+
+
+EXIT_USAGE = 2
+EXIT_REQUEUE = 85
+EXIT_CRASH = 1

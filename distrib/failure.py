@@ -1,0 +1,94 @@
+"""What ends a job that cannot go on: a crash takes all ranks along, and no wait is without bound."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from distrib.errors import EXIT_CRASH, UserError
+
+
+class Watchdog:
+    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds.
+
+    A thread looks twice a second, so it works while the main thread is stuck in a collective.
+    """
+
+    def __init__(self, rank: int, timeout: float) -> None:
+        self.rank, self.timeout, self.step = rank, timeout, 0
+        self._wait: tuple[str, float] | None = None
+        self.on_expiry: list[Callable[[], None]] = []
+        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Mark a wait that must end within the timeout."""
+        self._wait = (what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._wait = None
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.5)
+            wait = self._wait
+            if wait and time.monotonic() - wait[1] > self.timeout:
+                self._expire(wait[0])
+
+    def _expire(self, what: str) -> None:
+        print(
+            f"distrib: rank {self.rank} on {socket.gethostname()} waited {self.timeout:.0f} s in {what} at step"
+            f" {self.step}: another rank has stopped or is too slow; see its log, or raise --timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        for callback in self.on_expiry:
+            threading.Thread(target=callback, daemon=True).start()
+        time.sleep(0.5 if self.on_expiry else 0)
+        os._exit(EXIT_CRASH)
+
+
+def abort_on_crash(rank: int, abort: Callable[[], None]) -> None:
+    """An uncaught exception in this rank prints its traceback and ends the whole job."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        print(f"distrib: rank {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        abort()
+
+    sys.excepthook = hook
+
+
+class Agreement:
+    """Lets a mistake that one rank finds become the same UserError on every rank.
+
+        with agreement():
+            ...
+
+    Every rank must come here; none goes on where another failed.
+    """
+
+    def __init__(self, rank: int, allgather: Callable[[object], list[object]]) -> None:
+        self.rank, self._allgather = rank, allgather
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        message: str | None = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        found = self._allgather(message)
+        for rank, text in enumerate(found):
+            if text is not None:
+                where = "" if rank == 0 or all(found) else f" (rank {rank})"
+                raise UserError(f"{text}{where}")

@@ -1,0 +1,150 @@
+"""A run's folder: config.json, metrics.jsonl, checkpoints/, summary.json. Rank 0 alone writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from distrib import checkpoint as ckpt
+from distrib.config import Config
+from distrib.errors import UserError
+
+
+def new_folder(config: Config) -> Path:
+    """runs/<time>-<name>, not yet there."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = config.recipe or f"{config.variant}-{config.optimizer}"
+    base = Path("runs") / f"{stamp}-{name}"
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+class Run:
+    """The folder of one run, opened for a new run or to go on with the one it holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics_path = path / "metrics.jsonl"
+        self.notes: list[str] = []
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text())
+            if isinstance(value, dict):
+                return value
+        except (OSError, ValueError):
+            pass
+        raise UserError(f"{path}: cannot be read as JSON: give another --run-dir, or restore the file")
+
+    def open(self, config: Config) -> ckpt.Checkpoint | None:
+        """Make the folder or check the run that it holds; returns the checkpoint to go on from.
+
+        UserError: a finished run; a run of other settings; --resume none on a folder that holds a run;
+        checkpoints none of which is valid.
+        """
+        stored = self._read_json("config.json")
+        summary = self._read_json("summary.json") or {}
+        holds_run = stored is not None or bool(ckpt.list_checkpoints(self.checkpoints))
+        if holds_run and config.resume == "none":
+            raise UserError(f"--run-dir {self.path}: holds a run: give a new folder, or --resume auto to go on with it")
+        if summary.get("finished") and config.epochs <= (stored or {}).get("epochs", 0):
+            raise UserError(f"--run-dir {self.path}: holds a finished run: give a new folder, or more --epochs")
+        if stored:
+            different = config.differences(stored)
+            if different:
+                raise UserError(f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
+                                " give the same ones, or a new folder")  # fmt: skip
+        found = self._find(config)
+        self._prepare(config, found)
+        return found
+
+    def _find(self, config: Config) -> ckpt.Checkpoint | None:
+        if config.resume not in ("auto", "none"):
+            return ckpt.load_checkpoint(Path(config.resume))
+        found, problems = ckpt.newest_valid(self.checkpoints)
+        if problems and found is None:
+            raise UserError(f"{self.checkpoints}: no valid checkpoint ({problems[0]}): give a new --run-dir")
+        self.notes += [f"passed over: {problem}" for problem in problems]
+        if found is None and self.metrics_path.exists():
+            self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
+        return found
+
+    def _prepare(self, config: Config, found: ckpt.Checkpoint | None) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path}: cannot be made ({error.strerror}): give another folder") from None
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            leftover.unlink()
+        ckpt.write_atomically(self.path / "config.json", config.to_json().encode())
+        (self.path / "summary.json").unlink(missing_ok=True)
+        step = found.position["step"] if found else 0
+        if self.metrics_path.exists():
+            kept = [line for line in self.metrics_path.read_text().splitlines(True) if self._within(line, step)]
+            ckpt.write_atomically(self.metrics_path, "".join(kept).encode())
+
+    @staticmethod
+    def _within(line: str, step: int) -> bool:
+        """Whether a line of metrics.jsonl is whole and not past `step`."""
+        try:
+            return bool(json.loads(line)["step"] <= step)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics_path}: cannot be written ({error.strerror}): free space is missing; the"
+                            " last checkpoint is unharmed") from None  # fmt: skip
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the last file of a run."""
+        ckpt.write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode())
+
+
+def environment(threads: int, backend: str) -> dict[str, Any]:
+    """What besides the configuration must be the same for a resumed run to agree to the bit."""
+    import platform
+
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    from distrib import __version__
+
+    blas = next((f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
+                 for p in threadpool_info() if p["user_api"] == "blas"), "unknown")  # fmt: skip
+    return {
+        "distrib": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": blas,
+        "processor": _processor(),
+        "threads": threads,
+        "backend": backend,
+        "pid": os.getpid(),
+    }
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,28 @@
+"""(seed, epoch, step, rank, size) → indices: which images a rank computes, as pure functions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
+    """The order of the training set in `epoch` (from 0): depends on (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch)).permutation(images)
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Steps of an epoch; the last may have fewer than `batch` images."""
+    return -(-images // batch)
+
+
+def share(count: int, rank: int, size: int) -> slice:
+    """Contiguous, nearly equal part of `count` items: the first count % size ranks have one more."""
+    base, more = divmod(count, size)
+    start = rank * base + min(rank, more)
+    return slice(start, start + base + (rank < more))
+
+
+def batch_indices(order: np.ndarray, step: int, batch: int, rank: int, size: int) -> tuple[np.ndarray, int]:
+    """This rank's indices in step `step` (from 0) of an epoch in `order`, and the global batch's count."""
+    whole = order[step * batch : (step + 1) * batch]
+    return whole[share(len(whole), rank, size)], len(whole)

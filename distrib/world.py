@@ -1,0 +1,176 @@
+"""From what the machine offers to ranks, a backend and a communicator: agreed on by all ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from distrib import launched_ranks
+from distrib.comm import Communicator, SingleCommunicator, SingleControl
+from distrib.errors import UserError
+from distrib.failure import Agreement, Watchdog, abort_on_crash
+from nn import backend as backends
+from nn.backend import NUMPY, Backend
+
+MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
+
+
+@dataclass
+class World:
+    """Everything that depends on who else is running. Nothing outside keeps a communicator or a rank."""
+
+    comm: Communicator
+    control: Any
+    backend: Backend
+    reason: str
+    watchdog: Watchdog
+    hosts: list[str]
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    def agree(self) -> Any:
+        """Context in which a UserError of one rank becomes the same UserError on all."""
+        return Agreement(self.rank, self.control.allgather)()
+
+    def allgather(self, value: Any, what: str) -> list[Any]:
+        """`value` of every rank, by rank."""
+        with self.watchdog.waiting(what):
+            return list(self.control.allgather(value))
+
+
+def _import_mpi() -> Any:
+    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing."""
+    os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # a second less in MPI_Init
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
+    except RuntimeError as error:  # mpi4py without a library says so in many lines
+        first = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
+    return MPI
+
+
+def _control(comm: str) -> tuple[Any, str]:
+    """The communicator for control traffic, and why: MPI_COMM_WORLD where there is more than this process."""
+    launched = launched_ranks()
+    if comm == "none" and launched > 1:
+        raise UserError(f"--comm none with {launched} ranks: leave it out, or start one process")
+    if comm in ("auto", "none") and launched == 1:
+        return SingleControl(), "one process: no mpirun or srun started more"
+    try:
+        mpi = _import_mpi()
+    except RuntimeError as error:
+        raise UserError(f"--comm {comm} with {launched} ranks: {error}") from None
+    world = mpi.COMM_WORLD
+    if world.Get_size() == 1 and launched > 1:
+        raise UserError(
+            f"{launched} ranks were started but MPI sees 1 in each: launcher and MPI library do not match;"
+            " use the mpirun of this MPI library, or srun --mpi=pmix"
+        )
+    return world, f"{world.Get_size()} ranks over MPI"
+
+
+def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, str]:
+    """The backend that all ranks can have, and why."""
+    missing = None
+    if name != "numpy":
+        try:
+            cupy = backends.cupy_backend(tf32=precision == "tf32")
+        except RuntimeError as error:
+            missing = str(error)
+    everyone = control.allgather(missing)
+    absent = next((f"rank {rank}: {why}" if len(everyone) > 1 else why
+                   for rank, why in enumerate(everyone) if why), None)  # fmt: skip
+    if name == "cupy" and absent:
+        raise UserError(f"--backend cupy: {absent}")
+    if name == "numpy":
+        chosen, why = NUMPY, "asked for"
+    elif absent:
+        chosen, why = NUMPY, absent
+    else:
+        chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
+    if chosen is NUMPY and precision in ("tf32", "bf16"):
+        raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
+    if precision == "bf16":
+        raise UserError("--precision bf16 needs the cuDNN path, which this version does not have: use tf32 or float32")
+    return chosen, why
+
+
+def _devices(control: Any, backend: Backend) -> tuple[int, int]:
+    """(local rank, most ranks on any one GPU), the GPU chosen as local rank modulo visible devices."""
+    hosts = control.allgather(socket.gethostname())
+    rank = control.Get_rank()
+    local = hosts[:rank].count(hosts[rank])
+    runtime = backend.xp.cuda.runtime
+    device = local % runtime.getDeviceCount()
+    runtime.setDevice(device)
+    identity = str(runtime.getDeviceProperties(device)["uuid"])
+    places = control.allgather((hosts[rank], identity))
+    return device, max(places.count(place) for place in places)
+
+
+def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Watchdog) -> Communicator:
+    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host."""
+    from distrib.mpi import StagedCommunicator
+
+    device, sharing = _devices(control, backend)
+    try:
+        from cupy.cuda import nccl
+
+        version, missing = nccl.get_version(), None
+    except ImportError as error:
+        version, missing = 0, f"CuPy finds no NCCL library ({error}): pip install nvidia-nccl-cu12"
+    if sharing > 1 and not missing and not (version >= MULTI_RANK_NCCL and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):  # fmt: skip
+        missing = (
+            f"{sharing} ranks share one GPU, which takes NCCL 2.30 (found {version}) and"
+            " NCCL_MULTI_RANK_GPU_ENABLE=1: start one rank per GPU, or use --comm mpi"
+        )
+    missing = next((why for why in control.allgather(missing) if why), None)
+    if name == "mpi" or (name == "auto" and missing):
+        return StagedCommunicator(control, watchdog, backend)
+    if missing:
+        raise UserError(f"--comm nccl: {missing}")
+    from distrib.nccl import NcclCommunicator
+
+    comm = NcclCommunicator(control, backend.xp.cuda, nccl, device, watchdog)
+    comm.warm_up(backend.xp.zeros(1, "float32"))
+    return comm
+
+
+def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0) -> World:
+    """Join the other ranks and choose backend and communicator.
+
+    `comm` and `backend` as on the command line. UserError, the same on every rank, where what was asked
+    for by name cannot be had.
+    """
+    control, ranks = _control(comm)
+    single = isinstance(control, SingleControl)
+    rank = 0 if single else int(control.Get_rank())
+    watchdog = Watchdog(rank, timeout)
+    if not single:
+        abort_on_crash(rank, lambda: control.Abort(1))
+    chosen, why = _choose_backend(backend, precision, control)
+    communicator: Communicator
+    if chosen.on_host and comm == "nccl":
+        raise UserError(f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy")
+    if single:
+        communicator = SingleCommunicator()
+    elif chosen.on_host:
+        from distrib.mpi import MpiCommunicator
+
+        communicator = MpiCommunicator(control, watchdog)
+    else:
+        communicator = _device_communicator(comm, control, chosen, watchdog)
+    hosts = control.allgather(socket.gethostname())
+    reason = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
+    return World(communicator, control, chosen, reason, watchdog, hosts)

@@ -1,0 +1,202 @@
+"""Convolution, in three forms with one interface.
+
+    y[n,p,q,o] = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c] · w[i,j,c,o]
+
+- `loop`: the textbook loop over patches, kept as the oracle of the tests and as the slow row of the
+  time table;
+- `patches`: patches copied into a matrix, one matrix product, a bounded number of images at a time;
+- `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/winograd.py`), 4 times fewer
+  multiplications.
+
+A form is a module-like pair: `forward(x, w, geometry, y, ws)` returns what its `backward` needs,
+`backward(dy, x, w, geometry, saved, dw, dx, ws)` writes dw and, unless it is None, dx.
+Shapes: x (N, H, W, C), w (kh, kw, C, O), y (N, P, Q, O).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from nn import winograd
+from nn.backend import Array, memory_axes, namespace, pixels
+from nn.workspace import Workspace
+
+PATCH_ELEMENTS = 1 << 20
+"""Patches copied at a time: 4 MiB of float32, however large the batch."""
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation of a convolution, each the same in both directions."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+    def out_size(self, size: int, kernel: int) -> int:
+        """Output positions along an axis of `size`; ValueError where the kernel does not fit."""
+        out = (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+        if out < 1:
+            raise ValueError(f"a kernel of {kernel} with {self} does not fit an input of {size}")
+        return out
+
+    def out_shape(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """(N, P, Q, O) for an input (N, H, W, C) and weights (kh, kw, C, O)."""
+        n, h, w, c = x_shape
+        kh, kw, c_in, c_out = w_shape
+        if c != c_in:
+            raise ValueError(f"input has {c} channels, the weights expect {c_in}")
+        return n, self.out_size(h, kh), self.out_size(w, kw), c_out
+
+
+def span(offset: int, stride: int, size: int, count: int) -> tuple[slice, slice]:
+    """Where o·stride + offset, for o in [0, count), falls inside [0, size): (slice of o, slice inside)."""
+    first = max(0, -(offset // stride)) if offset < 0 else 0
+    last = min(count, (size - 1 - offset) // stride + 1)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    start = first * stride + offset
+    return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
+
+
+def windows(x_shape: tuple[int, ...], w_shape: tuple[int, ...], g: Geometry):
+    """For each kernel position (i, j): its index, and the (output, input) slices that meet there."""
+    _, p, q, _ = g.out_shape(x_shape, w_shape)
+    for i in range(w_shape[0]):
+        for j in range(w_shape[1]):
+            rows_out, rows_in = span(i * g.dilation - g.padding, g.stride, x_shape[1], p)
+            cols_out, cols_in = span(j * g.dilation - g.padding, g.stride, x_shape[2], q)
+            yield i * w_shape[1] + j, (slice(None), rows_out, cols_out), (slice(None), rows_in, cols_in)
+
+
+class Loop:
+    """One output position after another: element-wise product of patch and kernel, then the sum."""
+
+    @staticmethod
+    def _patches(x: Array, w: Array, g: Geometry):
+        """Yields ((p, q), padded patch (N, kh, kw, C), the slice of the padded input it came from)."""
+        xp = namespace(x)
+        n, h, w_in, c = x.shape
+        _, p_out, q_out, _ = g.out_shape(x.shape, w.shape)
+        padded = xp.zeros((n, h + 2 * g.padding, w_in + 2 * g.padding, c), x.dtype)
+        padded[:, g.padding : g.padding + h, g.padding : g.padding + w_in] = x
+        for p in range(p_out):
+            rows = slice(p * g.stride, p * g.stride + g.dilation * (w.shape[0] - 1) + 1, g.dilation)
+            for q in range(q_out):
+                cols = slice(q * g.stride, q * g.stride + g.dilation * (w.shape[1] - 1) + 1, g.dilation)
+                yield (p, q), padded[:, rows, cols], (slice(None), rows, cols)
+
+    @staticmethod
+    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace) -> None:
+        for (p, q), patch, _ in Loop._patches(x, w, g):
+            for n in range(len(patch)):
+                y[n, p, q] = (patch[n][..., None] * w).sum((0, 1, 2))
+
+    @staticmethod
+    def backward(dy: Array, x: Array, w: Array, g: Geometry, saved: None, dw: Array, dx: Array | None,
+                 ws: Workspace) -> None:  # fmt: skip
+        dw[...] = 0
+        n, h, w_in, c = x.shape
+        pad = g.padding
+        padded = namespace(x).zeros((n, h + 2 * pad, w_in + 2 * pad, c), x.dtype)
+        for (p, q), patch, place in Loop._patches(x, w, g):
+            for i in range(n):
+                dw += patch[i][..., None] * dy[i, p, q]
+                padded[place][i] += (w * dy[i, p, q]).sum(-1)
+        if dx is not None:
+            dx[...] = padded[:, pad : pad + h, pad : pad + w_in]
+
+
+class Patches:
+    """Patches as the rows of a matrix (images·P·Q, kh·kw·C), one product with the weights as a matrix."""
+
+    @staticmethod
+    def _chunks(x: Array, w: Array, g: Geometry):
+        """Slices of images whose patches number about PATCH_ELEMENTS."""
+        _, p, q, _ = g.out_shape(x.shape, w.shape)
+        step = max(1, PATCH_ELEMENTS // (p * q * w.size // w.shape[3]))
+        for start in range(0, x.shape[0], step):
+            yield slice(start, min(start + step, x.shape[0]))
+
+    @staticmethod
+    def _buffer(x: Array, channels: int, like: tuple[int, int, int], name: str, ws: Workspace) -> Array:
+        """Scratch (images, P, Q, channels) in the memory order of `x`."""
+        n, p, q = like
+        if memory_axes(x) == (0, 1, 2, 3):
+            return ws.scratch(name, (n, p, q, channels))
+        return ws.scratch(name, (p, q, n, channels)).transpose(2, 0, 1, 3)
+
+    @staticmethod
+    def _gather(x: Array, x_all: Array, w: Array, g: Geometry, ws: Workspace) -> Array:
+        """Patches of the images `x`, (images, P, Q, kh·kw·C)."""
+        n, p, q, _ = g.out_shape(x.shape, w.shape)
+        c = w.shape[2]
+        cols = Patches._buffer(x_all, c * w.shape[0] * w.shape[1], (n, p, q), "conv.cols", ws)
+        if g.padding:
+            cols[...] = 0
+        for k, out, inside in windows(x.shape, w.shape, g):
+            cols[(*out, slice(k * c, k * c + c))] = x[inside]
+        return cols
+
+    @staticmethod
+    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace) -> None:
+        xp = namespace(x)
+        matrix = w.reshape(-1, w.shape[3])
+        for images in Patches._chunks(x, w, g):
+            cols = Patches._gather(x[images], x, w, g, ws)
+            if len(cols) == len(x):
+                xp.matmul(pixels(cols), matrix, out=pixels(y))
+            else:
+                part = Patches._buffer(x, w.shape[3], cols.shape[:3], "conv.part", ws)
+                xp.matmul(pixels(cols), matrix, out=pixels(part))
+                y[images] = part
+
+    @staticmethod
+    def backward(dy: Array, x: Array, w: Array, g: Geometry, saved: None, dw: Array, dx: Array | None,
+                 ws: Workspace) -> None:  # fmt: skip
+        xp = namespace(x)
+        c = w.shape[2]
+        matrix, dmatrix = w.reshape(-1, w.shape[3]), dw.reshape(-1, w.shape[3])
+        partial = ws.scratch("conv.dw", dmatrix.shape)
+        dmatrix[...] = 0
+        if dx is not None:
+            dx[...] = 0
+        for images in Patches._chunks(x, w, g):
+            cols = Patches._gather(x[images], x, w, g, ws)
+            part = Patches._buffer(x, w.shape[3], cols.shape[:3], "conv.part", ws)
+            part[...] = dy[images]
+            xp.matmul(pixels(cols).T, pixels(part), out=partial)
+            dmatrix += partial
+            if dx is None:
+                continue
+            xp.matmul(pixels(part), matrix.T, out=pixels(cols))
+            dx_part = dx[images]
+            for k, out, inside in windows(x.shape, w.shape, g):
+                dx_part[inside] += cols[(*out, slice(k * c, k * c + c))]
+
+
+FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
+
+
+def choose_form(w_shape: tuple[int, ...], geometry: Geometry) -> str:
+    """The fastest form for these weights on the host, by `distrib bench ops`; a pure function of shape."""
+    if w_shape[:2] == (3, 3) and geometry == Geometry(1, 1, 1) and w_shape[2] > 1:
+        return "winograd"
+    return "patches"
+
+
+def conv_forward(
+    x: Array, w: Array, geometry: Geometry, y: Array, ws: Workspace, form: str | None = None
+) -> Any:
+    """Write the convolution of x (N, H, W, C) with w (kh, kw, C, O) into y (N, P, Q, O).
+
+    Returns what `conv_backward` needs besides x and w. `form` picks one of FORMS by name.
+    """
+    return FORMS[form or choose_form(w.shape, geometry)].forward(x, w, geometry, y, ws)
+
+
+def conv_backward(
+    dy: Array, x: Array, w: Array, geometry: Geometry, saved: Any, dw: Array, dx: Array | None,
+    ws: Workspace, form: str | None = None,
+) -> None:  # fmt: skip
+    """Write dL/dw into dw and dL/dx into dx (skipped where dx is None) for dy = dL/dy (N, P, Q, O)."""
+    FORMS[form or choose_form(w.shape, geometry)].backward(dy, x, w, geometry, saved, dw, dx, ws)

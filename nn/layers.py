@@ -1,0 +1,179 @@
+"""Layers: each holds its parameters and remembers what its backward needs, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nn import functional as F
+from nn.backend import Array
+from nn.conv import Geometry, conv_backward, conv_forward
+from nn.params import Parameter, Parameters, Spec
+from nn.workspace import Workspace
+
+OnGrad = Callable[[Parameter], Any]
+"""Called with a parameter as soon as its gradient is complete."""
+
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass through the network is told.
+
+    `images` is the number of images in the global batch, of which this rank computes a part;
+    `sum_over_ranks` sums batch norm's statistics (None: use this rank's part alone, and then `images`
+    is the number of images of that part).
+    """
+
+    train: bool
+    images: int = 0
+    sum_over_ranks: F.SumOverRanks | None = None
+
+
+class ConvBN:
+    """Convolution without bias → batch norm (→ + residual) (→ ReLU) (→ 2×2 max-pool)."""
+
+    def __init__(self, name: str, c_in: int, c_out: int, *, kernel: int = 3, relu: bool = True,
+                 pool: bool = False) -> None:  # fmt: skip
+        self.name, self.c_in, self.c_out, self.kernel = name, c_in, c_out, kernel
+        self.relu, self.pool = relu, pool
+        self.geometry = Geometry(padding=kernel // 2)
+        self.form: str | None = None  # None: the one that `choose_form` picks
+
+    def specs(self) -> list[Spec]:
+        shape = (self.c_out, self.c_in, self.kernel, self.kernel)
+        return [
+            Spec(f"{self.name}.0.weight", shape, fan_in=self.c_in * self.kernel**2),
+            Spec(f"{self.name}.1.weight", (self.c_out,), fill=1.0),
+            Spec(f"{self.name}.1.bias", (self.c_out,)),
+        ]
+
+    def bind(self, params: Parameters, ws: Workspace, buffers: dict[str, Array]) -> None:
+        """Take memory: views of the flat vectors, a scope of the workspace, running statistics."""
+        self.w, self.gamma, self.beta = (params[spec.name] for spec in self.specs())
+        self.ws = ws.scope(self.name)
+        xp, dtype = params.backend.xp, params.dtype
+        self.running_mean = buffers[f"{self.name}.1.running_mean"] = xp.zeros(self.c_out, dtype)
+        self.running_var = buffers[f"{self.name}.1.running_var"] = xp.ones(self.c_out, dtype)
+
+    def forward(self, x: Array, step: Pass, residual: Array | None = None) -> Array:
+        shape = self.geometry.out_shape(x.shape, self.w.value.shape)
+        if step.train:
+            z, y = self.ws.image("z", shape), self.ws.image("y", shape)
+        else:
+            z = y = self.ws.ring(shape)
+        saved = conv_forward(x, self.w.value, self.geometry, z, self.ws, self.form)
+        if step.train:
+            count = step.images * shape[1] * shape[2]
+            mean, var = F.batch_norm_statistics(z, count, self.ws, step.sum_over_ranks)
+            self.running_mean += MOMENTUM * (mean - self.running_mean)
+            self.running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - self.running_var)
+            inverse_std = (var + EPS) ** -0.5
+            shift = self.beta.value
+        else:
+            inverse_std = (self.running_var.astype(np.float64) + EPS) ** -0.5
+            shift = self.beta.value - self.running_mean * self.gamma.value * inverse_std
+        F.scale_shift_relu(z, self.gamma.value * inverse_std, shift, y, self.ws, residual, self.relu)
+        out = y
+        if self.pool:
+            n, h, w, c = shape
+            shape = (n, h // 2, w // 2, c)
+            out = self.ws.image("pooled", shape) if step.train else self.ws.ring(shape)
+            F.max_pool_forward(y, 2, out)
+        if step.train:
+            self.saved = x, saved, z, inverse_std, y, out, residual is not None
+        return out
+
+    def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
+        """dL/dx in a ring buffer. dy is overwritten; with a residual it is left as the residual's gradient."""
+        x, saved, z, inverse_std, y, out, with_residual = self.saved
+        dz = self.ws.image("dz", y.shape, keep=False)
+        if self.pool:
+            F.relu_backward(dy, out, dy, self.ws)
+            F.max_pool_backward(dy, y, out, 2, dz, self.ws)
+        elif self.relu and not with_residual:
+            F.relu_backward(dy, y, dz, self.ws)
+        else:
+            if self.relu:
+                F.relu_backward(dy, y, dy, self.ws)
+            dz[...] = dy
+        count = step.images * y.shape[1] * y.shape[2]
+        d_gamma, d_beta = F.batch_norm_backward(
+            dz, z, inverse_std, self.gamma.value, count, self.ws, step.sum_over_ranks
+        )
+        self.gamma.grad[...], self.beta.grad[...] = d_gamma, d_beta
+        dx = self.ws.ring(x.shape) if need_dx else None
+        conv_backward(
+            dz, x, self.w.value, self.geometry, saved, self.w.grad, dx, self.ws, self.form
+        )
+        for parameter in (self.beta, self.gamma, self.w):
+            on_grad(parameter)
+        return dx
+
+
+class Residual:
+    """y = relu(conv-bn(conv-bn-relu(x)) + shortcut(x)); the shortcut is x itself or a 1×1 conv-bn of it."""
+
+    def __init__(self, name: str, channels: int, shortcut: str | None = None) -> None:
+        self.first = ConvBN(f"{name}.0", channels, channels)
+        self.second = ConvBN(f"{name}.1", channels, channels)
+        self.shortcut = ConvBN(shortcut, channels, channels, kernel=1, relu=False) if shortcut else None
+
+    def convs(self) -> list[ConvBN]:
+        return [*([self.shortcut] if self.shortcut else []), self.first, self.second]
+
+    def forward(self, x: Array, step: Pass) -> Array:
+        residual = self.shortcut.forward(x, step) if self.shortcut else x
+        return self.second.forward(self.first.forward(x, step), step, residual)
+
+    def backward(self, dy: Array, step: Pass, on_grad: OnGrad) -> Array:
+        dx = self.first.backward(self.second.backward(dy, step, on_grad), step, on_grad)
+        dx += self.shortcut.backward(dy, step, on_grad) if self.shortcut else dy
+        return dx
+
+
+class Head:
+    """Global max or average pooling, then a linear layer: (N, H, H, C) → logits (N, classes)."""
+
+    def __init__(self, channels: int, classes: int, average: bool) -> None:
+        self.channels, self.classes, self.average = channels, classes, average
+
+    def specs(self) -> list[Spec]:
+        return [
+            Spec("fc.weight", (self.classes, self.channels), fan_in=self.channels),
+            Spec("fc.bias", (self.classes,), fan_in=self.channels),
+        ]
+
+    def bind(self, params: Parameters, ws: Workspace) -> None:
+        self.w, self.b = params["fc.weight"], params["fc.bias"]
+        self.ws = ws.scope("fc")
+
+    def forward(self, x: Array, step: Pass) -> Array:
+        n, h, _, c = x.shape
+        pooled = self.ws.image("pooled", (n, 1, 1, c))
+        if self.average:
+            F.avg_pool_forward(x, h, pooled)
+        else:
+            F.max_pool_forward(x, h, pooled)
+        if step.train:
+            self.saved = x, pooled
+        return F.linear_forward(pooled.reshape(n, c), self.w.value, self.b.value)
+
+    def backward(self, dy: Array, on_grad: OnGrad) -> Array:
+        x, pooled = self.saved
+        n, h, _, c = x.shape
+        dpooled = F.linear_backward(dy, pooled.reshape(n, c), self.w.value, self.w.grad, self.b.grad)
+        for parameter in (self.b, self.w):
+            on_grad(parameter)
+        dx = self.ws.ring(x.shape)
+        grid = self.ws.image("dpooled", (n, 1, 1, c))
+        grid[...] = dpooled.reshape(n, 1, 1, c)
+        if self.average:
+            F.avg_pool_backward(grid, h, dx)
+        else:
+            F.max_pool_backward(grid, x, pooled, h, dx, self.ws)
+        return dx

@@ -1,0 +1,116 @@
+"""ResNet-9 and its four variants.
+
+    stem    conv 1→64
+    stage1  conv 64→128, max-pool 2    28×28 → 14×14
+    res1    two convs 128→128, residual
+    stage2  conv 128→256, max-pool 2   14×14 → 7×7
+    res3    two convs 256→256, residual (variant `three-blocks` only)
+    stage3  conv 256→256, max-pool 2   7×7 → 3×3
+    res2    two convs 256→256, residual
+    head    global max-pool (`avgpool`: average), linear 256→10
+
+Every convolution is 3×3, padding 1, without bias, followed by batch norm and ReLU. In `conv-shortcut`
+and `three-blocks` each residual's shortcut goes through a 1×1 convolution and batch norm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nn.backend import NUMPY, Array, Backend
+from nn.layers import ConvBN, Head, OnGrad, Pass, Residual
+from nn.params import Parameters, Spec
+from nn.workspace import Workspace
+
+VARIANTS = ("baseline", "avgpool", "conv-shortcut", "three-blocks")
+CLASSES = 10
+
+
+def channels(width: float) -> tuple[int, int, int]:
+    """Channel counts of the three resolutions; every count is scaled by `width`, at least 1."""
+    return tuple(max(1, round(count * width)) for count in (64, 128, 256))  # type: ignore[return-value]
+
+
+class ResNet9:
+    """The network: parameters, running statistics, forward and backward.
+
+    `variant` is one of VARIANTS, `width` multiplies all channel counts; weights come from `seed` alone.
+    """
+
+    def __init__(self, variant: str = "baseline", width: float = 1.0, *, seed: int = 0,
+                 backend: Backend = NUMPY, dtype: str = "float32") -> None:  # fmt: skip
+        if variant not in VARIANTS:
+            raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+        c1, c2, c3 = channels(width)
+        shortcut = variant in ("conv-shortcut", "three-blocks")
+        three = variant == "three-blocks"
+        self.backend, self.dtype = backend, np.dtype(dtype)
+        self.stages: list[ConvBN | Residual] = [
+            ConvBN("stem", 1, c1),
+            ConvBN("stage1", c1, c2, pool=True),
+            Residual("res1", c2, "shortcut1" if shortcut else None),
+            ConvBN("stage2", c2, c3, pool=True),
+            *([Residual("res3", c3, "shortcut3")] if three else []),
+            ConvBN("stage3", c3, c3, pool=True),
+            Residual("res2", c3, "shortcut2" if shortcut else None),
+        ]
+        self.head = Head(c3, CLASSES, average=variant == "avgpool")
+        self.ws = Workspace(backend, dtype)
+        self.params = Parameters(self._specs(), backend, dtype)
+        self.buffers: dict[str, Array] = {}
+        self.batches_tracked = 0
+        for conv in self.convs():
+            conv.bind(self.params, self.ws, self.buffers)
+        self.head.bind(self.params, self.ws)
+        self.params.initialise(np.random.default_rng(seed))
+
+    def convs(self) -> list[ConvBN]:
+        """All convolutions, in the order of their parameters."""
+        found: list[ConvBN] = []
+        for stage in self.stages:
+            found += stage.convs() if isinstance(stage, Residual) else [stage]
+        return found
+
+    def _specs(self) -> list[Spec]:
+        return [spec for conv in self.convs() for spec in conv.specs()] + self.head.specs()
+
+    def forward(self, x: Array, step: Pass) -> Array:
+        """Logits (N, 10) for images x (N, 28, 28, 1) scaled to [0, 1]."""
+        for stage in self.stages:
+            x = stage.forward(x, step)
+        if step.train:
+            self.batches_tracked += 1
+        return self.head.forward(x, step)
+
+    def backward(self, dy: Array, step: Pass, on_grad: OnGrad = lambda parameter: None) -> None:
+        """Fill the flat gradient for dy = dL/dlogits; `on_grad` hears of each parameter as it is done."""
+        dx = self.head.backward(dy, on_grad)
+        for stage in reversed(self.stages[1:]):
+            dx = stage.backward(dx, step, on_grad)
+        stem = self.stages[0]
+        assert isinstance(stem, ConvBN)
+        stem.backward(dx, step, on_grad, need_dx=False)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Host copies of parameters and running statistics, as a PyTorch `state_dict` of this network."""
+        state = self.params.to_checkpoint(self.params.values)
+        for name, value in self.buffers.items():
+            state[name] = np.array(self.backend.to_host(value))
+        for conv in self.convs():
+            state[f"{conv.name}.1.num_batches_tracked"] = np.array(self.batches_tracked, np.int64)
+        return {name: state[name] for name in sorted(state)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """The reverse of `state_dict`; ValueError names the first tensor that is missing, extra or misshapen."""
+        own = {name: array.shape for name, array in self.state_dict().items()}
+        for name in sorted(own.keys() | state.keys()):
+            if name not in state:
+                raise ValueError(f"tensor {name} is missing")
+            if name not in own:
+                raise ValueError(f"tensor {name} is not of this network")
+            if state[name].shape != own[name]:
+                raise ValueError(f"tensor {name} has shape {state[name].shape}, this network's is {own[name]}")
+        self.params.from_checkpoint(state, self.params.values)
+        for name, value in self.buffers.items():
+            value[...] = self.backend.asarray(state[name].astype(self.dtype))
+        self.batches_tracked = int(state["stem.1.num_batches_tracked"])

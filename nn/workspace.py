@@ -1,0 +1,77 @@
+"""Buffers that outlive a step, so that a step allocates nothing large."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from nn.backend import NUMPY, Array, Backend
+
+RING = 3
+"""Buffers of the ring: in a residual block three gradients of activations are alive at once."""
+
+
+class Workspace:
+    """Named flat buffers, each as large as the largest request so far, handed out as leading slices.
+
+    A buffer made by `keep` belongs to one layer and holds its contents until that layer asks again;
+    `scratch` buffers are shared by all layers and hold nothing after the operation that took them.
+    Everything large that an operation writes comes from here: after the first full batch no step
+    allocates, and addresses stay what they are, as a captured graph needs.
+    """
+
+    def __init__(self, backend: Backend = NUMPY, dtype: str = "float32") -> None:
+        self.backend, self.dtype = backend, np.dtype(dtype)
+        self._flat: dict[str, Array] = {}
+        self._prefix, self._turn = "", [0]
+
+    def scope(self, prefix: str) -> Workspace:
+        """The same buffers, with `keep` names under `prefix`."""
+        child = object.__new__(Workspace)
+        child.__dict__.update(self.__dict__)
+        child._prefix = f"{self._prefix}{prefix}."
+        return child
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+        """Array of `shape` (C order), contents undefined, valid until the next operation."""
+        dtype, size = np.dtype(dtype or self.dtype), prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.size < size or flat.dtype != dtype:
+            flat = self._flat[name] = self.backend.xp.empty(max(size, 1), dtype)
+        return flat[:size].reshape(shape)
+
+    def keep(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+        """As `scratch`, but the buffer is this scope's own."""
+        return self.scratch(self._prefix + name, shape, dtype)
+
+    def image(self, name: str, shape: tuple[int, ...], dtype: object = None, keep: bool = True) -> Array:
+        """Activations of logical shape (N, H, W, C) in the backend's memory order."""
+        take = self.keep if keep else self.scratch
+        if self.backend.order == "NHWC":
+            return take(name, shape, dtype)
+        n, h, w, c = shape
+        return take(name, (h, w, n, c), dtype).transpose(2, 0, 1, 3)
+
+    def ring(self, shape: tuple[int, ...]) -> Array:
+        """The next of a few shared activation buffers: valid for the next two calls of `ring`."""
+        self._turn[0] = (self._turn[0] + 1) % RING
+        return self.image(f"ring{self._turn[0]}", shape, keep=False)
+
+    def ones(self, length: int) -> Array:
+        """A vector of ones: `ones @ x` sums over rows several times faster than `x.sum(0)`."""
+        flat = self._flat.get("ones")
+        if flat is None or flat.size < length:
+            flat = self._flat["ones"] = self.backend.xp.ones(max(length, 1), self.dtype)
+        return flat[:length]
+
+    def constant(self, name: str, values: np.ndarray) -> Array:
+        """`values` on the device in this workspace's dtype, copied there once."""
+        flat = self._flat.get(name)
+        if flat is None:
+            flat = self._flat[name] = self.backend.asarray(values.astype(self.dtype))
+        return flat
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(int(flat.nbytes) for flat in self._flat.values())
