@@ -18,14 +18,16 @@ class Screen:
     """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
 
     def __init__(self, active: bool) -> None:
-        self._console = Console(quiet=not active, soft_wrap=True, highlight=False)
+        self._console = Console(quiet=not active, highlight=False)
+        if not self._console.is_terminal:  # a log file has no width to wrap at
+            self._console.width = 200
         self._bar = self._task = None
         self._last_line = time.monotonic()
         self._active = active
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Print names and values, one a line."""

@@ -16,6 +16,7 @@ Error relative to a float64 reference in float32: about 2e-6 a layer (tests/test
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,13 +74,14 @@ def _planes(flat: Array, side: int, n: int, rows: int, cols: int, host_order: bo
     return planes.transpose(0, 1, 4, 2, 3, 5) if host_order else planes
 
 
-def _meet(i: int, tiles: slice, size: int) -> tuple[slice, slice]:
-    """Tiles (counted from tiles.start) whose row i lies inside [0, size), and those rows of the image."""
-    first = next((t for t in range(tiles.start, tiles.stop) if 4 * t + i >= 0), tiles.stop)
-    last = min(tiles.stop, (size - 1 - i) // 4 + 1)
+@functools.cache
+def _meet(i: int, start: int, stop: int, size: int) -> tuple[slice, slice]:
+    """Of tiles [start, stop), those whose row i lies inside [0, size), counted from start; those rows."""
+    first = min(max(start, -(i // 4)), stop)
+    last = min(stop, (size - 1 - i) // 4 + 1)
     if last <= first:
         return slice(0, 0), slice(0, 0)
-    return slice(first - tiles.start, last - tiles.start), slice(4 * first + i, 4 * (last - 1) + i + 1, 4)
+    return slice(first - start, last - start), slice(4 * first + i, 4 * (last - 1) + i + 1, 4)
 
 
 def _gather(planes: Array, x: Array, offset: int, images: slice, rows: slice, cols: int) -> None:
@@ -89,9 +91,9 @@ def _gather(planes: Array, x: Array, offset: int, images: slice, rows: slice, co
     if not whole:
         planes[...] = 0
     for i in range(side):
-        t_rows, x_rows = _meet(i + offset, rows, height)
+        t_rows, x_rows = _meet(i + offset, rows.start, rows.stop, height)
         for j in range(side):
-            t_cols, x_cols = _meet(j + offset, slice(0, cols), width)
+            t_cols, x_cols = _meet(j + offset, 0, cols, width)
             planes[i, j][:, t_rows, t_cols] = x[images, x_rows, x_cols]
 
 
@@ -99,9 +101,9 @@ def _scatter(x: Array, planes: Array, offset: int, images: slice, rows: slice, c
     """The transpose of `_gather`: write (or add) every tile's pixels back to their places in the image."""
     side, (_, height, width, _) = planes.shape[0], x.shape
     for i in range(side):
-        t_rows, x_rows = _meet(i + offset, rows, height)
+        t_rows, x_rows = _meet(i + offset, rows.start, rows.stop, height)
         for j in range(side):
-            t_cols, x_cols = _meet(j + offset, slice(0, cols), width)
+            t_cols, x_cols = _meet(j + offset, 0, cols, width)
             source = planes[i, j][:, t_rows, t_cols]
             if add:
                 x[images, x_rows, x_cols] += source

@@ -1,0 +1,75 @@
+"""What several tests share: real MPI, the command line as a person calls it, a small data set."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 300  # seconds; no test may hang
+
+MPI_ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True,
+        ranks: int = 1) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run Python with `command` in a subprocess, under mpirun where ranks > 1; AssertionError on failure."""
+    python = [sys.executable, "-W", "error::DeprecationWarning:nn", *map(str, command)]
+    if ranks > 1:
+        mpirun = Path(sys.executable).with_name("mpirun")
+        python = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks), *python]
+    environment = {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(python, cwd=cwd, env=environment, text=True, capture_output=True, timeout=LIMIT)
+    if check:
+        assert done.returncode == 0, f"{' '.join(python)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train(folder: Path, *arguments: object, ranks: int = 1, check: bool = True,
+          env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """`python -m distrib.train --run-dir FOLDER …`, on `ranks` ranks."""
+    return run("-m", "distrib.train", "--run-dir", folder, *arguments, ranks=ranks, check=check, env=env)
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each logged step."""
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """An IDX file of unsigned bytes, gzipped if the name says so."""
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    data = head + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def small_data(tmp_path: Path) -> Path:
+    """A folder in MNIST's format with 64 training and 32 test images of random pixels."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(7)
+    for prefix, count in (("train", 64), ("t10k", 32)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte", rng.integers(0, 10, count))
+    return folder
