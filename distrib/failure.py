@@ -52,7 +52,7 @@ class Watchdog:
         )
         for callback in self.on_expiry:
             threading.Thread(target=callback, daemon=True).start()
-        time.sleep(0.5 if self.on_expiry else 0)
+        time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
         os._exit(EXIT_CRASH)
 
 

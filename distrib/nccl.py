@@ -6,6 +6,7 @@ counts, dtype codes, pointers and stream order can be tested on a machine withou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from distrib.comm import DONE, Handle
@@ -41,11 +42,13 @@ class NcclCommunicator:
 
     name = "nccl"
 
-    def __init__(self, control: Any, cuda: Any, nccl: Any, device: int, watchdog: Watchdog) -> None:
+    def __init__(self, control: Any, cuda: Any, nccl: Any, device: int, watchdog: Watchdog,
+                 new_zero: Callable[[], Array]) -> None:  # fmt: skip
         """Join `control`'s ranks (mpi4py) into one NCCL communicator.
 
         In this order: the watchdog is armed, the device is chosen (NCCL binds to the current one), rank 0
-        makes the unique id, it is broadcast, a barrier, the init, and one warm-up all-reduce.
+        makes the unique id, it is broadcast, a barrier, the init, and one warm-up all-reduce of the array
+        that `new_zero` makes, in which NCCL connects its channels.
         """
         self.rank, self.size = int(control.Get_rank()), int(control.Get_size())
         self.seconds = 0.0
@@ -59,11 +62,8 @@ class NcclCommunicator:
             self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
             self._beside = cuda.Stream(non_blocking=True)
             self._ready = cuda.Event(disable_timing=True)
-
-    def warm_up(self, x: Array) -> None:
-        """One all-reduce of zeros, so that NCCL connects its channels before the first step."""
-        self.all_reduce(x)
-        self._cuda.get_current_stream().synchronize()
+            self.all_reduce(new_zero())
+            cuda.get_current_stream().synchronize()
 
     def _code(self, x: Array) -> int:
         try:

@@ -142,9 +142,9 @@ def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Wa
         raise UserError(f"--comm nccl: {missing}")
     from distrib.nccl import NcclCommunicator
 
-    comm = NcclCommunicator(control, backend.xp.cuda, nccl, device, watchdog)
-    comm.warm_up(backend.xp.zeros(1, "float32"))
-    return comm
+    return NcclCommunicator(
+        control, backend.xp.cuda, nccl, device, watchdog, lambda: backend.xp.zeros(1, "float32")
+    )
 
 
 def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0) -> World:

@@ -23,6 +23,11 @@ MPI_ENVIRONMENT = {
 }
 
 
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """Of every subprocess: MPI as the README sets it, one BLAS thread (other threads round otherwise)."""
+    return {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+
+
 def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True,
         ranks: int = 1) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run Python with `command` in a subprocess, under mpirun where ranks > 1; AssertionError on failure."""
@@ -30,8 +35,7 @@ def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, c
     if ranks > 1:
         mpirun = Path(sys.executable).with_name("mpirun")
         python = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks), *python]
-    environment = {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(python, cwd=cwd, env=environment, text=True, capture_output=True, timeout=LIMIT)
+    done = subprocess.run(python, cwd=cwd, env=environment(env), text=True, capture_output=True, timeout=LIMIT)
     if check:
         assert done.returncode == 0, f"{' '.join(python)}\n{done.stdout}\n{done.stderr}"
     return done

@@ -1,0 +1,142 @@
+"""The configuration: recipes, batch sizes, and rejections that name option, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options
+from distrib.errors import UserError
+
+AT_LEAST_1 = ("epochs", "batch_size", "batch_size_per_rank", "limit_train", "limit_test", "log_every",
+              "checkpoint_every", "keep", "max_steps")  # fmt: skip
+ABOVE_0 = ("lr", "width", "timeout")
+NOT_NEGATIVE = ("momentum", "weight_decay", "warmup_epochs")
+NAN, INF = float("nan"), float("inf")
+
+REJECTED: list[tuple[dict[str, Any], str, str]] = [
+    *(({name: value}, f"--{name} {value}", "1 or more") for name in AT_LEAST_1 for value in (0, -3)),
+    *(({name: value}, f"--{name} {value}", "above 0") for name in ABOVE_0 for value in (0.0, -1.0, NAN, INF, -INF)),
+    *(({name: value, "optimizer": "sgd"}, f"--{name} {value}", "0 or more") for name in NOT_NEGATIVE for value in (-0.5, NAN, INF)),
+    *(({name: "nosuch"}, f"--{name} nosuch", ", ".join(values)) for name, values in CHOICES.items()),
+    ({"seed": -1}, "--seed -1", "0 or more"),
+    ({"momentum": 1.0, "optimizer": "sgd"}, "--momentum 1.0", "less than 1"),
+    ({"momentum": 0.9}, "--momentum 0.9", "--optimizer sgd"),
+    ({"nesterov": True, "optimizer": "sgd"}, "--nesterov True", "--momentum above 0"),
+    ({"width": 65.0}, "--width 65.0", "64 or less"),
+    ({"warmup_epochs": 1.0, "schedule": "onecycle"}, "--warmup_epochs 1.0", "leave it out"),
+    ({"warmup_epochs": 3.0, "epochs": 2}, "--warmup_epochs 3.0", "--epochs 2"),
+    ({"recipe": "nosuch"}, "--recipe nosuch", ", ".join(RECIPES)),
+    ({"batch_size": 8, "batch_size_per_rank": 2}, "--batch-size-per-rank 2", "not both"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "named", "remedy"), REJECTED, ids=lambda value: str(value)[:40])
+def test_rejections_name_option_value_and_remedy(given: dict[str, Any], named: str, remedy: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(given)
+    text = str(caught.value)
+    option, _, value = named.partition(" ")
+    assert text.startswith(f"{option.replace('_', '-')} {value}: ")
+    assert remedy in text
+    assert "\n" not in text
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    config = build({})
+    assert config == Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_fills_in_and_given_options_win(name: str) -> None:
+    recipe = RECIPES[name]
+    config = build({"recipe": name})
+    assert {key: getattr(config, key) for key in recipe} == recipe
+    changed = build({"recipe": name, "lr": 0.5, "epochs": 2, "seed": None})
+    assert (changed.lr, changed.epochs, changed.batch_size) == (0.5, 2, recipe["batch_size"])
+    assert changed.recipe == name
+
+
+def test_recipe_with_batch_per_rank() -> None:
+    """The recipe's batch size gives way; only a person's own two batch sizes contradict each other."""
+    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, 100, 100).batch_size == 12
+
+
+def test_a_recipe_does_not_weaken_validation() -> None:
+    with pytest.raises(UserError, match=r"--warmup-epochs 1\.0: onecycle"):
+        build({"recipe": "demo", "warmup_epochs": 1.0})
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_resolved_batch(size: int) -> None:
+    assert build({"batch_size": 8}).resolve(size, 100, 100).batch_size == 8
+    each = build({"batch_size_per_rank": 8}).resolve(size, 100, 100)
+    assert each.batch_size == 8 * size
+    assert each.resolve(size, 100, 100) == each, "resolving twice changes nothing"
+
+
+def test_batch_below_the_number_of_ranks() -> None:
+    assert build({"batch_size": 4}).resolve(4, 100, 100).batch_size == 4
+    with pytest.raises(UserError, match=r"--batch-size 3: .*ranks, 4.* give 4 or more, or start fewer ranks"):
+        build({"batch_size": 3}).resolve(4, 100, 100)
+
+
+@pytest.mark.parametrize(("option", "limit"), [("limit_train", 65), ("limit_test", 33)])
+def test_limit_beyond_the_data(option: str, limit: int) -> None:
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {limit}: .*only {limit - 1} images"):
+        build({option: limit}).resolve(1, 64, 32)
+    assert getattr(build({option: limit - 1}).resolve(1, 64, 32), option) == limit - 1
+
+
+def test_dtype_follows_precision() -> None:
+    assert build({"precision": "float64"}).dtype == "float64"
+    assert build({"precision": "tf32"}).dtype == build({}).dtype == "float32"
+
+
+def test_json_round_trip() -> None:
+    config = build({"recipe": "demo", "data": "/some/where", "limit_train": 10})
+    assert Config(**json.loads(config.to_json())) == config
+    assert config.differences(json.loads(config.to_json())) == []
+
+
+OTHER = {"batch_size": 9, "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "loss": "bce",
+         "warmup_epochs": 1.0, "variant": "avgpool", "width": 0.5, "batch_norm": "local", "precision": "float64",
+         "limit_train": 5, "limit_test": 5, "seed": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_differences_name_the_option_and_both_values(name: str) -> None:
+    stored = dataclasses.asdict(build({}))
+    found = build({name: OTHER[name]}).differences(stored)
+    assert found == [f"--{name.replace('_', '-')} {OTHER[name]} (the run has {stored[name]})"]
+
+
+def test_differences_of_momentum() -> None:
+    sgd = build({"optimizer": "sgd", "momentum": 0.5})
+    other = build({"optimizer": "sgd", "momentum": 0.9, "nesterov": True})
+    assert other.differences(dataclasses.asdict(sgd)) == ["--momentum 0.9 (the run has 0.5)", "--nesterov True (the run has False)"]  # fmt: skip
+
+
+def test_every_option_is_either_free_or_guarded() -> None:
+    names = {name for name, *_ in options()}
+    assert set(MAY_CHANGE) <= names
+    assert names - set(MAY_CHANGE) == {*OTHER, "momentum", "nesterov", "epochs"}
+
+
+def test_epochs_may_change_with_a_constant_rate_only() -> None:
+    assert build({"epochs": 9}).differences(dataclasses.asdict(build({}))) == []
+    cosine = build({"epochs": 9, "schedule": "cosine"})
+    stored = dataclasses.asdict(build({"epochs": 8, "schedule": "cosine"}))
+    assert cosine.differences(stored) == ["--epochs 9 (the run has 8)"]
+
+
+def test_free_options_may_differ() -> None:
+    stored = dataclasses.asdict(build({}))
+    free = build({"backend": "numpy", "comm": "none", "max_steps": 3, "log_every": 1, "checkpoint_every": 2, "keep": 9,
+                  "run_dir": "x", "resume": "none", "timeout": 5.0, "data": "elsewhere"})  # fmt: skip
+    assert free.differences(stored) == []

@@ -1,0 +1,232 @@
+"""Every backward against finite differences, in float64.
+
+The derivative along a random direction d is compared with ⟨gradient, d⟩. The fourth-order central
+difference is exact, rounding apart, for what is (multi)linear near the point; for smooth functions its
+error is of order step⁴ = 1e-12. Layers (150 ReLUs) and the network (16,000) have kinks and get a step so
+small that none lies within it; loss rounding, 1e-16, over the step then leaves a relative error near 1e-9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from nn import functional as F
+from nn.backend import Backend
+from nn.conv import Geometry, conv_backward, conv_forward
+from nn.layers import EPS, ConvBN, Pass
+from nn.params import Parameters
+from nn.resnet9 import VARIANTS, ResNet9
+from nn.workspace import Workspace
+
+BOUND = 1e-7
+LINEAR, SMOOTH, LAYER, NETWORK = 0.1, 1e-3, 1e-5, 3e-7  # steps
+ORDERS = ("NHWC", "HWNC")
+SEEDS = (1, 2)
+
+both_orders = pytest.mark.parametrize("order", ORDERS)
+each_seed = pytest.mark.parametrize("seed", SEEDS)
+
+
+def workspace(order: str, dtype: str = "float64") -> Workspace:
+    """A workspace whose activations lie in memory as `order` says."""
+    return Workspace(Backend("numpy", np, order), dtype)
+
+
+def activations(ws: Workspace, values: np.ndarray, name: str) -> np.ndarray:
+    """A copy of `values` in the memory order of `ws`."""
+    image = ws.image(f"test.{name}", values.shape, values.dtype)
+    image[...] = values
+    return image
+
+
+def unwritten(ws: Workspace, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Activations that an operation must overwrite everywhere, lest NaN remain."""
+    return activations(ws, np.full(shape, np.nan, ws.dtype), name)
+
+
+def check(value: Callable[..., float], points: list[np.ndarray], gradients: list[np.ndarray], step: float,
+          rng: np.random.Generator) -> None:  # fmt: skip
+    """For each argument of `value`, the others held fixed: derivative along a random direction = ⟨gradient, d⟩."""
+    for k, (point, gradient) in enumerate(zip(points, gradients, strict=True)):
+        direction = rng.uniform(-1, 1, point.shape)
+
+        def along(t: float, k: int = k, moved: np.ndarray = point, direction: np.ndarray = direction) -> float:
+            return float(value(*points[:k], moved + t * direction, *points[k + 1 :]))
+
+        near, far = along(step) - along(-step), along(2 * step) - along(-2 * step)
+        numeric, exact = (8 * near - far) / (12 * step), float((gradient * direction).sum())
+        assert abs(numeric - exact) <= BOUND * abs(exact), f"argument {k}: numeric {numeric}, gradient {exact}"
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize(
+    ("form", "kernel", "geometry"),
+    [
+        ("loop", 3, Geometry(2, 1, 1)),
+        ("loop", 2, Geometry(1, 1, 2)),
+        ("patches", 3, Geometry(2, 2, 2)),
+        ("patches", 2, Geometry(3, 0, 1)),
+        ("winograd", 3, Geometry(1, 1, 1)),
+    ],
+)
+def test_convolution(form: str, kernel: int, geometry: Geometry, order: str, seed: int) -> None:
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    x, w = rng.standard_normal((2, 7, 6, 3)), rng.standard_normal((kernel, kernel, 3, 2))
+    shape = geometry.out_shape(x.shape, w.shape)
+    r = rng.standard_normal(shape)
+
+    def value(x: np.ndarray, w: np.ndarray) -> float:
+        y = unwritten(ws, shape, "y")
+        conv_forward(activations(ws, x, "moved"), w, geometry, y, ws, form)
+        return (y * r).sum()
+
+    x_image, y = activations(ws, x, "x"), unwritten(ws, shape, "y")
+    saved = conv_forward(x_image, w, geometry, y, ws, form)
+    dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan)
+    conv_backward(activations(ws, r, "dy"), x_image, w, geometry, saved, dw, dx, ws, form)
+    check(value, [x, w], [dx, dw], LINEAR, rng)
+
+
+@each_seed
+@both_orders
+def test_batch_norm(order: str, seed: int) -> None:
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    x, gamma, beta = rng.normal(1, 2, (3, 5, 4, 3)), rng.standard_normal(3), rng.standard_normal(3)
+    r, count = rng.standard_normal(x.shape), 3 * 5 * 4
+
+    def normalise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = activations(ws, x, "z")
+        _, variance = F.batch_norm_statistics(z, count, ws, None)
+        return z, (variance + EPS) ** -0.5
+
+    def value(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> float:
+        z, inverse_std = normalise(x)
+        y = unwritten(ws, x.shape, "y")
+        F.scale_shift_relu(z, gamma * inverse_std, beta, y, ws, relu=False)
+        return (y * r).sum()
+
+    dx = activations(ws, r, "dy")
+    z, inverse_std = normalise(x)
+    d_gamma, d_beta = F.batch_norm_backward(dx, z, inverse_std, gamma, count, ws, None)
+    check(value, [x, gamma, beta], [dx, d_gamma, d_beta], SMOOTH, rng)
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scale_shift_residual_relu(in_place: bool, order: str, seed: int) -> None:
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    x, scale, shift = rng.standard_normal((3, 5, 4, 2)), rng.standard_normal(2), rng.standard_normal(2)
+    far_from_zero = np.where(rng.random(x.shape) < 0.5, -1, 1) * rng.uniform(0.1, 2, x.shape)
+    residual, r = far_from_zero - x * scale - shift, rng.standard_normal(x.shape)
+
+    def value(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, residual: np.ndarray) -> float:
+        y = unwritten(ws, x.shape, "y")
+        images = activations(ws, x, "x"), activations(ws, residual, "residual")
+        F.scale_shift_relu(images[0], scale, shift, y, ws, residual=images[1])
+        return (y * r).sum()
+
+    value(x, scale, shift, residual)
+    dy, y = activations(ws, r, "dy"), activations(ws, np.maximum(far_from_zero, 0), "y")
+    dx = dy if in_place else unwritten(ws, x.shape, "dx")
+    F.relu_backward(dy, y, dx, ws)
+    per_channel = (dx * x).sum((0, 1, 2)), dx.sum((0, 1, 2))
+    check(value, [x, scale, shift, residual], [dx * scale, *per_channel, dx], SMOOTH, rng)
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_pooling(kind: str, size: int, order: str, seed: int) -> None:
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    shape, out_shape = (3, 7, 8, 2), (3, 7 // size, 8 // size, 2)
+    x = rng.permutation(float(np.prod(shape)) - np.arange(np.prod(shape))).reshape(shape)  # gaps of 1
+    r = rng.standard_normal(out_shape)
+    forward = F.max_pool_forward if kind == "max" else F.avg_pool_forward
+
+    def value(x: np.ndarray) -> float:
+        y = unwritten(ws, out_shape, "y")
+        forward(activations(ws, x, "moved"), size, y)
+        return (y * r).sum()
+
+    x_image, y = activations(ws, x, "x"), unwritten(ws, out_shape, "y")
+    forward(x_image, size, y)
+    dy, dx = activations(ws, r, "dy"), unwritten(ws, shape, "dx")
+    if kind == "max":
+        F.max_pool_backward(dy, x_image, y, size, dx, ws)
+    else:
+        F.avg_pool_backward(dy, size, dx)
+    check(value, [x], [dx], LINEAR, rng)
+
+
+@each_seed
+def test_linear(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, w, b, r = (rng.standard_normal(shape) for shape in ((4, 5), (3, 5), (3,), (4, 3)))
+    dw, db = np.full(w.shape, np.nan), np.full(b.shape, np.nan)
+    dx = F.linear_backward(r, x, w, dw, db)
+    check(lambda x, w, b: (F.linear_forward(x, w, b) * r).sum(), [x, w, b], [dx, dw, db], LINEAR, rng)
+
+
+@each_seed
+@pytest.mark.parametrize("loss", F.LOSSES)
+def test_losses(loss: str, seed: int) -> None:
+    rng, function = np.random.default_rng(seed), F.LOSSES[loss]
+    logits, labels = rng.normal(0, 3, (6, 10)), rng.integers(0, 10, 6)
+    check(lambda z: function(z, labels, 9)[0], [logits], [function(logits, labels, 9)[1]], SMOOTH, rng)
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("relu", "pool", "residual"), [
+    (True, False, False), (True, True, False), (True, False, True), (False, False, False),
+    (False, False, True), (False, True, False), (True, True, True),
+])  # fmt: skip
+def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str, seed: int) -> None:
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    layer = ConvBN("layer", 2, 3, kernel=kernel, relu=relu, pool=pool)
+    params, step = Parameters(layer.specs(), ws.backend, "float64"), Pass(True, 3)
+    layer.bind(params, ws, {})
+    x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))
+    r = rng.standard_normal((3, 3, 3, 3) if pool else more.shape)
+
+    def forward(x: np.ndarray, flat: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+        params.values[...] = flat
+        image = activations(ws, more, "more") if residual else None
+        return layer.forward(activations(ws, x, "x"), step, image)
+
+    points, told = [x, flat, *([more] if residual else [])], []
+    forward(*points)
+    dy = activations(ws, r, "dy")
+    dx = layer.backward(dy, step, lambda parameter: told.append(parameter.name))
+    gradients = [dx.copy(), params.grads.copy(), *([dy.copy()] if residual else [])]
+    assert sorted(told) == sorted(parameter.name for parameter in params)
+    if pool and residual:  # the network has no such layer; it does not offer the residual's gradient
+        more_fixed = points.pop()
+        check(lambda x, flat: (forward(x, flat, more_fixed) * r).sum(), points, gradients[:2], LAYER, rng)
+    else:
+        check(lambda *points: (forward(*points) * r).sum(), points, gradients, LAYER, rng)
+
+
+@both_orders
+@pytest.mark.parametrize("loss", F.LOSSES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whole_network(variant: str, loss: str, order: str) -> None:
+    """All parameters at once, along one random direction in the flat vector."""
+    rng = np.random.default_rng(SEEDS[0])
+    model = ResNet9(variant, 1 / 32, seed=3, backend=Backend("numpy", np, order), dtype="float64")
+    x, labels, step = rng.random((2, 28, 28, 1)), rng.integers(0, 10, 2), Pass(True, 2)
+    flat = model.params.values + rng.normal(0, 0.1, model.params.values.size)  # γ and β off their start
+
+    def forward(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        model.params.values[...] = flat
+        return F.LOSSES[loss](model.forward(activations(model.ws, x, "x"), step), labels, 2)
+
+    model.backward(forward(flat)[1], step)
+    check(lambda flat: forward(flat)[0], [flat], [model.params.grads.copy()], NETWORK, rng)

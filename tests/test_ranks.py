@@ -1,0 +1,124 @@
+"""The number of ranks changes the speed and nothing else: runs under real MPI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import losses, run, summary, train
+from safetensors.numpy import load_file
+
+SAME = ("--epochs", 2, "--batch-size", 26, "--limit-train", 1042, "--limit-test", 103, "--width", 0.125,
+        "--precision", "float64", "--lr", 1e-3, "--log-every", 1, "--seed", 3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same run on 1, 2, 3 and 4 ranks; the last batch of an epoch has 2 images."""
+    folders = {}
+    for ranks in (1, 2, 3, 4):
+        folders[ranks] = tmp_path_factory.mktemp("ranks") / str(ranks)
+        train(folders[ranks], *SAME, ranks=ranks)
+    return folders
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_losses_and_parameters_equal_one_rank(runs: dict[int, Path], ranks: int) -> None:
+    alone, together = losses(runs[1]), losses(runs[ranks])
+    assert len(alone) == 2 * 41
+    np.testing.assert_allclose(together, alone, rtol=1e-9)
+    name = "checkpoints/step-00000082.safetensors"
+    expected, found = load_file(runs[1] / name), load_file(runs[ranks] / name)
+    for key, value in expected.items():
+        scale = np.abs(value).max()
+        assert np.abs(found[key] - value).max() <= 1e-8 * scale, key
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_every_rank_holds_the_same_model_and_every_image_counts_once(runs: dict[int, Path], ranks: int) -> None:
+    found = summary(runs[ranks])
+    assert found["world_size"] == ranks
+    assert found["rank_digests"] == [found["parameter_digest"]] * ranks
+    assert sum(found["images_per_rank"]) == 2 * 1042
+    assert max(found["images_per_rank"]) - min(found["images_per_rank"]) <= 2 * 41
+    assert found["test_accuracy"] == summary(runs[1])["test_accuracy"]
+    # on 103 images, an accuracy is a whole number of images
+    assert found["test_accuracy"] * 103 / 100 == pytest.approx(round(found["test_accuracy"] * 103 / 100), abs=1e-9)
+
+
+UNSYNCHRONISED = """
+import sys
+from distrib import comm, mpi
+plain = mpi.MpiCommunicator.all_reduce
+mpi.MpiCommunicator.all_reduce = lambda self, x, overlap=False: comm.DONE if overlap else plain(self, x)
+from distrib.command import main
+sys.exit(main())
+"""
+
+
+def test_without_reduction_the_ranks_differ(tmp_path: Path) -> None:
+    """The negative check: gradients that stay on their rank give different models."""
+    folder = tmp_path / "run"
+    run("-c", UNSYNCHRONISED, "--run-dir", folder, *SAME, "--max-steps", 3, ranks=2)
+    first, second = summary(folder)["rank_digests"]
+    assert first != second
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_same_command_gives_the_same_digest(tmp_path: Path, optimizer: str, ranks: int) -> None:
+    """float32, to the bit."""
+    digests = set()
+    for attempt in "ab":
+        train(tmp_path / attempt, "--epochs", 1, "--batch-size", 32, "--limit-train", 320, "--limit-test", 10,
+              "--width", 0.125, "--optimizer", optimizer, ranks=ranks)  # fmt: skip
+        digests.add(summary(tmp_path / attempt)["parameter_digest"])
+    assert len(digests) == 1
+
+
+def test_local_batch_norm_differs_from_sync(tmp_path: Path) -> None:
+    arguments = ("--epochs", 1, "--batch-size", 8, "--limit-train", 64, "--limit-test", 10, "--width", 0.125)
+    for kind in ("sync", "local"):
+        train(tmp_path / kind, *arguments, "--batch-norm", kind, ranks=2)
+    assert summary(tmp_path / "sync")["parameter_digest"] != summary(tmp_path / "local")["parameter_digest"]
+    local = summary(tmp_path / "local")
+    assert local["rank_digests"][0] == local["rank_digests"][1]
+
+
+def test_a_crash_of_one_rank_ends_the_job(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from distrib import train
+plain = train.Trainer.step
+def step(self, indices, count):
+    if self.world.rank == 1 and self.at.step == 3:
+        raise ZeroDivisionError("planted")
+    plain(self, indices, count)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+    done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, ranks=2, check=False)
+    assert done.returncode not in (0, 2, 85)
+    assert "rank 1 on" in done.stderr
+    assert "ZeroDivisionError: planted" in done.stderr
+
+
+def test_a_silent_rank_ends_the_job(tmp_path: Path) -> None:
+    script = """
+import sys, time
+from distrib import train
+plain = train.Trainer.step
+def step(self, indices, count):
+    if self.world.rank == 1 and self.at.step == 3:
+        time.sleep(3600)
+    plain(self, indices, count)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+    done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, "--timeout", 3, ranks=2, check=False)
+    assert done.returncode not in (0, 2, 85)
+    assert "rank 0 on" in done.stderr
+    assert "at step 4" in done.stderr

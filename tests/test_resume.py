@@ -1,0 +1,142 @@
+"""A run that was stopped and taken up again is the run that was never stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, metrics, summary, train
+
+BASE = ("--epochs", 2, "--batch-size", 32, "--limit-train", 200, "--limit-test", 50, "--width", 0.125,
+        "--log-every", 2, "--schedule", "cosine", "--warmup-epochs", 0.5)  # fmt: skip
+OPTIMIZERS = {
+    "adam": ("--optimizer", "adam", "--weight-decay", 0.01),
+    "sgd": ("--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.9, "--nesterov", "--weight-decay", 1e-4),
+}
+STEPS = 14  # two epochs of 7, the last batch of each has 8 images
+SAME_FIELDS = ("parameter_digest", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps",
+               "epochs", "images_per_rank", "finished")  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple]:
+    """The run that was never stopped, and its options."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = (*BASE, *OPTIMIZERS[request.param])
+    train(folder, *options)
+    return folder, options
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if "second" not in k} for line in metrics(folder)]
+
+
+def compare(folder: Path, whole: Path) -> None:
+    found, expected = summary(folder), summary(whole)
+    assert {name: found[name] for name in SAME_FIELDS} == {name: expected[name] for name in SAME_FIELDS}
+    assert without_times(folder) == without_times(whole)
+
+
+@pytest.mark.parametrize("step", [1, 6, 7, 8, 13])
+def test_stopped_after_any_step(whole: tuple[Path, tuple], step: int, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", whole[1]
+    train(folder, *options, "--max-steps", step)
+    early = summary(folder)
+    assert not early["finished"]
+    assert early["steps"] == step
+    assert early["test_accuracy"] is not None
+    train(folder, *options)
+    compare(folder, whole[0])
+
+
+def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:
+    """Fourteen processes of one step each, in one folder."""
+    for step in range(1, STEPS + 1):
+        train(tmp_path / "run", *whole[1], "--max-steps", step)
+    compare(tmp_path / "run", whole[0])
+
+
+def test_two_ranks_resume_to_the_bit(tmp_path: Path) -> None:
+    options = (*BASE, *OPTIMIZERS["adam"])
+    train(tmp_path / "whole", *options, ranks=2)
+    train(tmp_path / "parts", *options, "--max-steps", 9, ranks=2)
+    train(tmp_path / "parts", *options, ranks=2)
+    compare(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_another_number_of_ranks(tmp_path: Path) -> None:
+    """Within rounding of the run that stayed on one rank, and a line says what changed."""
+    options = (*BASE, *OPTIMIZERS["adam"], "--precision", "float64")
+    train(tmp_path / "whole", *options)
+    train(tmp_path / "parts", *options, "--max-steps", 9)
+    done = train(tmp_path / "parts", *options, ranks=3)
+    assert "world_size: 1 → 3" in done.stdout
+    found, expected = summary(tmp_path / "parts"), summary(tmp_path / "whole")
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-9)
+    assert found["world_size"] == 3
+    assert sum(found["images_per_rank"]) == 400
+
+
+def test_more_epochs_of_a_finished_run(tmp_path: Path) -> None:
+    """With a constant rate, one epoch and then another equal two."""
+    options = ("--batch-size", 32, "--limit-train", 100, "--limit-test", 20, "--width", 0.125)
+    train(tmp_path / "whole", *options, "--epochs", 2)
+    train(tmp_path / "parts", *options, "--epochs", 1)
+    train(tmp_path / "parts", *options, "--epochs", 2)
+    compare(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_stops_with_a_checkpoint_and_85(whole: tuple[Path, tuple], tmp_path: Path, number: int) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "distrib.train", "--run-dir", str(folder), *map(str, whole[1])]
+    script = f"""
+import sys, time
+from distrib import train
+plain = train.Trainer.step
+def step(self, indices, count):
+    if self.at.step == 4:
+        open({str(tmp_path / "ready")!r}, "w")
+        time.sleep(2)
+    plain(self, indices, count)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", script, *command[3:]], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 85
+    stopped = summary(folder)
+    assert not stopped["finished"]
+    assert stopped["steps"] == 5
+    train(folder, *whole[1])
+    compare(folder, whole[0])
+
+
+def test_killed_without_a_word(whole: tuple[Path, tuple], tmp_path: Path) -> None:
+    """SIGKILL between checkpoints: the run goes on from the last one and ends alike."""
+    script = """
+import os, signal, sys
+from distrib import train
+plain = train.Trainer.step
+def step(self, indices, count):
+    if self.at.step == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, indices, count)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", script, "--run-dir", str(folder), *map(str, whole[1]), "--checkpoint-every", "3"]
+    assert subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
+    train(folder, *whole[1])
+    compare(folder, whole[0])

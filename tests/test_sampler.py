@@ -1,0 +1,58 @@
+"""Which images a rank computes: pure functions of (seed, epoch, step, rank, size)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from distrib.sampler import batch_indices, permutation, share, steps_per_epoch
+
+
+def test_permutation_depends_on_seed_and_epoch_alone() -> None:
+    first = permutation(3, 2, 1000)
+    np.random.seed(0)  # the global generator plays no part
+    permutation(4, 9, 500)
+    np.testing.assert_array_equal(permutation(3, 2, 1000), first)
+    orders = [permutation(seed, epoch, 1000).tobytes() for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25, "also (1, 2) and (2, 1) differ"
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 1000, 60000])
+def test_permutation_is_without_replacement(images: int) -> None:
+    order = permutation(0, 0, images)
+    np.testing.assert_array_equal(np.sort(order), np.arange(images))
+
+
+@pytest.mark.parametrize(("images", "batch", "steps"), [(60000, 8, 7500), (10, 4, 3), (10, 5, 2), (3, 100, 1), (1, 1, 1)])
+def test_steps_per_epoch(images: int, batch: int, steps: int) -> None:
+    assert steps_per_epoch(images, batch) == steps
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7, 8, 97, 128])
+def test_shares_are_contiguous_nearly_equal_and_cover_everything(count: int, size: int) -> None:
+    parts = [share(count, rank, size) for rank in range(size)]
+    assert parts[0].start == 0
+    assert parts[-1].stop == count
+    assert all(left.stop == right.start for left, right in pairwise(parts))
+    sizes = [part.stop - part.start for part in parts]
+    assert min(sizes) >= 0
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True), "the first ranks have one more"
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("images", [50, 48, 49])  # the last batch: 2 images, 16, 1: fewer than ranks
+def test_ranks_together_compute_the_single_process_batch(images: int, size: int) -> None:
+    batch, order = 16, permutation(1, 0, images)
+    seen = []
+    for step in range(steps_per_epoch(images, batch)):
+        alone, count = batch_indices(order, step, batch, 0, 1)
+        parts = [batch_indices(order, step, batch, rank, size) for rank in range(size)]
+        assert {total for _, total in parts} == {count} == {len(alone)}
+        np.testing.assert_array_equal(np.concatenate([own for own, _ in parts]), alone)
+        seen.append(alone)
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(images))
+    np.testing.assert_array_equal(np.concatenate(seen), order)

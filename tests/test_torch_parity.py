@@ -1,0 +1,155 @@
+"""The network and its training against PyTorch, from the same weights on the same images."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nn.functional import LOSSES
+from nn.layers import Pass
+from nn.optim import SGD, Adam, Optimizer
+from nn.resnet9 import VARIANTS, ResNet9
+
+WIDTH, BATCH, STEPS, LR = 0.0625, 5, 10, 0.01
+
+# Relative to the largest absolute value of each tensor. Float64: the two sum in other orders.
+# Float32: a unit of rounding is 6e-8. Winograd's transforms make it 2e-6 a layer (tests/test_conv.py), and
+# seven to twelve layers of batch norm on few images, each dividing by a standard deviation, add up to a
+# few 1e-5; a gradient passes through as many layers again.
+BOUND = {"float64": 1e-9, "float32": 1e-4}
+
+OPTIMIZERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "sgd": (lambda p: SGD(p), "SGD", {}),
+    "momentum": (lambda p: SGD(p, momentum=0.9), "SGD", {"momentum": 0.9}),
+    "nesterov": (
+        lambda p: SGD(p, weight_decay=0.01, momentum=0.9, nesterov=True),
+        "SGD",
+        {"weight_decay": 0.01, "momentum": 0.9, "nesterov": True},
+    ),
+    "adam": (lambda p: Adam(p), "Adam", {}),
+    "decoupled": (lambda p: Adam(p, weight_decay=0.1), "AdamW", {"weight_decay": 0.1}),
+}
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_loss = pytest.mark.parametrize("loss", LOSSES)
+each_dtype = pytest.mark.parametrize("dtype", BOUND)
+each_seed = pytest.mark.parametrize("seed", [11, 12])
+
+
+def import_torch() -> ModuleType:
+    """PyTorch; where it is missing the test is skipped, visibly."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed: parity is not checked")
+
+
+def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], bound: float) -> None:
+    """Every tensor equal to `bound`, relative to the largest absolute value of theirs."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].shape == value.shape, name
+        error = np.abs(ours[name] - value).max() / np.abs(value).max()
+        assert error <= bound, f"{name}: relative error {error:.2e}"
+
+
+class Pair:
+    """Our network and PyTorch's with the same random weights and running statistics, and a stream of batches."""
+
+    def __init__(self, variant: str, loss: str, dtype: str, seed: int, optimizer: str = "sgd") -> None:
+        torch = self.torch = import_torch()
+        from launch.torch_resnet9 import TorchResNet9
+
+        self.rng, self.loss, self.dtype = np.random.default_rng(seed), loss, dtype
+        self.ours = ResNet9(variant, WIDTH, seed=seed, dtype=dtype)
+        self.theirs = TorchResNet9(variant, WIDTH).to(getattr(torch, dtype))
+        state = self.ours.state_dict()
+        for name, value in state.items():  # start from no special values of γ, β and the running statistics
+            if value.ndim == 1:
+                state[name] = value + self.rng.uniform(-0.2, 0.2, value.shape).astype(dtype)
+        self.ours.load_state_dict(state)
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in self.ours.state_dict().items()}
+        self.theirs.load_state_dict(tensors, strict=True)
+        make, kind, options = OPTIMIZERS[optimizer]
+        self.own_optimizer: Optimizer = make(self.ours.params)
+        self.optimizer = getattr(torch.optim, kind)(self.theirs.parameters(), LR, **options)
+
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images with values in [0, 1] as our network takes them, and labels."""
+        x = self.ours.ws.image("input", (BATCH, 28, 28, 1))
+        x[...] = self.rng.random(x.shape)
+        return x, self.rng.integers(0, 10, BATCH)
+
+    def their_logits(self, x: np.ndarray) -> Any:
+        return self.theirs(self.torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C")))
+
+    def their_loss(self, logits: Any, labels: np.ndarray) -> Any:
+        f, target = self.torch.nn.functional, self.torch.from_numpy(labels)
+        if self.loss == "ce":
+            return f.cross_entropy(logits, target)
+        return f.binary_cross_entropy_with_logits(logits, f.one_hot(target, 10).to(logits.dtype))
+
+    def step(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """One step of each; returns loss, logits and all gradients of each."""
+        x, labels = self.batch()
+        this = Pass(True, BATCH)
+        logits = self.ours.forward(x, this)
+        loss, dlogits = LOSSES[self.loss](logits, labels, BATCH)
+        self.ours.backward(dlogits, this)
+        self.own_optimizer.step(LR)
+        ours = {"loss": np.array(loss), "logits": logits, **self.ours.params.to_checkpoint(self.ours.params.grads)}
+
+        self.optimizer.zero_grad()
+        their_logits = self.their_logits(x)
+        their_loss = self.their_loss(their_logits, labels)
+        their_loss.backward()
+        for group in self.optimizer.param_groups:
+            if "eps" in group:  # makes their ε, added to √v̂, our ε̂, added to √v
+                group["eps"] = 1e-7 / (1 - 0.999**self.own_optimizer.steps) ** 0.5
+        self.optimizer.step()
+        theirs = {name: p.grad.numpy() for name, p in self.theirs.named_parameters()}
+        return ours, {"loss": their_loss.detach().numpy(), "logits": their_logits.detach().numpy(), **theirs}
+
+    def their_state(self) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in self.theirs.state_dict().items()}
+
+
+@each_seed
+@each_dtype
+@each_loss
+@each_variant
+def test_one_step(variant: str, loss: str, dtype: str, seed: int) -> None:
+    """Logits, loss, every gradient; then parameters and running statistics."""
+    pair = Pair(variant, loss, dtype, seed)
+    ours, theirs = pair.step()
+    assert_close(ours, theirs, BOUND[dtype])
+    assert_close(pair.ours.state_dict(), pair.their_state(), BOUND[dtype])
+
+
+@each_dtype
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@each_loss
+@each_variant
+def test_ten_steps(variant: str, loss: str, optimizer: str, dtype: str) -> None:
+    pair = Pair(variant, loss, dtype, 13, optimizer)
+    for _ in range(STEPS):
+        pair.step()
+    assert_close(pair.ours.state_dict(), pair.their_state(), BOUND[dtype])
+
+
+@each_seed
+@each_variant
+def test_their_state_dict_in_evaluation(variant: str, seed: int) -> None:
+    """PyTorch's own initial weights, trained a little there, give the same logits here."""
+    pair = Pair(variant, "ce", "float64", seed)
+    for _ in range(2):
+        pair.step()
+    pair.torch.manual_seed(seed)
+    for parameter in pair.theirs.parameters():
+        pair.torch.nn.init.normal_(parameter, 0.1, 0.3)
+    pair.ours.load_state_dict(pair.their_state())
+    x, _ = pair.batch()
+    pair.theirs.eval()
+    with pair.torch.no_grad():
+        theirs = {"logits": pair.their_logits(x).numpy()}
+    assert_close({"logits": pair.ours.forward(x, Pass(False))}, theirs, 1e-12)
