@@ -142,7 +142,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, or None, and what is wrong with the newer ones."""
-    problems = []
+    problems: list[str] = []
     for path in list_checkpoints(folder):
         try:
             return load_checkpoint(path), problems

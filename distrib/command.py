@@ -32,7 +32,7 @@ def _signature() -> inspect.Signature:
     """One typer option for each field; None stands for "not given", so that a recipe can fill it in."""
     parameters = []
     for name, kind, default, text in options():
-        base = TYPES[kind.split(" | ")[0]]
+        base: Any = TYPES[kind.split(" | ")[0]]
         shown = text if default in (None, False) else f"{text} [default: {default}]"
         flag = f"--{name.replace('_', '-')}"
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False)]

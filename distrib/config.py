@@ -27,9 +27,9 @@ CHOICES = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "demo": dict(epochs=1, batch_size=128, lr=0.02, schedule="onecycle", width=0.125, log_every=20),
-    "reference": dict(epochs=8, batch_size=8, lr=1e-3, optimizer="adam"),
-    "reference-sgd": dict(epochs=8, batch_size=8, lr=1e-3, optimizer="sgd"),
+    "demo": {"epochs": 1, "batch_size": 128, "lr": 0.02, "schedule": "onecycle", "width": 0.125, "log_every": 20},
+    "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
+    "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
 
 MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "run_dir", "resume",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +12,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distrib import launched_ranks
+
 PLAIN_SECONDS = 10.0
 """Seconds between lines of progress where the output is a file."""
+
+
+def on_terminal() -> bool:
+    """Whether a person reads along. mpirun gives its ranks a terminal of their own, even into a log file."""
+    if not sys.stdout.isatty() or launched_ranks() == 1:
+        return sys.stdout.isatty()
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
 
 
 class Screen:
     """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
 
     def __init__(self, active: bool) -> None:
-        self._console = Console(quiet=not active, highlight=False)
+        self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
         if not self._console.is_terminal:  # a log file has no width to wrap at
             self._console.width = 200
-        self._bar = self._task = None
+        self._bar: Progress | None = None
         self._last_line = time.monotonic()
         self._active = active
 
@@ -41,12 +55,13 @@ class Screen:
         self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
         if not (self._active and self._console.is_terminal):
             return
-        self._bar = Progress(
+        self._bar = bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self._console, refresh_per_second=4,
+            redirect_stdout=False, redirect_stderr=False,  # a crash must reach the real stderr
         )  # fmt: skip
-        self._task = self._bar.add_task(f"epoch 1/{epochs}", total=steps, completed=done, info="")
-        self._bar.start()
+        self._task = bar.add_task(f"epoch 1/{epochs}", total=steps, completed=done, info="")
+        bar.start()
 
     def due(self) -> bool:
         """Whether `progress` would show anything now; asking costs next to nothing."""
@@ -59,7 +74,7 @@ class Screen:
         """Show that `step` steps are done."""
         self._last_line = time.monotonic()
         info = f"loss {loss:.4f}  {images_per_second:.0f} images/s"
-        if self._bar is not None and self._task is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info)
             return
         rate = (time.monotonic() - self._begin) / max(1, step - self._first)

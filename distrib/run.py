@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from distrib import __version__
 from distrib import checkpoint as ckpt
 from distrib.config import Config
 from distrib.errors import UserError
@@ -117,13 +121,6 @@ class Run:
 
 def environment(threads: int, backend: str) -> dict[str, Any]:
     """What besides the configuration must be the same for a resumed run to agree to the bit."""
-    import platform
-
-    import numpy as np
-    from threadpoolctl import threadpool_info
-
-    from distrib import __version__
-
     blas = next((f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
                  for p in threadpool_info() if p["user_api"] == "blas"), "unknown")  # fmt: skip
     return {
@@ -134,13 +131,10 @@ def environment(threads: int, backend: str) -> dict[str, Any]:
         "processor": _processor(),
         "threads": threads,
         "backend": backend,
-        "pid": os.getpid(),
     }
 
 
 def _processor() -> str:
-    import platform
-
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +125,15 @@ def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Wa
     from distrib.mpi import StagedCommunicator
 
     device, sharing = _devices(control, backend)
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy warns in many lines; ours is one
         from cupy.cuda import nccl
-
+    version: int = 0
+    missing: str | None = "CuPy finds no NCCL library: pip install nvidia-nccl-cu12 (or -cu13)"
+    if nccl.available:
         version, missing = nccl.get_version(), None
-    except ImportError as error:
-        version, missing = 0, f"CuPy finds no NCCL library ({error}): pip install nvidia-nccl-cu12"
-    if sharing > 1 and not missing and not (version >= MULTI_RANK_NCCL and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):  # fmt: skip
+    may_share = version >= MULTI_RANK_NCCL and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if sharing > 1 and not missing and not may_share:
         missing = (
             f"{sharing} ranks share one GPU, which takes NCCL 2.30 (found {version}) and"
             " NCCL_MULTI_RANK_GPU_ENABLE=1: start one rank per GPU, or use --comm mpi"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
-import distrib  # first: it sets the number of BLAS threads before NumPy is imported
-
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import distrib  # first: it sets the number of BLAS threads before NumPy is imported
 from distrib.command import run_app, train_command
 
 app = typer.Typer(

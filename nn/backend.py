@@ -115,7 +115,7 @@ def pixels(x: Array) -> Array:
     return x.transpose(memory_axes(x)).reshape(-1, x.shape[-1])
 
 
-def lanes(x: Array, per_channel: Array | None = None) -> tuple[Array, int]:
+def lanes(x: Array) -> tuple[Array, int]:
     """View of activations as (rows, lanes) with lanes = k·C, and k.
 
     Per-channel vectors are tiled k times along the lanes: long inner loops cost NumPy three to four

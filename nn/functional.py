@@ -60,9 +60,8 @@ def batch_norm_statistics(
 
 
 def scale_shift_relu(
-    x: Array, scale: Array, shift: Array, y: Array, ws: Workspace,
-    residual: Array | None = None, relu: bool = True,
-) -> None:  # fmt: skip
+    x: Array, scale: Array, shift: Array, y: Array, residual: Array | None = None, relu: bool = True
+) -> None:
     """y = relu(x · scale + shift + residual) with scale and shift (C,): batch norm's second half."""
     xp = namespace(x)
     x_rows, groups = lanes(x)
@@ -86,7 +85,7 @@ def relu_backward(dy: Array, y: Array, dx: Array, ws: Workspace) -> None:
     xp = namespace(y)
     for block in blocks(y_rows):
         part = y_rows[block]
-        mask = ws.scratch("mask", part.shape, bool)
+        mask = ws.scratch("mask", part.shape, "bool")
         xp.greater(part, 0, out=mask)
         xp.multiply(dy_rows[block], mask, out=dx_rows[block])
 
@@ -150,8 +149,8 @@ def max_pool_backward(dy: Array, x: Array, y: Array, size: int, dx: Array, ws: W
     xp = namespace(x)
     if x.shape[1] % size or x.shape[2] % size:
         dx[...] = 0
-    free = ws.image("pool.free", y.shape, bool, keep=False)
-    wins = ws.image("pool.wins", y.shape, bool, keep=False)
+    free = ws.image("pool.free", y.shape, "bool", keep=False)
+    wins = ws.image("pool.wins", y.shape, "bool", keep=False)
     free[...] = True
     for view, dview in zip(pool_views(x, size), pool_views(dx, size), strict=True):
         xp.equal(view, y, out=wins)

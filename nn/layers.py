@@ -77,7 +77,7 @@ class ConvBN:
         else:
             inverse_std = (self.running_var.astype(np.float64) + EPS) ** -0.5
             shift = self.beta.value - self.running_mean * self.gamma.value * inverse_std
-        F.scale_shift_relu(z, self.gamma.value * inverse_std, shift, y, self.ws, residual, self.relu)
+        F.scale_shift_relu(z, self.gamma.value * inverse_std, shift, y, residual, self.relu)
         out = y
         if self.pool:
             n, h, w, c = shape
@@ -131,7 +131,7 @@ class Residual:
         return self.second.forward(self.first.forward(x, step), step, residual)
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad) -> Array:
-        dx = self.first.backward(self.second.backward(dy, step, on_grad), step, on_grad)
+        dx: Array = self.first.backward(self.second.backward(dy, step, on_grad), step, on_grad)
         dx += self.shortcut.backward(dy, step, on_grad) if self.shortcut else dy
         return dx
 

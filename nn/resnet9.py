@@ -82,7 +82,7 @@ class ResNet9:
             self.batches_tracked += 1
         return self.head.forward(x, step)
 
-    def backward(self, dy: Array, step: Pass, on_grad: OnGrad = lambda parameter: None) -> None:
+    def backward(self, dy: Array, step: Pass, on_grad: OnGrad = lambda _: None) -> None:
         """Fill the flat gradient for dy = dL/dlogits; `on_grad` hears of each parameter as it is done."""
         dx = self.head.backward(dy, on_grad)
         for stage in reversed(self.stages[1:]):

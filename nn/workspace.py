@@ -33,19 +33,19 @@ class Workspace:
         child._prefix = f"{self._prefix}{prefix}."
         return child
 
-    def scratch(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """Array of `shape` (C order), contents undefined, valid until the next operation."""
-        dtype, size = np.dtype(dtype or self.dtype), prod(shape)
+        kind, size = np.dtype(dtype or self.dtype), prod(shape)
         flat = self._flat.get(name)
-        if flat is None or flat.size < size or flat.dtype != dtype:
-            flat = self._flat[name] = self.backend.xp.empty(max(size, 1), dtype)
+        if flat is None or flat.size < size or flat.dtype != kind:
+            flat = self._flat[name] = self.backend.xp.empty(max(size, 1), kind)
         return flat[:size].reshape(shape)
 
-    def keep(self, name: str, shape: tuple[int, ...], dtype: object = None) -> Array:
+    def keep(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """As `scratch`, but the buffer is this scope's own."""
         return self.scratch(self._prefix + name, shape, dtype)
 
-    def image(self, name: str, shape: tuple[int, ...], dtype: object = None, keep: bool = True) -> Array:
+    def image(self, name: str, shape: tuple[int, ...], dtype: str | None = None, keep: bool = True) -> Array:
         """Activations of logical shape (N, H, W, C) in the backend's memory order."""
         take = self.keep if keep else self.scratch
         if self.backend.order == "NHWC":

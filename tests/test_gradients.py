@@ -37,7 +37,7 @@ def workspace(order: str, dtype: str = "float64") -> Workspace:
 
 def activations(ws: Workspace, values: np.ndarray, name: str) -> np.ndarray:
     """A copy of `values` in the memory order of `ws`."""
-    image = ws.image(f"test.{name}", values.shape, values.dtype)
+    image = ws.image(f"test.{name}", values.shape)
     image[...] = values
     return image
 
@@ -63,16 +63,10 @@ def check(value: Callable[..., float], points: list[np.ndarray], gradients: list
 
 @each_seed
 @both_orders
-@pytest.mark.parametrize(
-    ("form", "kernel", "geometry"),
-    [
-        ("loop", 3, Geometry(2, 1, 1)),
-        ("loop", 2, Geometry(1, 1, 2)),
-        ("patches", 3, Geometry(2, 2, 2)),
-        ("patches", 2, Geometry(3, 0, 1)),
-        ("winograd", 3, Geometry(1, 1, 1)),
-    ],
-)
+@pytest.mark.parametrize(("form", "kernel", "geometry"), [
+    ("loop", 3, Geometry(2, 1, 1)), ("loop", 2, Geometry(1, 1, 2)), ("patches", 3, Geometry(2, 2, 2)),
+    ("patches", 2, Geometry(3, 0, 1)), ("winograd", 3, Geometry(1, 1, 1)),
+])  # fmt: skip
 def test_convolution(form: str, kernel: int, geometry: Geometry, order: str, seed: int) -> None:
     rng, ws = np.random.default_rng(seed), workspace(order)
     x, w = rng.standard_normal((2, 7, 6, 3)), rng.standard_normal((kernel, kernel, 3, 2))
@@ -106,7 +100,7 @@ def test_batch_norm(order: str, seed: int) -> None:
     def value(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> float:
         z, inverse_std = normalise(x)
         y = unwritten(ws, x.shape, "y")
-        F.scale_shift_relu(z, gamma * inverse_std, beta, y, ws, relu=False)
+        F.scale_shift_relu(z, gamma * inverse_std, beta, y, relu=False)
         return (y * r).sum()
 
     dx = activations(ws, r, "dy")
@@ -126,11 +120,10 @@ def test_scale_shift_residual_relu(in_place: bool, order: str, seed: int) -> Non
 
     def value(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, residual: np.ndarray) -> float:
         y = unwritten(ws, x.shape, "y")
-        images = activations(ws, x, "x"), activations(ws, residual, "residual")
-        F.scale_shift_relu(images[0], scale, shift, y, ws, residual=images[1])
+        more = activations(ws, residual, "residual")
+        F.scale_shift_relu(activations(ws, x, "x"), scale, shift, y, residual=more)
         return (y * r).sum()
 
-    value(x, scale, shift, residual)
     dy, y = activations(ws, r, "dy"), activations(ws, np.maximum(far_from_zero, 0), "y")
     dx = dy if in_place else unwritten(ws, x.shape, "dx")
     F.relu_backward(dy, y, dx, ws)
@@ -165,18 +158,13 @@ def test_pooling(kind: str, size: int, order: str, seed: int) -> None:
 
 
 @each_seed
-def test_linear(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("loss", F.LOSSES)
+def test_linear_and_losses(loss: str, seed: int) -> None:
+    rng, function = np.random.default_rng(seed), F.LOSSES[loss]
     x, w, b, r = (rng.standard_normal(shape) for shape in ((4, 5), (3, 5), (3,), (4, 3)))
     dw, db = np.full(w.shape, np.nan), np.full(b.shape, np.nan)
     dx = F.linear_backward(r, x, w, dw, db)
     check(lambda x, w, b: (F.linear_forward(x, w, b) * r).sum(), [x, w, b], [dx, dw, db], LINEAR, rng)
-
-
-@each_seed
-@pytest.mark.parametrize("loss", F.LOSSES)
-def test_losses(loss: str, seed: int) -> None:
-    rng, function = np.random.default_rng(seed), F.LOSSES[loss]
     logits, labels = rng.normal(0, 3, (6, 10)), rng.integers(0, 10, 6)
     check(lambda z: function(z, labels, 9)[0], [logits], [function(logits, labels, 9)[1]], SMOOTH, rng)
 
@@ -196,22 +184,19 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
     x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))
     r = rng.standard_normal((3, 3, 3, 3) if pool else more.shape)
 
-    def forward(x: np.ndarray, flat: np.ndarray, more: np.ndarray | None = None) -> np.ndarray:
+    def value(x: np.ndarray, flat: np.ndarray, more: np.ndarray = more) -> float:
         params.values[...] = flat
         image = activations(ws, more, "more") if residual else None
-        return layer.forward(activations(ws, x, "x"), step, image)
+        return (layer.forward(activations(ws, x, "x"), step, image) * r).sum()
 
-    points, told = [x, flat, *([more] if residual else [])], []
-    forward(*points)
-    dy = activations(ws, r, "dy")
+    value(x, flat)
+    dy, told = activations(ws, r, "dy"), []
     dx = layer.backward(dy, step, lambda parameter: told.append(parameter.name))
-    gradients = [dx.copy(), params.grads.copy(), *([dy.copy()] if residual else [])]
     assert sorted(told) == sorted(parameter.name for parameter in params)
-    if pool and residual:  # the network has no such layer; it does not offer the residual's gradient
-        more_fixed = points.pop()
-        check(lambda x, flat: (forward(x, flat, more_fixed) * r).sum(), points, gradients[:2], LAYER, rng)
-    else:
-        check(lambda *points: (forward(*points) * r).sum(), points, gradients, LAYER, rng)
+    points, gradients = [x, flat], [dx.copy(), params.grads.copy()]
+    if residual and not pool:  # with both, as no layer of the network has, dy is not the residual's gradient
+        points, gradients = [*points, more], [*gradients, dy.copy()]
+    check(value, points, gradients, LAYER, rng)
 
 
 @both_orders

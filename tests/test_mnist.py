@@ -1,9 +1,11 @@
-"""The MNIST of the package, and data sets in other folders, gzipped or not."""
+"""The MNIST of the package, data sets in other folders, and what is said of damaged files."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 from conftest import write_idx
 
 from distrib import mnist
+from distrib.errors import UserError
 
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"  # as small_data has them
 TRAIN_LABELS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_LABELS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -88,3 +92,91 @@ def test_digest_sees_every_array(small_data: Path) -> None:
         parts[name].flat[3] ^= 1
         changed.add(mnist.Dataset(before.name, **parts).digest())
     assert len(changed) == 5
+
+
+def content(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def put(path: Path, data: bytes) -> None:
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda p: p.unlink(), "no such file.*expected here"),
+    "folder": (lambda p: (p.unlink(), p.mkdir()), "cannot be read.*copy the file again"),
+    "empty": (lambda p: p.write_bytes(b""), "starts with nothing.*give an IDX file"),
+    "one byte": (lambda p: put(p, content(p)[:1]), "starts with 00.*give an IDX file"),
+    "half a header": (lambda p: put(p, content(p)[:6]), "give an IDX file"),
+    "header alone": (lambda p: put(p, content(p)[: 4 + 4 * content(p)[3]]), "truncated.*header says.*copy it again"),
+    "last byte missing": (lambda p: put(p, content(p)[:-1]), "truncated.*header says.*copy it again"),
+    "over-long": (lambda p: put(p, content(p) + b"\0"), "over-long.*header says.*copy it again"),
+    "magic": (lambda p: put(p, b"\0\0\x0d" + content(p)[3:]), "starts with 00000d0.*give an IDX file"),
+    "huge header": (lambda p: put(p, content(p)[:4] + b"\xff" * 4 + content(p)[8:]), "truncated.*copy it again"),
+    "no gzip": (lambda p: p.write_bytes(b"\x1f\x8b" + b"junk" * 9), "cannot be read as gzip.*copy the file again"),
+}
+
+
+@pytest.mark.parametrize("name", [IMAGES, LABELS, IMAGES.replace("train", "t10k"), LABELS.replace("train", "t10k")])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_data_file(damage: str, name: str, small_data: Path) -> None:
+    apply, remedy = DAMAGE[damage]
+    apply(small_data / name)
+    with pytest.raises(UserError) as caught:
+        mnist.load(str(small_data))
+    assert str(small_data / name) in str(caught.value)
+    assert re.search(remedy, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_gzip_cut_or_changed_anywhere(small_data: Path) -> None:
+    path = small_data / IMAGES
+    whole, images = path.read_bytes(), mnist.read_idx(path, mnist.IMAGES)
+    for length in (*range(24), len(whole) // 2, len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            mnist.read_idx(path, mnist.IMAGES)
+    for at in np.random.default_rng(1).integers(10, len(whole), 30):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            mnist.read_idx(path, mnist.IMAGES)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(mnist.read_idx(path, mnist.IMAGES), images)
+
+
+@pytest.mark.parametrize("name", mnist.SHA256)
+def test_changed_file_of_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray((mnist.SHIPPED / name).read_bytes())
+    data[4] ^= 1  # the time in gzip's header: the contents stay, the checksum does not
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setattr(mnist, "SHIPPED", tmp_path)
+    with pytest.raises(UserError, match=f"{name}: SHA-256 differs.*install the package again"):
+        mnist.read_idx(tmp_path / name, mnist.IMAGES if "images" in name else mnist.LABELS)
+
+
+def test_unpacked_file_in_the_package(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mnist, "SHIPPED", small_data)
+    with pytest.raises(UserError, match=f"{LABELS}: SHA-256 differs.*install the package again"):
+        mnist.read_idx(small_data / LABELS, mnist.LABELS)
+
+
+@pytest.mark.parametrize(("name", "array", "message"), [
+    (LABELS, np.zeros(63), "64 images, train-labels-idx1-ubyte 63 labels"),
+    (LABELS, np.arange(64) % 11, "label 10 at index 10: labels go from 0 to 9"),
+    (LABELS, np.full(64, 255), "label 255 at index 0: labels go from 0 to 9"),
+    (LABELS, np.zeros((64, 28, 28)), "IDX labels start with 00000801"),
+    (IMAGES, np.zeros((64, 28, 27)), "images of 28×27, the network takes 28×28"),
+    (IMAGES, np.zeros(64), "IDX images start with 00000803"),
+])  # fmt: skip
+def test_well_formed_but_wrong_data(name: str, array: np.ndarray, message: str, small_data: Path) -> None:
+    write_idx(small_data / name, array)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        mnist.load(str(small_data))
+    assert str(small_data) in str(caught.value)
+
+
+def test_no_images(small_data: Path) -> None:
+    write_idx(small_data / IMAGES, np.zeros((0, 28, 28)))
+    write_idx(small_data / LABELS, np.zeros(0))
+    with pytest.raises(UserError, match=f"{IMAGES}: holds no images"):
+        mnist.load(str(small_data))

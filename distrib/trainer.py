@@ -1,0 +1,230 @@
+"""One rank's part of a run: the model, its optimizer, the position in the run, and one training step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from distrib import checkpoint as ckpt
+from distrib import mnist, sampler
+from distrib.config import Config
+from distrib.errors import UserError
+from distrib.evaluate import evaluate, load_batch
+from distrib.reducer import Reducer
+from distrib.run import Run, environment
+from distrib.world import World
+from nn.functional import LOSSES
+from nn.layers import Pass
+from nn.optim import SGD, Adam, Optimizer, learning_rate
+from nn.resnet9 import ResNet9
+
+HISTORY = 256
+"""Steps whose results may stay on the device before they are read."""
+
+
+@dataclass
+class Position:
+    """Where a run stands: everything besides parameters and optimizer that a checkpoint must hold."""
+
+    step: int = 0  # steps done, over all epochs
+    loss_sum: float = 0.0  # this epoch so far: Σ loss · images
+    correct: float = 0.0
+    images: int = 0
+    images_per_rank: list[int] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    train_seconds: float = 0.0
+    last_epoch: dict[str, float] = field(default_factory=dict)  # train_loss, train_accuracy
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: Config, world: World, data: mnist.Dataset) -> None:
+        self.config, self.world, self.data = config, world, data
+        backend = world.backend
+        self.images, self.labels = backend.asarray(data.train_images), backend.asarray(data.train_labels)
+        self.test_images, self.test_labels = backend.asarray(data.test_images), backend.asarray(data.test_labels)
+        self.model = ResNet9(config.variant, config.width, seed=config.seed, backend=backend, dtype=config.dtype)
+        self.params = self.model.params
+        self.optimizer: Optimizer = (
+            Adam(self.params, config.weight_decay)
+            if config.optimizer == "adam"
+            else SGD(self.params, config.weight_decay, config.momentum, config.nesterov)
+        )
+        self.reducer = Reducer(self.params, world.comm)
+        self.loss = LOSSES[config.loss]
+        self.at = Position(images_per_rank=[0] * world.size)
+        self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
+        self.steps = self.steps_per_epoch * config.epochs
+        self.limit = min(self.steps, config.max_steps or self.steps)
+        self.stop_requested = self.stopped = False
+        # [this rank's part of the loss, then the summed TAIL] of steps whose results were not read yet
+        self.history = backend.xp.zeros((HISTORY, 4), self.params.dtype)
+        self.unread: list[int] = []  # global image counts of those steps
+        self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
+        self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
+        self.data_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def sum_over_ranks(self, x: Any) -> None:
+        """Batch norm's sums: in place, before the next operation."""
+        self.world.comm.all_reduce(x).wait()
+
+    def step(self, indices: Any, count: int) -> None:
+        """One synchronised training step on this rank's `indices` of a global batch of `count` images."""
+        sync = self.config.batch_norm == "sync"
+        this = Pass(True, count if sync else len(indices), self.sum_over_ranks if sync else None)
+        begin = time.perf_counter()
+        x, labels = load_batch(self.model, self.images, indices), self.labels[indices]
+        self.data_seconds += time.perf_counter() - begin
+
+        logits = self.model.forward(x, this)
+        loss, dlogits = self.loss(logits, labels, count)
+        row, tail = self.history[len(self.unread)], self.params.tail
+        row[0] = tail[0] = loss
+        tail[1] = (logits.argmax(1) == labels).sum()
+        tail[2] = float(self.stop_requested)
+        self.model.backward(dlogits, this, self.reducer.ready)
+        self.reducer.wait()
+        self.optimizer.step(self.lr())
+
+        row[1:] = tail
+        self.unread.append(count)
+        self.at.step += 1
+        self.at.images_per_rank[self.world.rank] += len(indices)
+
+    def lr(self) -> float:
+        """Learning rate of the coming step."""
+        c = self.config
+        warmup = round(c.warmup_epochs * self.steps_per_epoch)
+        return learning_rate(c.schedule, c.lr, self.at.step, self.steps, warmup)
+
+    def read_results(self) -> None:
+        """Wait for the device and take in the results of the steps since the last call."""
+        rows = self.model.backend.to_host(self.history[: len(self.unread)])
+        for i, ((own, loss, correct, stop), count) in enumerate(zip(rows.tolist(), self.unread, strict=True)):
+            if not np.isfinite(loss):
+                self.stop_at_non_finite(self.at.step - len(self.unread) + i + 1, own, loss)
+            self.at.loss_sum += loss * count
+            self.at.correct += correct
+            self.at.images += count
+            self.results = {"loss": loss, "accuracy": 100 * correct / count}
+            self.stopped = self.stopped or stop > 0
+        self.unread.clear()
+
+    def stop_at_non_finite(self, step: int, own: float, loss: float) -> None:
+        """All ranks come here together: the loss they read is the same sum."""
+        finite = self.world.allgather(bool(np.isfinite(own)), "the search for a non-finite loss")
+        rank = finite.index(False) if False in finite else 0
+        raise UserError(f"the loss is {loss} at step {step}, first on rank {rank}: nothing of it was saved;"
+                        f" try a lower --lr than {self.config.lr}, --warmup-epochs, or --precision float64")  # fmt: skip
+
+    def save(self, run: Run | None) -> None:
+        """A checkpoint of this moment. Every rank comes here; rank 0 writes."""
+        at = asdict(self.at)
+        at["wall_seconds"] = self.wall_seconds()
+        at["images_per_rank"] = self.images_per_rank()
+        at["optimizer_steps"], at["world_size"] = self.optimizer.steps, self.world.size
+        at["environment"] = self.environment()
+        self.share_statistics()
+        with self.world.agree():
+            if run:
+                c = self.config
+                about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
+                moments = {
+                    f"{moment}/{name}": tensor
+                    for moment, flat in self.optimizer.state.items()
+                    for name, tensor in self.params.to_checkpoint(flat).items()
+                }
+                ckpt.save_checkpoint(run.checkpoints, self.at.step, self.model.state_dict(), about, moments, at, c.keep)
+
+    def share_statistics(self) -> None:
+        """With local batch norm, rank 0's running statistics count; with sync they are equal anyway."""
+        if self.config.batch_norm == "local":
+            for value in self.model.buffers.values():
+                self.world.comm.broadcast(value)
+
+    def restore(self, saved: ckpt.Checkpoint) -> list[str]:
+        """Take up the run of a checkpoint; returns what has changed since it was saved."""
+        c, path = self.config, saved.path
+        for name, own in (("variant", c.variant), ("width", c.width), ("loss", c.loss), ("dtype", c.dtype)):
+            if saved.about[name] != own:
+                raise UserError(f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint")
+        at = dict(saved.position)
+        before = {**at.pop("environment"), "world_size": at.pop("world_size")}
+        if c.batch_norm == "local" and before["world_size"] != self.world.size:
+            raise UserError(f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
+                            f" not {self.world.size}")  # fmt: skip
+        try:
+            self.model.load_state_dict(saved.model)
+            for moment, flat in self.optimizer.state.items():
+                tensors = {name.split("/", 1)[1]: tensor for name, tensor in saved.optimizer.items()
+                           if name.startswith(f"{moment}/")}  # fmt: skip
+                self.params.from_checkpoint(tensors, flat)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}: does not fit this run ({error}): use a matching checkpoint") from None
+        self.optimizer.steps = at.pop("optimizer_steps")
+        self.at = Position(**at)
+        self.earlier_images = self.at.images_per_rank
+        self.at.images_per_rank = [0] * self.world.size
+        now = {**self.environment(), "world_size": self.world.size}
+        return [f"{name}: {before[name]} → {now[name]}" for name in now if before.get(name) != now[name]]
+
+    def environment(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to agree to the bit."""
+        return environment(blas_threads(), self.world.backend.name)
+
+    def images_per_rank(self) -> list[int]:
+        """Training images that each rank computed, earlier parts of the run included. Collective."""
+        mine = self.at.images_per_rank[self.world.rank]
+        new = self.world.allgather(mine, "the count of images")
+        return [sum(pair) for pair in zip_longest(new, self.earlier_images, fillvalue=0)]
+
+    def wall_seconds(self) -> float:
+        return self.at.wall_seconds + time.perf_counter() - self.started
+
+    def test(self) -> dict[str, float]:
+        """test_loss and test_accuracy (percent)."""
+        self.share_statistics()
+        loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
+        return {"test_loss": loss, "test_accuracy": accuracy}
+
+    def running(self) -> dict[str, float]:
+        """train_loss and train_accuracy (percent) of the epoch so far."""
+        return {"train_loss": self.at.loss_sum / self.at.images, "train_accuracy": 100 * self.at.correct / self.at.images}
+
+    def summary(self, result: dict[str, float]) -> dict[str, Any]:
+        """The contents of summary.json. Collective."""
+        at, world = self.at, self.world
+        if at.images:  # stopped in the middle of an epoch: its running figures
+            result = {**result, **self.running()}
+        digest = ckpt.digest(self.model.state_dict())
+        images = self.images_per_rank()
+        return {
+            "finished": at.step >= self.steps,
+            "test_accuracy": result.get("test_accuracy"),
+            "test_loss": result.get("test_loss"),
+            "train_accuracy": result.get("train_accuracy"),
+            "train_loss": result.get("train_loss"),
+            "epochs": at.step // self.steps_per_epoch,
+            "steps": at.step,
+            "world_size": world.size,
+            "backend": world.backend.name,
+            "communicator": world.comm.name,
+            "parameters": self.params.count,
+            "images_per_second": sum(images) / at.train_seconds if at.train_seconds else None,
+            "images_per_rank": images,
+            "wall_seconds": self.wall_seconds(),
+            "parameter_digest": digest,
+            "rank_digests": world.allgather(digest, "the comparison of digests"),
+        }
+
+
+def blas_threads() -> int:
+    """Threads of the matrix products."""
+    return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)

@@ -1,0 +1,168 @@
+"""Convolution in its three forms against PyTorch and against each other."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from test_gradients import activations, both_orders, each_seed, unwritten, workspace
+from test_torch_parity import import_torch
+
+from nn import conv, winograd
+from nn.conv import Geometry, conv_backward, conv_forward
+from nn.workspace import Workspace
+
+BOUND = 1e-13  # float64, relative to the largest value: at most some hundred terms, each rounded to 1e-16
+
+Result = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def run(ws: Workspace, form: str | None, x: np.ndarray, w: np.ndarray, dy: np.ndarray, g: Geometry) -> Result:
+    """y, dx and dw of our convolution."""
+    image, y = activations(ws, x, "x"), unwritten(ws, g.out_shape(x.shape, w.shape), "y")
+    saved = conv_forward(image, w, g, y, ws, form)
+    dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan, w.dtype)
+    conv_backward(activations(ws, dy, "dy"), image, w, g, saved, dw, dx, ws, form)
+    return y, dx, dw
+
+
+def reference(x: np.ndarray, w: np.ndarray, dy: np.ndarray, g: Geometry) -> Result:
+    """The same three from PyTorch."""
+    torch: Any = import_torch()
+    x_t, w_t = (torch.from_numpy(a.transpose(axes).copy()).requires_grad_() for a, axes in
+                ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1))))  # fmt: skip
+    y = torch.nn.functional.conv2d(x_t, w_t, stride=g.stride, padding=g.padding, dilation=g.dilation)
+    y.backward(torch.from_numpy(dy.transpose(0, 3, 1, 2).copy()))
+    images = (a.numpy().transpose(0, 2, 3, 1) for a in (y.detach(), x_t.grad))
+    return (*images, w_t.grad.numpy().transpose(2, 3, 1, 0))
+
+
+def assert_close(ours: Result, theirs: Result, bound: float, what: object = "") -> None:
+    for name, a, b in zip(("y", "dx", "dw"), ours, theirs, strict=True):
+        assert a.shape == b.shape, (name, what)
+        error = np.abs(a - b).max(initial=0) / np.abs(b).max(initial=1e-300)
+        assert error <= bound, f"{name}: relative error {error:.1e}, {what}"
+
+
+def draw(rng: np.random.Generator, x_shape: tuple[int, ...], w_shape: tuple[int, ...], g: Geometry) -> Result:
+    """Random x, w and dy."""
+    x, w = rng.standard_normal(x_shape), rng.standard_normal(w_shape)
+    return x, w, rng.standard_normal(g.out_shape(x_shape, w_shape))
+
+
+@both_orders
+@pytest.mark.parametrize("form", ["loop", "patches"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+def test_any_geometry(kernel: int, stride: int, form: str, order: str) -> None:
+    """Every padding and dilation; sizes, channels, batch and the kernel's width are drawn."""
+    for padding, dilation in product((0, 1, 2), (1, 2)):
+        rng = np.random.default_rng([kernel, stride, padding, dilation])
+        g, kw = Geometry(stride, padding, dilation), int(rng.choice([1, 2, 3, 5]))
+        n, c, c_out = map(int, rng.integers(1, 4, 3))
+        h, w = (max(1, dilation * (k - 1) + 1 - 2 * padding) + int(rng.integers(0, 5)) for k in (kernel, kw))
+        x, weights, dy = draw(rng, (n, h, w, c), (kernel, kw, c, c_out), g)
+        ours = run(workspace(order), form, x, weights, dy, g)
+        assert_close(ours, reference(x, weights, dy, g), BOUND, (g, x.shape, weights.shape))
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize("tiles", [1, 5, 512])
+def test_winograd(tiles: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that tiles of 4 do not divide, one channel, one image or none, one chunk or many."""
+    monkeypatch.setattr(winograd, "TILES", tiles)
+    rng, g = np.random.default_rng(seed), Geometry(1, 1, 1)
+    for n, size, c, c_out in product((0, 1, 3), ((1, 1), (3, 2), (5, 9), (13, 8)), (1, 3), (1, 4)):
+        x, w, dy = draw(rng, (n, *size, c), (3, 3, c, c_out), g)
+        ours = run(workspace(order), "winograd", x, w, dy, g)
+        assert_close(ours, reference(x, w, dy, g), BOUND, (x.shape, w.shape))
+
+
+@each_seed
+@both_orders
+@pytest.mark.parametrize("elements", [1, 500, 1 << 20])
+def test_patches_in_chunks(elements: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "PATCH_ELEMENTS", elements)
+    rng = np.random.default_rng(seed)
+    for n, g in product((0, 1, 5), (Geometry(1, 1, 1), Geometry(2, 0, 1))):
+        x, w, dy = draw(rng, (n, 5, 7, 2), (3, 3, 2, 3), g)  # from 54 to 630 elements of patches an image
+        assert_close(run(workspace(order), "patches", x, w, dy, g), reference(x, w, dy, g), BOUND, (n, g))
+
+
+@pytest.mark.parametrize("form", conv.FORMS)
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("orders", [("NHWC", "HWNC"), ("HWNC", "NHWC")])
+def test_input_in_another_memory_order(orders: tuple[str, str], size: int, form: str) -> None:
+    """x and dx lie in memory in one order, y and dy in the other: the values are the same."""
+    rng, g = np.random.default_rng(5), Geometry(1, 1, 1)
+    x, w, dy = draw(rng, (3, size, size + 1, 2), (3, 3, 2, 4), g)
+    expected = run(workspace("NHWC"), "loop", x, w, dy, g)
+    ws, other = workspace(orders[0]), workspace(orders[1])
+    image, y = activations(ws, x, "x"), unwritten(other, dy.shape, "y")
+    saved = conv_forward(image, w, g, y, ws, form)
+    dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan)
+    conv_backward(activations(other, dy, "dy"), image, w, g, saved, dw, dx, ws, form)
+    assert_close((y, dx, dw), expected, BOUND)
+
+
+@both_orders
+@pytest.mark.parametrize("form", ["loop", "patches"])
+def test_one_pixel_in_several_out(form: str, order: str) -> None:
+    """An image of one pixel lies the same in either memory order, the larger output does not."""
+    rng, g = np.random.default_rng(6), Geometry(1, 2, 1)
+    x, w, dy = draw(rng, (3, 1, 1, 2), (3, 3, 2, 4), g)
+    assert_close(run(workspace(order), form, x, w, dy, g), reference(x, w, dy, g), BOUND)
+
+
+@pytest.mark.parametrize("size_channels", [(28, 64, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256)])
+def test_winograd_error_in_float32(size_channels: tuple[int, int, int]) -> None:
+    """At the full network's channel counts. Measured: WINOGRAD_MEASURED."""
+    size, c, c_out = size_channels
+    rng, g = np.random.default_rng(c), Geometry(1, 1, 1)
+    x, w, dy = (a.astype(np.float32) for a in draw(rng, (1, size, size, c), (3, 3, c, c_out), g))
+    x, w = np.maximum(x, 0), w / np.float32(3 * c**0.5)  # as after a ReLU, and as initialised
+    ours = run(workspace("HWNC", "float32"), "winograd", x, w, dy, g)
+    exact = run(workspace("HWNC"), "patches", *(a.astype(np.float64) for a in (x, w, dy)), g)
+    assert_close(ours, exact, 1e-5)
+    assert all(a.dtype == np.float32 for a in ours)
+
+
+@both_orders
+@pytest.mark.parametrize("form", ["patches", "winograd"])
+def test_scratch_does_not_grow_with_the_batch(form: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times the images need the same scratch: only Winograd's kept V is as large as the batch."""
+    monkeypatch.setattr(conv, "PATCH_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(winograd, "TILES", 64)
+    g, w, held = Geometry(1, 1, 1), np.ones((3, 3, 4, 5)), []
+    for n in (16, 128):
+        ws = workspace(order)
+        like = workspace(order)  # holds the activations, so that `ws` holds only what the operation takes
+        x, y = activations(like, np.ones((n, 14, 14, 4)), "x"), unwritten(like, (n, 14, 14, 5), "y")
+        saved = conv_forward(x, w, g, y, ws, form)
+        conv_backward(y, x, w, g, saved, np.empty_like(w), np.empty_like(x), ws, form)
+        held.append(ws.nbytes() - sum(kept.nbytes for kept in saved or ()))
+    assert held[1] == held[0]
+    assert held[0] < 2**20
+
+
+def test_shapes_that_do_not_fit() -> None:
+    ws, y = workspace("HWNC"), np.empty((1, 1, 1, 1))
+    with pytest.raises(ValueError, match="does not fit an input of 4"):
+        conv_forward(np.ones((1, 9, 4, 1)), np.ones((3, 3, 1, 1)), Geometry(dilation=2), y, ws, "patches")
+    with pytest.raises(ValueError, match="3 channels, the weights expect 2"):
+        conv_forward(np.ones((1, 5, 5, 3)), np.ones((3, 3, 2, 1)), Geometry(), y, ws, "patches")
+    assert Geometry(dilation=2).out_size(5, 3) == 1
+
+
+def test_default_form() -> None:
+    """None picks the form by shape: the results are bit for bit that form's."""
+    rng = np.random.default_rng(8)
+    for kernel, c, g in ((3, 2, Geometry(1, 1, 1)), (3, 1, Geometry(1, 1, 1)), (1, 2, Geometry()),
+                         (3, 2, Geometry(2, 1, 1)), (3, 2, Geometry(1, 0, 1))):  # fmt: skip
+        x, w, dy = draw(rng, (2, 7, 7, c), (kernel, kernel, c, 3), g)
+        form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
+        assert conv.choose_form(w.shape, g) == form
+        assert_close(run(workspace("HWNC"), None, x, w, dy, g), run(workspace("HWNC"), form, x, w, dy, g), 0.0)

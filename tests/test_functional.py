@@ -1,0 +1,180 @@
+"""Batch norm, pooling and the losses against NumPy in higher precision, PyTorch, and themselves in parts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from test_gradients import activations, both_orders, each_seed, unwritten, workspace
+from test_torch_parity import import_torch
+
+from nn import backend
+from nn import functional as F
+from nn.layers import Pass
+from nn.resnet9 import VARIANTS, ResNet9
+
+each_block = pytest.mark.parametrize("block", [64, backend.HOST_BLOCK])
+each_size = pytest.mark.parametrize("size", [2, 3])
+
+
+def to_torch(x: np.ndarray) -> Any:
+    """Activations as PyTorch has them, N×C×H×W, to be differentiated."""
+    return import_torch().from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C")).requires_grad_()
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def on_ranks(count: int, work: Callable[[int, F.SumOverRanks], Any]) -> list[Any]:
+    """`work(rank, sum_over_ranks)` on `count` threads, which meet in every sum."""
+    barrier, parts = threading.Barrier(count, timeout=60), [np.empty(0)] * count
+
+    def one(rank: int) -> Any:
+        def sum_over_ranks(array: np.ndarray) -> None:
+            parts[rank] = array.copy()
+            barrier.wait()
+            array[...] = np.sum(parts, 0)
+            barrier.wait()
+
+        return work(rank, sum_over_ranks)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@each_seed
+@both_orders
+@each_block
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1e-2), (-3.0, 1e3)])
+def test_batch_norm_statistics(mean: float, std: float, block: int, order: str, seed: int,
+                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Two passes in longer precision; E[x²] − E[x]² would lose all of mean² / std² · 1e-16 = 1e-4."""
+    monkeypatch.setattr(backend, "HOST_BLOCK", block)
+    rng, ws = np.random.default_rng(seed), workspace(order)
+    x = rng.normal(mean, std, (7, 9, 8, 3))
+    wide = x.astype(np.longdouble)
+    exact_mean = wide.mean((0, 1, 2))
+    exact_variance = ((wide - exact_mean) ** 2).mean((0, 1, 2))
+    z = activations(ws, x, "z")
+    got_mean, got_variance = F.batch_norm_statistics(z, 7 * 9 * 8, ws, None)
+    assert got_mean.dtype == got_variance.dtype == np.float64
+    scale = np.abs(x).max()
+    assert np.abs(got_mean - exact_mean).max() <= 1e-15 * scale
+    assert (np.abs(got_variance - exact_variance) / exact_variance).max() <= 1e-13
+    assert np.abs(z - (wide - exact_mean)).max() <= 1e-15 * scale
+
+
+@each_seed
+@both_orders
+@each_block
+def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 4, 0 and 2 images with sums over ranks: the same statistics, dx, dγ and dβ as the whole."""
+    monkeypatch.setattr(backend, "HOST_BLOCK", block)
+    rng, shape, count = np.random.default_rng(seed), (6, 5, 4, 3), 6 * 5 * 4
+    x, r, gamma = rng.normal(2, 3, shape), rng.standard_normal(shape), rng.standard_normal(3)
+
+    def work(images: slice, sums: F.SumOverRanks | None) -> tuple[np.ndarray, ...]:
+        ws = workspace(order)
+        z, dx = activations(ws, x[images], "z"), activations(ws, r[images], "dy")
+        mean, variance = F.batch_norm_statistics(z, count, ws, sums)
+        grads = F.batch_norm_backward(dx, z, (variance + 1e-5) ** -0.5, gamma, count, ws, sums)
+        return dx, mean, variance, *grads
+
+    whole = work(slice(0, 6), None)
+    images = (slice(0, 4), slice(4, 4), slice(4, 6))
+    parts = on_ranks(3, lambda rank, sums: work(images[rank], sums))
+    assert np.abs(np.concatenate([part[0] for part in parts]) - whole[0]).max() <= 1e-14 * np.abs(whole[0]).max()
+    for k in (1, 2):
+        assert all(np.array_equal(part[k], parts[0][k]) for part in parts)
+        assert parts[0][k] == pytest.approx(whole[k], rel=1e-14)
+    for k in (3, 4):
+        assert sum(part[k] for part in parts) == pytest.approx(whole[k], rel=1e-13)
+
+
+@pytest.mark.parametrize("loss", F.LOSSES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", [(4, 0, 2), (1, 5)])
+def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> None:
+    """Gradients and losses of the parts of a batch add up to those of the whole; statistics are the whole's."""
+    rng = np.random.default_rng(sizes[0])
+    x, labels, stops = rng.random((6, 28, 28, 1)), rng.integers(0, 10, 6), np.cumsum((0, *sizes))
+
+    def work(images: slice, sums: F.SumOverRanks | None) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+        model, this = ResNet9(variant, 1 / 32, seed=2, dtype="float64"), Pass(True, 6, sums)
+        logits = model.forward(activations(model.ws, x[images], "x"), this)
+        value, dlogits = F.LOSSES[loss](logits, labels[images], 6)
+        model.backward(dlogits, this)
+        return model.params.grads, value, model.buffers
+
+    grads, value, buffers = work(slice(0, 6), None)
+    parts = on_ranks(len(sizes), lambda rank, sums: work(slice(stops[rank], stops[rank + 1]), sums))
+    assert np.abs(sum(part[0] for part in parts) - grads).max() <= 1e-11 * np.abs(grads).max()
+    assert sum(part[1] for part in parts) == pytest.approx(value, rel=1e-13)
+    for name, buffer in buffers.items():
+        for part in parts:
+            assert part[2][name] == pytest.approx(buffer, rel=1e-12, abs=1e-14), name
+
+
+@each_seed
+@both_orders
+@each_size
+def test_max_pool_ties(size: int, order: str, seed: int) -> None:
+    """Three values only, so most windows have ties; 7×8 leaves a row, or a row and two columns, over."""
+    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    shape, out = (4, 7, 8, 3), (4, 7 // size, 8 // size, 3)
+    x, r = rng.integers(0, 3, shape).astype(float), rng.standard_normal(out)
+    image, y, dx = activations(ws, x, "x"), unwritten(ws, out, "y"), unwritten(ws, shape, "dx")
+    F.max_pool_forward(image, size, y)
+    F.max_pool_backward(activations(ws, r, "dy"), image, y, size, dx, ws)
+    x_t = to_torch(x)
+    y_t = torch.nn.functional.max_pool2d(x_t, size)
+    y_t.backward(to_torch(r).detach())
+    assert np.array_equal(y, to_numpy(y_t))
+    assert np.array_equal(dx, to_numpy(x_t.grad))
+
+
+@each_seed
+@both_orders
+@each_size
+def test_avg_pool(size: int, order: str, seed: int) -> None:
+    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    shape, out = (4, 7, 8, 3), (4, 7 // size, 8 // size, 3)
+    x, r = rng.standard_normal(shape), rng.standard_normal(out)
+    y, dx = unwritten(ws, out, "y"), unwritten(ws, shape, "dx")
+    F.avg_pool_forward(activations(ws, x, "x"), size, y)
+    F.avg_pool_backward(activations(ws, r, "dy"), size, dx)
+    x_t = to_torch(x)
+    y_t = torch.nn.functional.avg_pool2d(x_t, size)
+    y_t.backward(to_torch(r).detach())
+    assert np.abs(y - to_numpy(y_t)).max() <= 1e-15 * np.abs(x).max()
+    assert np.abs(dx - to_numpy(x_t.grad)).max() <= 1e-15 * np.abs(r).max()
+
+
+@each_seed
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize("images", [8, 0])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("loss", F.LOSSES)
+def test_losses(loss: str, scale: float, images: int, count: int, seed: int) -> None:
+    """A part of a batch of `count` images, up to logits of ±1e4 on the right and the wrong side: no warning."""
+    torch, rng = import_torch(), np.random.default_rng(seed)
+    logits, labels = scale * rng.choice([-1.0, 1.0, 0.3, 0.0], (images, 10)), rng.integers(0, 10, images)
+    with np.errstate(all="raise", under="ignore"):
+        value, gradient = F.LOSSES[loss](logits, labels, count)
+    z, target = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
+    functional = torch.nn.functional
+    if loss == "ce":
+        theirs = functional.cross_entropy(z, target, reduction="sum") / count
+    else:
+        onehot = functional.one_hot(target, 10).double()
+        theirs = functional.binary_cross_entropy_with_logits(z, onehot, reduction="sum") / (count * 10)
+    theirs.backward()
+    assert np.isfinite(value)
+    assert value == pytest.approx(theirs.item(), rel=1e-14, abs=0)
+    assert gradient.shape == logits.shape
+    assert np.abs(gradient - z.grad.numpy()).max(initial=0) <= 1e-15

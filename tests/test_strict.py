@@ -1,0 +1,106 @@
+"""The CuPy path without a GPU: a whole step on an array type that refuses what CuPy refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from strict_array import (
+    StrictArray,
+    names_are_current,
+    reset_syncs,
+    strict,
+    sync_count,
+    synchronisation,
+)
+
+from distrib import mnist
+from distrib.comm import SingleCommunicator, SingleControl
+from distrib.config import Config
+from distrib.failure import Watchdog
+from distrib.trainer import Trainer
+from distrib.world import World
+from nn.backend import NUMPY, Backend, register
+from nn.resnet9 import VARIANTS
+
+register(StrictArray, strict)
+
+
+@dataclass(frozen=True)
+class StrictBackend(Backend):
+    """The one place where the device is waited for is `to_host`."""
+
+    def to_host(self, x):
+        with synchronisation():
+            return self.xp.asnumpy(x)
+
+
+STRICT = StrictBackend("strict", strict, "NHWC")
+
+
+def a_trainer(backend: Backend, **options) -> Trainer:
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
+    data = mnist.Dataset("random", images, labels, images, labels)
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+    trainer = Trainer(Config(batch_size=8, width=0.0625, **options), world, data)
+    return trainer
+
+
+OPTIMIZERS = [
+    {"optimizer": "adam", "weight_decay": 0.01},
+    {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+]
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=lambda o: o["optimizer"])
+def test_whole_step_never_waits_for_the_device(variant: str, loss: str, options: dict) -> None:
+    strict_trainer, plain = (
+        a_trainer(b, variant=variant, loss=loss, precision="float64", **options) for b in (STRICT, NUMPY)
+    )
+    reset_syncs()
+    for start, count in ((0, 8), (8, 8), (16, 4)):  # the last batch is smaller
+        strict_trainer.step(STRICT.asarray(np.arange(start, start + count)), count)
+        plain.step(np.arange(start, start + count), count)
+    assert sync_count() == 0, "a step must leave the device running"
+    strict_trainer.read_results()
+    assert sync_count() == 1, "reading the results of any number of steps waits once"
+    plain.read_results()
+    # the same source on both memory orders; only the order of sums differs
+    ours, theirs = STRICT.to_host(strict_trainer.params.values), plain.params.values
+    assert np.abs(ours - theirs).max() < 1e-9
+    assert strict_trainer.results["loss"] == pytest.approx(plain.results["loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["loop", "patches", "winograd"])
+def test_every_form_of_convolution(form: str) -> None:
+    trainers = [a_trainer(b, precision="float64") for b in (STRICT, NUMPY)]
+    for trainer in trainers:
+        for conv in trainer.model.convs()[1:3]:
+            conv.form = form
+        trainer.step(trainer.world.backend.asarray(np.arange(2)), 2)
+    assert np.abs(STRICT.to_host(trainers[0].params.grads) - trainers[1].params.grads).max() < 1e-9
+
+
+def test_evaluation_waits_once() -> None:
+    trainer = a_trainer(STRICT)
+    reset_syncs()
+    trainer.test()
+    assert sync_count() == 1
+
+
+def test_checkpoint_round_trip_on_the_device() -> None:
+    trainer = a_trainer(STRICT)
+    trainer.step(STRICT.asarray(np.arange(8)), 8)
+    state = trainer.model.state_dict()
+    other = a_trainer(STRICT, seed=5)
+    other.model.load_state_dict(state)
+    assert all((value == state[name]).all() for name, value in other.model.state_dict().items())
+
+
+def test_the_list_of_cupy_functions_is_current() -> None:
+    pytest.importorskip("cupy")
+    assert names_are_current() == set()
