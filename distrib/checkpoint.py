@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this too
+            temporary.unlink()
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}): free space or permissions are missing;"
             " what was saved before is unharmed, run again with the same --run-dir to go on from it"
@@ -90,9 +92,13 @@ def save_checkpoint(
              "checksum": _checksum(optimizer, position_text + model_sha)}  # fmt: skip
     write_atomically(state_path(path), save(optimizer, state))
     write_atomically(path, model_bytes)
-    for old in list_checkpoints(folder)[keep:]:
+    paths = list_checkpoints(folder)
+    kept = [each for each in paths if each.name <= path.name][:keep]  # a later one is of a course that was left
+    for old in set(paths) - set(kept):
         old.unlink(missing_ok=True)
-        state_path(old).unlink(missing_ok=True)
+    for orphan in folder.glob("step-*.state.safetensors"):  # a state without its model is of no use
+        if not orphan.with_name(orphan.name.replace(".state", "")).exists():
+            orphan.unlink()
     return path
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
 
+from distrib import launched_ranks
 from distrib.config import build, options
 from distrib.errors import EXIT_USAGE, UserError
 
@@ -28,6 +30,16 @@ def train_command(**given: Any) -> None:
     raise typer.Exit(train(build(given)))
 
 
+def _number(flag: str, kind: type) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise UserError(f"{flag} {text}: give {'a whole number' if kind is int else 'a number'}") from None
+
+    return parse
+
+
 def _signature() -> inspect.Signature:
     """One typer option for each field; None stands for "not given", so that a recipe can fill it in."""
     parameters = []
@@ -35,7 +47,9 @@ def _signature() -> inspect.Signature:
         base: Any = TYPES[kind.split(" | ")[0]]
         shown = text if default in (None, False) else f"{text} [default: {default}]"
         flag = f"--{name.replace('_', '-')}"
-        annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False)]
+        number = base in (int, float)  # the parser's own message does not tell the value
+        extra = {"parser": _number(flag, base), "metavar": kind.split(" | ")[0].upper()} if number else {}
+        annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
@@ -48,26 +62,28 @@ train_command.__annotations__ = {p.name: p.annotation for p in train_command.__s
 
 def run_app(app: typer.Typer) -> int:
     """Run a typer application; a UserError becomes one line and exit code 2."""
-    from distrib import launched_ranks
-
     try:
         code = app(standalone_mode=False)
         return int(code or 0)
     except UserError as error:
-        # under a launcher all ranks hold the same error; the first says it
-        if launched_ranks() == 1 or _rank() == 0:
-            print(f"distrib: error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
+        return _say(str(error))
     except typer.Exit as done:
         return int(done.exit_code)
     except typer.Abort:
         return EXIT_USAGE
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
-            if launched_ranks() == 1 or _rank() == 0:
-                print(f"distrib: error: {error.format_message()} (see --help)", file=sys.stderr, flush=True)
-            return EXIT_USAGE
+            return _say(f"{error.format_message()} (see --help)")
         raise
+
+
+def _say(message: str) -> int:
+    """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it."""
+    if launched_ranks() == 1 or _rank() == 0:
+        print(f"distrib: error: {message}", file=sys.stderr, flush=True)
+    elif "mpi4py.MPI" not in sys.modules:
+        time.sleep(10)  # mpirun ends the job with the first rank to fail: not before rank 0 spoke. With MPI, its end waits
+    return EXIT_USAGE
 
 
 def _rank() -> int:

@@ -52,7 +52,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     kind = "images" if magic == IMAGES else "labels"
     try:
         raw = path.read_bytes()
-        if path.parent == SHIPPED and hashlib.sha256(raw).hexdigest() != SHA256[path.name]:
+        if path.parent == SHIPPED and hashlib.sha256(raw).hexdigest() != SHA256.get(path.name):
             raise UserError(f"{path}: SHA-256 differs from the official file's: install the package again")
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def _part(folder: Path, prefix: str, limit: int | None) -> tuple[np.ndarray, np.
 
 def load(folder: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
     """The four files in `folder` (default: the MNIST of the package), the first `limit` of each set."""
-    path = Path(folder) if folder else SHIPPED
+    path = SHIPPED if folder is None else Path(folder)
     if not path.is_dir():
         raise UserError(f"--data {path}: no such folder; it should hold train-images-idx3-ubyte.gz and its three companions")  # fmt: skip
     return Dataset(

@@ -63,14 +63,12 @@ class Run:
             raise UserError(f"--run-dir {self.path}: holds a run: give a new folder, or --resume auto to go on with it")
         if summary.get("finished") and config.epochs <= (stored or {}).get("epochs", 0):
             raise UserError(f"--run-dir {self.path}: holds a finished run: give a new folder, or more --epochs")
-        if stored:
+        if stored and ckpt.list_checkpoints(self.checkpoints):
             different = config.differences(stored)
             if different:
                 raise UserError(f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
                                 " give the same ones, or a new folder")  # fmt: skip
-        found = self._find(config)
-        self._prepare(config, found)
-        return found
+        return self._find(config)
 
     def _find(self, config: Config) -> ckpt.Checkpoint | None:
         if config.resume not in ("auto", "none"):
@@ -83,7 +81,8 @@ class Run:
             self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
         return found
 
-    def _prepare(self, config: Config, found: ckpt.Checkpoint | None) -> None:
+    def prepare(self, config: Config, found: ckpt.Checkpoint | None) -> None:
+        """Make the folder ready to go on from `found`: the first change to it."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,7 +93,7 @@ class Run:
         (self.path / "summary.json").unlink(missing_ok=True)
         step = found.position["step"] if found else 0
         if self.metrics_path.exists():
-            kept = [line for line in self.metrics_path.read_text().splitlines(True) if self._within(line, step)]
+            kept = [line for line in self.metrics_path.read_text(errors="replace").splitlines(True) if self._within(line, step)]
             ckpt.write_atomically(self.metrics_path, "".join(kept).encode())
 
     @staticmethod

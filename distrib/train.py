@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distrib import checkpoint as ckpt
 from distrib import mnist, sampler
 from distrib.config import Config
@@ -22,6 +24,7 @@ from distrib.world import World, connect
 def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
     """Train to the end (or to --max-steps, or to a signal); returns the summary."""
     trainer.started = time.perf_counter()
+    np.seterr(over="ignore", invalid="ignore", divide="ignore")  # non-finite losses are looked for
     screen.start(trainer.steps, trainer.at.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
@@ -139,9 +142,9 @@ def guard(world: World, config: Config, data: mnist.Dataset) -> None:
             raise UserError(f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files")
 
 
-def start_table(screen: Screen, config: Config, trainer: Trainer, run_dir: Path) -> None:
+def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Trainer, run_dir: Path) -> None:
     """The resolved configuration, world, backend and data."""
-    world, data = trainer.world, trainer.data
+    world = trainer.world
     shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
     hosts = sorted(set(world.hosts))
     screen.table("distrib train", {
@@ -174,8 +177,11 @@ def train(config: Config) -> int:
     with world.agree():
         if saved:
             changed = trainer.restore(saved)
+    with world.agree():
+        if run:
+            run.prepare(config, saved)
     if run:
-        start_table(screen, config, trainer, run.path)
+        start_table(screen, config, data, trainer, run.path)
         for note in run.notes:
             screen.say(f"note: {note}")
         if saved:

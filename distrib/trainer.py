@@ -45,7 +45,7 @@ class Trainer:
     """One rank's part of a run."""
 
     def __init__(self, config: Config, world: World, data: mnist.Dataset) -> None:
-        self.config, self.world, self.data = config, world, data
+        self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
         self.images, self.labels = backend.asarray(data.train_images), backend.asarray(data.train_labels)
         self.test_images, self.test_labels = backend.asarray(data.test_images), backend.asarray(data.test_labels)
@@ -130,7 +130,7 @@ class Trainer:
         at["wall_seconds"] = self.wall_seconds()
         at["images_per_rank"] = self.images_per_rank()
         at["optimizer_steps"], at["world_size"] = self.optimizer.steps, self.world.size
-        at["environment"] = self.environment()
+        at["environment"], at["config"], at["data"] = self.environment(), asdict(self.config), self.data_digest
         self.share_statistics()
         with self.world.agree():
             if run:
@@ -156,6 +156,11 @@ class Trainer:
             if saved.about[name] != own:
                 raise UserError(f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint")
         at = dict(saved.position)
+        different = c.differences(at.pop("config"))
+        if at.pop("data") != self.data_digest:
+            different.append("other data")
+        if different:
+            raise UserError(f"{path}: is of a run with other settings: {'; '.join(different)}: give the same ones")
         before = {**at.pop("environment"), "world_size": at.pop("world_size")}
         if c.batch_norm == "local" and before["world_size"] != self.world.size:
             raise UserError(f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
@@ -192,6 +197,9 @@ class Trainer:
         """test_loss and test_accuracy (percent)."""
         self.share_statistics()
         loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
+        if not np.isfinite(loss):
+            raise UserError(f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"
+                            f" try a lower --lr than {self.config.lr}")  # fmt: skip
         return {"test_loss": loss, "test_accuracy": accuracy}
 
     def running(self) -> dict[str, float]:

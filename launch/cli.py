@@ -109,6 +109,15 @@ def predict(
         print(f"{result['image']}: {result['digit']}  {100 * result['probability']:.1f} %{note}")
 
 
+def _add_bench() -> None:
+    from launch import bench
+
+    app.add_typer(bench.app, name="bench")
+
+
+_add_bench()
+
+
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(run_app(app))

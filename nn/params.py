@@ -39,9 +39,9 @@ class Parameter:
     grad: Array = field(repr=False)
 
     def to_checkpoint(self, flat: np.ndarray) -> np.ndarray:
-        """This parameter's part of a flat host vector, in PyTorch's layout."""
+        """This parameter's part of a flat host vector, in PyTorch's layout: a copy."""
         part = flat[self.start : self.stop].reshape(self.value.shape)
-        return np.ascontiguousarray(part.transpose(3, 2, 0, 1) if part.ndim == 4 else part)
+        return np.array(part.transpose(3, 2, 0, 1) if part.ndim == 4 else part, order="C")
 
     def from_checkpoint(self, tensor: np.ndarray, flat: np.ndarray) -> None:
         """The reverse: write `tensor` (PyTorch's layout) into this parameter's part of `flat`."""

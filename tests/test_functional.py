@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gradients import activations, both_orders, each_seed, unwritten, workspace
+from test_conv import activations, both_orders, each_seed, unwritten, workspace
 from test_torch_parity import import_torch
 
 from nn import backend
@@ -88,7 +88,8 @@ def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pyt
     whole = work(slice(0, 6), None)
     images = (slice(0, 4), slice(4, 4), slice(4, 6))
     parts = on_ranks(3, lambda rank, sums: work(images[rank], sums))
-    assert np.abs(np.concatenate([part[0] for part in parts]) - whole[0]).max() <= 1e-14 * np.abs(whole[0]).max()
+    dx = np.concatenate([part[0] for part in parts])
+    assert np.abs(dx - whole[0]).max() <= 1e-14 * np.abs(whole[0]).max()
     for k in (1, 2):
         assert all(np.array_equal(part[k], parts[0][k]) for part in parts)
         assert parts[0][k] == pytest.approx(whole[k], rel=1e-14)

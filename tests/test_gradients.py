@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from test_conv import activations, both_orders, each_seed, unwritten, workspace
 
 from nn import functional as F
 from nn.backend import Backend
@@ -19,32 +20,9 @@ from nn.conv import Geometry, conv_backward, conv_forward
 from nn.layers import EPS, ConvBN, Pass
 from nn.params import Parameters
 from nn.resnet9 import VARIANTS, ResNet9
-from nn.workspace import Workspace
 
 BOUND = 1e-7
 LINEAR, SMOOTH, LAYER, NETWORK = 0.1, 1e-3, 1e-5, 3e-7  # steps
-ORDERS = ("NHWC", "HWNC")
-SEEDS = (1, 2)
-
-both_orders = pytest.mark.parametrize("order", ORDERS)
-each_seed = pytest.mark.parametrize("seed", SEEDS)
-
-
-def workspace(order: str, dtype: str = "float64") -> Workspace:
-    """A workspace whose activations lie in memory as `order` says."""
-    return Workspace(Backend("numpy", np, order), dtype)
-
-
-def activations(ws: Workspace, values: np.ndarray, name: str) -> np.ndarray:
-    """A copy of `values` in the memory order of `ws`."""
-    image = ws.image(f"test.{name}", values.shape)
-    image[...] = values
-    return image
-
-
-def unwritten(ws: Workspace, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Activations that an operation must overwrite everywhere, lest NaN remain."""
-    return activations(ws, np.full(shape, np.nan, ws.dtype), name)
 
 
 def check(value: Callable[..., float], points: list[np.ndarray], gradients: list[np.ndarray], step: float,
@@ -53,12 +31,12 @@ def check(value: Callable[..., float], points: list[np.ndarray], gradients: list
     for k, (point, gradient) in enumerate(zip(points, gradients, strict=True)):
         direction = rng.uniform(-1, 1, point.shape)
 
-        def along(t: float, k: int = k, moved: np.ndarray = point, direction: np.ndarray = direction) -> float:
-            return float(value(*points[:k], moved + t * direction, *points[k + 1 :]))
+        def along(t: float, k: int = k, moved: np.ndarray = point, d: np.ndarray = direction) -> float:
+            return float(value(*points[:k], moved + t * d, *points[k + 1 :]))
 
         near, far = along(step) - along(-step), along(2 * step) - along(-2 * step)
         numeric, exact = (8 * near - far) / (12 * step), float((gradient * direction).sum())
-        assert abs(numeric - exact) <= BOUND * abs(exact), f"argument {k}: numeric {numeric}, gradient {exact}"
+        assert abs(numeric - exact) <= BOUND * abs(exact), f"argument {k}: {numeric} is not {exact}"
 
 
 @each_seed
@@ -204,7 +182,7 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_network(variant: str, loss: str, order: str) -> None:
     """All parameters at once, along one random direction in the flat vector."""
-    rng = np.random.default_rng(SEEDS[0])
+    rng = np.random.default_rng(1)
     model = ResNet9(variant, 1 / 32, seed=3, backend=Backend("numpy", np, order), dtype="float64")
     x, labels, step = rng.random((2, 28, 28, 1)), rng.integers(0, 10, 2), Pass(True, 2)
     flat = model.params.values + rng.normal(0, 0.1, model.params.values.size)  # γ and β off their start

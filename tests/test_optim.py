@@ -80,7 +80,8 @@ def test_sgd(momentum: float, nesterov: bool, decay: float, block: int, seed: in
 @each_seed
 @each_block
 @each_decay
-def test_adam(decay: float, block: int, seed: int, params: Parameters, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adam(decay: float, block: int, seed: int, params: Parameters,
+              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Kingma and Ba's efficient form, ε̂ = 1e-7, decay decoupled: θ ← θ·(1 − lr·λ) − lr_t·m/(√v + ε̂)."""
     monkeypatch.setattr(optim, "HOST_BLOCK", block)
     optimizer, values = Adam(params, decay), params.values.copy()
