@@ -17,16 +17,16 @@ import types
 
 import numpy as np
 
-ATTRIBUTES = set("T mT shape dtype ndim size nbytes itemsize strides real imag base".split())
+ATTRIBUTES = {"T", "mT", "shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "real", "imag", "base"}
 DTYPE_CHARS = "?bBhHiIlLqQefdFD"
-SYNC_METHODS = set("item tolist tobytes tofile dump dumps nonzero compress put choose".split())
-SYNC_FUNCTIONS = set("argwhere bincount choose compress extract flatnonzero nonzero put unique".split())
+SYNC_METHODS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero", "compress", "put", "choose"}
+SYNC_FUNCTIONS = {"argwhere", "bincount", "choose", "compress", "extract", "flatnonzero", "nonzero", "put", "unique"}
 UFUNC_KEYWORDS = {"out", "dtype", "casting"}
 UNSUPPORTED = {"astype": {"casting", "subok"}, "view": {"type"}}  # parameters that CuPy has but refuses
 OPERANDS = {"where": 3, "copyto": 2, "dot": 2, "inner": 2, "kron": 2, "outer": 2, "tensordot": 2, "vdot": 2}
 TRUTH_ARRAYS = {"allclose", "array_equal", "array_equiv"}  # a bool in NumPy, a 0-d array in CuPy
-ARITHMETIC = "add sub mul truediv floordiv mod pow lshift rshift and or xor".split()
-COMPARISONS_AND_UNARY = "lt le eq ne gt ge neg pos abs invert".split()
+ARITHMETIC = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor"]
+COMPARISONS_AND_UNARY = ["lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert"]
 
 _syncs = {"depth": 0, "count": 0}
 

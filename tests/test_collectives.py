@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import ROOT, run
@@ -79,7 +81,7 @@ def test_buckets_of_the_whole_network() -> None:
     assert [b.stop - b.start for b in buckets] == sizes
     assert buckets[0].stop == params.grads.size + len(TAIL)
     assert buckets[-1].start == 0
-    assert all(later.stop == earlier.start for earlier, later in zip(buckets, buckets[1:]))
+    assert all(later.stop == earlier.start for earlier, later in itertools.pairwise(buckets))
     assert all((b.stop - b.start) * 4 >= 1 << 20 for b in buckets[:-1])
 
 

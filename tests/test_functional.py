@@ -179,3 +179,5 @@ def test_losses(loss: str, scale: float, images: int, count: int, seed: int) -> 
     assert value == pytest.approx(theirs.item(), rel=1e-14, abs=0)
     assert gradient.shape == logits.shape
     assert np.abs(gradient - z.grad.numpy()).max(initial=0) <= 1e-15
+    others = labels[:, None] != np.arange(10)  # there probabilities down to 1e-300, without cancellation
+    assert gradient[others] == pytest.approx(z.grad.numpy()[others], rel=1e-12, abs=0)
