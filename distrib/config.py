@@ -5,7 +5,6 @@ Its fields are the options of `python -m distrib.train`: name, type, default and
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -105,14 +104,19 @@ class Config:
         """dtype of parameters and activations."""
         return "float64" if self.precision == "float64" else "float32"
 
-    def resolve(self, size: int, train_images: int, test_images: int) -> Config:
-        """The global batch for `size` ranks and limits within the data; UserError where they do not fit."""
+    def resolve(self, size: int, train_images: int, test_images: int, stored: dict[str, Any] | None = None) -> Config:
+        """The global batch for `size` ranks and limits within the data; UserError where they do not fit.
+
+        A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
+        """
         for name, have in (("limit_train", train_images), ("limit_test", test_images)):
             limit = getattr(self, name)
             self._require(name, limit is None or limit <= have, f"the data has only {have} images")
         config = self
         if self.batch_size_per_rank is not None:
-            config = replace(config, batch_size=self.batch_size_per_rank * size)
+            same = stored is not None and stored.get("batch_size_per_rank") == self.batch_size_per_rank
+            batch = stored["batch_size"] if stored and same else self.batch_size_per_rank * size
+            config = replace(config, batch_size=batch)
         config._require("batch_size", config.batch_size >= size, f"is below the number of ranks, {size}:"
                         f" give {size} or more, or start fewer ranks")  # fmt: skip
         return config
@@ -125,9 +129,6 @@ class Config:
             if not free and name in stored and stored[name] != value:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {stored[name]})")
         return found
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
 
 
 def build(given: dict[str, Any]) -> Config:

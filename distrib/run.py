@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,17 @@ class Run:
             pass
         raise UserError(f"{path}: cannot be read as JSON: give another --run-dir, or restore the file")
 
+    def stored(self) -> dict[str, Any] | None:
+        """The configuration of the run that the folder holds."""
+        return self._read_json("config.json")
+
     def open(self, config: Config) -> ckpt.Checkpoint | None:
         """Make the folder or check the run that it holds; returns the checkpoint to go on from.
 
         UserError: a finished run; a run of other settings; --resume none on a folder that holds a run;
         checkpoints none of which is valid.
         """
-        stored = self._read_json("config.json")
+        stored = self.stored()
         summary = self._read_json("summary.json") or {}
         holds_run = stored is not None or bool(ckpt.list_checkpoints(self.checkpoints))
         if holds_run and config.resume == "none":
@@ -81,7 +86,7 @@ class Run:
             self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
         return found
 
-    def prepare(self, config: Config, found: ckpt.Checkpoint | None) -> None:
+    def prepare(self, config: Config, found: ckpt.Checkpoint | None, environment: dict[str, Any]) -> None:
         """Make the folder ready to go on from `found`: the first change to it."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,8 @@ class Run:
             raise UserError(f"--run-dir {self.path}: cannot be made ({error.strerror}): give another folder") from None
         for leftover in self.checkpoints.glob(".*.tmp"):
             leftover.unlink()
-        ckpt.write_atomically(self.path / "config.json", config.to_json().encode())
+        whole = {**asdict(config), "environment": environment}
+        ckpt.write_atomically(self.path / "config.json", json.dumps(whole, indent=2).encode())
         (self.path / "summary.json").unlink(missing_ok=True)
         step = found.position["step"] if found else 0
         if self.metrics_path.exists():

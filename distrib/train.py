@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from distrib import checkpoint as ckpt
 from distrib import mnist, sampler
 from distrib.config import Config
 from distrib.console import Screen
@@ -161,17 +160,18 @@ def train(config: Config) -> int:
     """Run one configuration on this rank; returns the exit code."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
     screen = Screen(active=world.rank == 0)
+    run = Run(Path(config.run_dir) if config.run_dir else new_folder(config)) if world.rank == 0 else None
+    stored, saved = None, None
     with world.agree():
         data = mnist.load(config.data, config.limit_train, config.limit_test)
-        config = config.resolve(world.size, len(data.train_images), len(data.test_images))
-    guard(world, config, data)
-    run: Run | None = None
-    saved: ckpt.Checkpoint | None = None
+        stored = run.stored() if run else None
+    stored = world.broadcast(stored, "the stored configuration")
     with world.agree():
-        if world.rank == 0:
-            run = Run(Path(config.run_dir) if config.run_dir else new_folder(config))
-            saved = run.open(config)
-    saved = world.control.bcast(saved, root=0)
+        config = config.resolve(world.size, len(data.train_images), len(data.test_images), stored)
+    guard(world, config, data)
+    with world.agree():
+        saved = run.open(config) if run else None
+    saved = world.broadcast(saved, "the checkpoint")
     trainer = Trainer(config, world, data)
     changed: list[str] = []
     with world.agree():
@@ -179,7 +179,7 @@ def train(config: Config) -> int:
             changed = trainer.restore(saved)
     with world.agree():
         if run:
-            run.prepare(config, saved)
+            run.prepare(config, saved, {**trainer.environment(), "world_size": world.size})
     if run:
         start_table(screen, config, data, trainer, run.path)
         for note in run.notes:
@@ -213,8 +213,10 @@ def report(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
 def listen(trainer: Trainer) -> None:
     """SIGUSR1, SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint, on all ranks alike."""
 
-    def handler(*_: object) -> None:
+    def handler(number: int, _: object) -> None:
         trainer.stop_requested = True
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)

@@ -39,7 +39,12 @@ class World:
 
     def agree(self) -> Any:
         """Context in which a UserError of one rank becomes the same UserError on all."""
-        return Agreement(self.rank, self.control.allgather)()
+        return Agreement(self.rank, lambda value: self.allgather(value, "an agreement"))()
+
+    def broadcast(self, value: Any, what: str) -> Any:
+        """Rank 0's `value`, on every rank."""
+        with self.watchdog.waiting(what):
+            return self.control.bcast(value, root=0)
 
     def allgather(self, value: Any, what: str) -> list[Any]:
         """`value` of every rank, by rank."""
@@ -162,18 +167,19 @@ def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32
     watchdog = Watchdog(rank, timeout)
     if not single:
         abort_on_crash(rank, lambda: control.Abort(1))
-    chosen, why = _choose_backend(backend, precision, control)
-    communicator: Communicator
-    if chosen.on_host and comm == "nccl":
-        raise UserError(f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy")
-    if single:
-        communicator = SingleCommunicator()
-    elif chosen.on_host:
-        from distrib.mpi import MpiCommunicator
+    with watchdog.waiting("the choice of backend and communicator"):
+        chosen, why = _choose_backend(backend, precision, control)
+        communicator: Communicator
+        if chosen.on_host and comm == "nccl":
+            raise UserError(f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy")
+        if single:
+            communicator = SingleCommunicator()
+        elif chosen.on_host:
+            from distrib.mpi import MpiCommunicator
 
-        communicator = MpiCommunicator(control, watchdog)
-    else:
-        communicator = _device_communicator(comm, control, chosen, watchdog)
-    hosts = control.allgather(socket.gethostname())
+            communicator = MpiCommunicator(control, watchdog)
+        else:
+            communicator = _device_communicator(comm, control, chosen, watchdog)
+        hosts = control.allgather(socket.gethostname())
     reason = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
     return World(communicator, control, chosen, reason, watchdog, hosts)

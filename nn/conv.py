@@ -118,19 +118,19 @@ class Patches:
             yield slice(start, min(start + step, x.shape[0]))
 
     @staticmethod
-    def _buffer(x: Array, channels: int, like: tuple[int, int, int], name: str, ws: Workspace) -> Array:
-        """Scratch (images, P, Q, channels) in the memory order of `x`."""
-        n, p, q = like
-        if memory_axes(x) == (0, 1, 2, 3):
+    def _buffer(like: Array, shape: tuple[int, int, int], channels: int, name: str, ws: Workspace) -> Array:
+        """Scratch (*shape, channels), shape (images, P, Q), in the memory order of `like`."""
+        n, p, q = shape
+        if memory_axes(like) == (0, 1, 2, 3):
             return ws.scratch(name, (n, p, q, channels))
         return ws.scratch(name, (p, q, n, channels)).transpose(2, 0, 1, 3)
 
     @staticmethod
-    def _gather(x: Array, x_all: Array, w: Array, g: Geometry, ws: Workspace) -> Array:
-        """Patches of the images `x`, (images, P, Q, kh·kw·C)."""
+    def _gather(x: Array, like: Array, w: Array, g: Geometry, ws: Workspace) -> Array:
+        """Patches of the images `x`, (images, P, Q, kh·kw·C), in the memory order of `like`."""
         n, p, q, _ = g.out_shape(x.shape, w.shape)
         c = w.shape[2]
-        cols = Patches._buffer(x_all, c * w.shape[0] * w.shape[1], (n, p, q), "conv.cols", ws)
+        cols = Patches._buffer(like, (n, p, q), c * w.shape[0] * w.shape[1], "conv.cols", ws)
         if g.padding:
             cols[...] = 0
         for k, out, inside in windows(x.shape, w.shape, g):
@@ -142,11 +142,11 @@ class Patches:
         xp = namespace(x)
         matrix = w.reshape(-1, w.shape[3])
         for images in Patches._chunks(x, w, g):
-            cols = Patches._gather(x[images], x, w, g, ws)
+            cols = Patches._gather(x[images], y, w, g, ws)
             if len(cols) == len(x):
                 xp.matmul(pixels(cols), matrix, out=pixels(y))
             else:
-                part = Patches._buffer(x, w.shape[3], cols.shape[:3], "conv.part", ws)
+                part = Patches._buffer(y, cols.shape[:3], w.shape[3], "conv.part", ws)
                 xp.matmul(pixels(cols), matrix, out=pixels(part))
                 y[images] = part
 
@@ -161,8 +161,8 @@ class Patches:
         if dx is not None:
             dx[...] = 0
         for images in Patches._chunks(x, w, g):
-            cols = Patches._gather(x[images], x, w, g, ws)
-            part = Patches._buffer(x, w.shape[3], cols.shape[:3], "conv.part", ws)
+            cols = Patches._gather(x[images], dy, w, g, ws)
+            part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", ws)
             part[...] = dy[images]
             xp.matmul(pixels(cols).T, pixels(part), out=partial)
             dmatrix += partial
@@ -177,11 +177,20 @@ class Patches:
 FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
 
 
-def choose_form(w_shape: tuple[int, ...], geometry: Geometry) -> str:
-    """The fastest form for these weights on the host, by `distrib bench ops`; a pure function of shape."""
-    if w_shape[:2] == (3, 3) and geometry == Geometry(1, 1, 1) and w_shape[2] > 1:
-        return "winograd"
-    return "patches"
+WINOGRAD_OVERHEAD = 48
+"""Tiles whose products cost as much as transforming and streaming a Winograd kernel, 4 times the weights."""
+
+
+def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> str:
+    """The faster form on the host; a pure function of shape.
+
+    Winograd takes 36 products a tile and channel pair, patches 9 a pixel; with few tiles the weights count.
+    """
+    n, h, w, c = x_shape
+    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1:
+        return "patches"
+    tiles = n * -(-h // 4) * -(-w // 4)
+    return "winograd" if 36 * (tiles + WINOGRAD_OVERHEAD) < 9 * n * h * w else "patches"
 
 
 def conv_forward(
@@ -191,7 +200,7 @@ def conv_forward(
 
     Returns what `conv_backward` needs besides x and w. `form` picks one of FORMS by name.
     """
-    return FORMS[form or choose_form(w.shape, geometry)].forward(x, w, geometry, y, ws)
+    return FORMS[form or choose_form(x.shape, w.shape, geometry)].forward(x, w, geometry, y, ws)
 
 
 def conv_backward(
@@ -199,4 +208,4 @@ def conv_backward(
     ws: Workspace, form: str | None = None,
 ) -> None:  # fmt: skip
     """Write dL/dw into dw and dL/dx into dx (skipped where dx is None) for dy = dL/dy (N, P, Q, O)."""
-    FORMS[form or choose_form(w.shape, geometry)].backward(dy, x, w, geometry, saved, dw, dx, ws)
+    FORMS[form or choose_form(x.shape, w.shape, geometry)].backward(dy, x, w, geometry, saved, dw, dx, ws)

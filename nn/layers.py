@@ -93,7 +93,8 @@ class ConvBN:
         x, saved, z, inverse_std, y, out, with_residual = self.saved
         dz = self.ws.image("dz", y.shape, keep=False)
         if self.pool:
-            F.relu_backward(dy, out, dy, self.ws)
+            if self.relu:
+                F.relu_backward(dy, out, dy, self.ws)
             F.max_pool_backward(dy, y, out, 2, dz, self.ws)
         elif self.relu and not with_residual:
             F.relu_backward(dy, y, dz, self.ws)

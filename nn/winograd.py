@@ -148,7 +148,7 @@ class Winograd:
         n, height, width, c_out = dy.shape
         c = w.shape[2]
         rows, cols = _tiles(height), _tiles(width)
-        host = memory_axes(dy) != (0, 1, 2, 3)
+        host = memory_axes(x) != (0, 1, 2, 3)  # the order of tiles in v
         kernel, inp, out = (ws.constant(name, value) for name, value in _named("kernel", "input", "output"))
         du, du_part = ws.scratch("winograd.du", u.shape), ws.scratch("winograd.du_part", u.shape)
         du[...] = 0

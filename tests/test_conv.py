@@ -183,8 +183,8 @@ def test_default_form() -> None:
     rng = np.random.default_rng(8)
     for kernel, c, g in ((3, 2, Geometry(1, 1, 1)), (3, 1, Geometry(1, 1, 1)), (1, 2, Geometry()),
                          (3, 2, Geometry(2, 1, 1)), (3, 2, Geometry(1, 0, 1))):  # fmt: skip
-        x, w, dy = draw(rng, (2, 7, 7, c), (kernel, kernel, c, 3), g)
+        x, w, dy = draw(rng, (64, 7, 7, c), (kernel, kernel, c, 3), g)
         form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
-        assert conv.choose_form(w.shape, g) == form
+        assert conv.choose_form((64, 7, 7, c), w.shape, g) == form
         default, named = (run(workspace("HWNC"), name, x, w, dy, g) for name in (None, form))
         assert_close(default, named, 0.0)
