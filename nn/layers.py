@@ -89,7 +89,7 @@ class ConvBN:
         return out
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
-        """dL/dx in a ring buffer. dy is overwritten; with a residual it is left as the residual's gradient."""
+        """dL/dx in a ring buffer. dy is overwritten: with a residual and no pooling, by the residual's gradient."""
         x, saved, z, inverse_std, y, out, with_residual = self.saved
         dz = self.ws.image("dz", y.shape, keep=False)
         if self.pool:
