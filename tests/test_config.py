@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -101,8 +100,8 @@ def test_dtype_follows_precision() -> None:
 
 def test_json_round_trip() -> None:
     config = build({"recipe": "demo", "data": "/some/where", "limit_train": 10})
-    assert Config(**json.loads(json.dumps(asdict(config)))) == config
-    assert config.differences(json.loads(config.to_json())) == []
+    assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert config.differences(json.loads(json.dumps(dataclasses.asdict(config)))) == []
 
 
 OTHER = {"batch_size": 9, "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "loss": "bce",
