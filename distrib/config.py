@@ -26,8 +26,10 @@ CHOICES = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "demo": {"epochs": 1, "limit_train": 50000, "batch_size": 128, "lr": 0.01, "schedule": "onecycle",
-             "width": 0.125, "log_every": 20},  # fmt: skip
+    "demo": {
+        "epochs": 1, "limit_train": 50000, "batch_size": 128, "lr": 0.01, "schedule": "onecycle",
+        "width": 0.125, "log_every": 20,
+    },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }

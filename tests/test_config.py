@@ -64,7 +64,7 @@ def test_recipe_fills_in_and_given_options_win(name: str) -> None:
 
 def test_recipe_with_batch_per_rank() -> None:
     """The recipe's batch size gives way; only a person's own two batch sizes contradict each other."""
-    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, 100, 100).batch_size == 12
+    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, 60000, 100).batch_size == 12
 
 
 def test_a_recipe_does_not_weaken_validation() -> None:
