@@ -78,7 +78,8 @@ class Trainer:
     def step(self, indices: Any, count: int) -> None:
         """One synchronised training step on this rank's `indices` of a global batch of `count` images."""
         sync = self.config.batch_norm == "sync"
-        this = Pass(True, count if sync else len(indices), self.sum_over_ranks if sync else None)
+        own = max(1, len(indices))  # a rank without an image has sums of zero, not 0/0
+        this = Pass(True, count if sync else own, self.sum_over_ranks if sync else None)
         begin = time.perf_counter()
         x, labels = load_batch(self.model, self.images, indices), self.labels[indices]
         self.data_seconds += time.perf_counter() - begin

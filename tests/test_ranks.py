@@ -86,6 +86,15 @@ def test_local_batch_norm_differs_from_sync(tmp_path: Path) -> None:
     assert local["rank_digests"][0] == local["rank_digests"][1]
 
 
+def test_local_batch_norm_with_a_rank_without_images(tmp_path: Path) -> None:
+    """The last batch has one image: two of three ranks have none, and none spoils the sum."""
+    train(tmp_path / "run", "--epochs", 1, "--batch-size", 8, "--limit-train", 17, "--limit-test", 10,
+          "--width", 0.0625, "--batch-norm", "local", ranks=3)  # fmt: skip
+    found = summary(tmp_path / "run")
+    assert found["finished"]
+    assert len(set(found["rank_digests"])) == 1
+
+
 def test_a_crash_of_one_rank_ends_the_job(tmp_path: Path) -> None:
     script = """
 import os, sys
