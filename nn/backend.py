@@ -19,8 +19,11 @@ import numpy as np
 
 Array = Any  # numpy.ndarray or cupy.ndarray; NumPy's stubs cannot express "either"
 
-HOST_BLOCK = 1 << 16
-"""Elements of one block of an element-wise pass on the host: 256 KiB of float32 stay in the L2 cache."""
+HOST_BLOCK = 1 << 18
+"""Elements of one block of an element-wise pass on the host: 1 MiB of float32, well inside the L3 cache.
+
+Blocks that fit the L2 cache lose more to the cost of a NumPy call (about 1.5 µs) than they gain.
+"""
 
 _NAMESPACES: dict[type, Any] = {np.ndarray: np}
 
@@ -115,20 +118,18 @@ def pixels(x: Array) -> Array:
     return x.transpose(memory_axes(x)).reshape(-1, x.shape[-1])
 
 
-def lanes(x: Array) -> tuple[Array, int]:
-    """View of activations as (rows, lanes) with lanes = k·C, and k.
+def blocks(x: Array, step: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Parts of x (A, B, k, C), in memory order, small enough for a chain of passes in cache, as indices into A and B.
 
-    Per-channel vectors are tiled k times along the lanes: long inner loops cost NumPy three to four
-    times less than inner loops of C elements where C is small.
+    They start at multiples of `step`. On a device, one part: everything.
     """
-    axes = memory_axes(x)
-    k = x.shape[axes[2]]
-    return x.transpose(axes).reshape(-1, max(k, 1) * x.shape[-1]), max(k, 1)
-
-
-def blocks(x: Array) -> Iterator[slice]:
-    """Slices over the rows of matrix `x` that keep a chain of element-wise passes in cache."""
-    rows, width = x.shape
-    step = max(1, HOST_BLOCK // max(width, 1)) if isinstance(x, np.ndarray) else max(rows, 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+    outer, inner, k, c = x.shape
+    if not isinstance(x, np.ndarray):
+        yield slice(0, outer), slice(0, inner)
+        return
+    lines = max(1, HOST_BLOCK // max(k * c, 1))
+    b_step = inner if lines >= inner * step else max(step, lines // step // step * step)
+    a_step = max(step, lines // max(inner, 1) // step * step) if b_step == inner else step
+    for a in range(0, outer, a_step):
+        for b in range(0, inner, max(b_step, 1)):
+            yield slice(a, min(a + a_step, outer)), slice(b, min(b + b_step, inner))

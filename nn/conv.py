@@ -8,8 +8,8 @@
 - `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/winograd.py`), 4 times fewer
   multiplications.
 
-A form is a module-like pair: `forward(x, w, geometry, y, ws)` returns what its `backward` needs,
-`backward(dy, x, w, geometry, saved, dw, dx, ws)` writes dw and, unless it is None, dx.
+A form is a pair: `forward(x, w, geometry, y, ws, keep)` returns, where `keep`, what its `backward` needs besides
+w, in buffers that outlive x; `backward(dy, saved, w, geometry, dw, dx, ws)` writes dw and, unless it is None, dx.
 Shapes: x (N, H, W, C), w (kh, kw, C, O), y (N, P, Q, O).
 """
 
@@ -86,14 +86,14 @@ class Loop:
                 yield (p, q), padded[:, rows, cols], (slice(None), rows, cols)
 
     @staticmethod
-    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace) -> None:
+    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
         for (p, q), patch, _ in Loop._patches(x, w, g):
             for n in range(len(patch)):
                 y[n, p, q] = (patch[n][..., None] * w).sum((0, 1, 2))
+        return ws.hold(x) if keep else None
 
     @staticmethod
-    def backward(dy: Array, x: Array, w: Array, g: Geometry, saved: None, dw: Array, dx: Array | None,
-                 ws: Workspace) -> None:  # fmt: skip
+    def backward(dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace) -> None:
         dw[...] = 0
         n, h, w_in, c = x.shape
         pad = g.padding
@@ -138,7 +138,7 @@ class Patches:
         return cols
 
     @staticmethod
-    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace) -> None:
+    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
         xp = namespace(x)
         matrix = w.reshape(-1, w.shape[3])
         for images in Patches._chunks(x, w, g):
@@ -149,10 +149,10 @@ class Patches:
                 part = Patches._buffer(y, cols.shape[:3], w.shape[3], "conv.part", ws)
                 xp.matmul(pixels(cols), matrix, out=pixels(part))
                 y[images] = part
+        return ws.hold(x) if keep else None
 
     @staticmethod
-    def backward(dy: Array, x: Array, w: Array, g: Geometry, saved: None, dw: Array, dx: Array | None,
-                 ws: Workspace) -> None:  # fmt: skip
+    def backward(dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace) -> None:
         xp = namespace(x)
         c = w.shape[2]
         matrix, dmatrix = w.reshape(-1, w.shape[3]), dw.reshape(-1, w.shape[3])
@@ -181,31 +181,30 @@ WINOGRAD_OVERHEAD = 48
 """Tiles whose products cost as much as transforming and streaming a Winograd kernel, 4 times the weights."""
 
 
-def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> str:
-    """The faster form on the host; a pure function of shape.
+def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, order: str) -> str:
+    """The faster form on the host; a pure function of shape and memory order.
 
     Winograd takes 36 products a tile and channel pair, patches 9 a pixel; with few tiles the weights count.
     """
     n, h, w, c = x_shape
-    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1:
+    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or order != "HWNC":
         return "patches"
     tiles = n * -(-h // 4) * -(-w // 4)
     return "winograd" if 36 * (tiles + WINOGRAD_OVERHEAD) < 9 * n * h * w else "patches"
 
 
 def conv_forward(
-    x: Array, w: Array, geometry: Geometry, y: Array, ws: Workspace, form: str | None = None
+    x: Array, w: Array, geometry: Geometry, y: Array, ws: Workspace, form: str, keep: bool = True
 ) -> Any:
     """Write the convolution of x (N, H, W, C) with w (kh, kw, C, O) into y (N, P, Q, O).
 
-    Returns what `conv_backward` needs besides x and w. `form` picks one of FORMS by name.
+    Returns what `conv_backward` needs, None unless `keep`. `form` names one of FORMS.
     """
-    return FORMS[form or choose_form(x.shape, w.shape, geometry)].forward(x, w, geometry, y, ws)
+    return FORMS[form].forward(x, w, geometry, y, ws, keep)
 
 
 def conv_backward(
-    dy: Array, x: Array, w: Array, geometry: Geometry, saved: Any, dw: Array, dx: Array | None,
-    ws: Workspace, form: str | None = None,
-) -> None:  # fmt: skip
+    dy: Array, saved: Any, w: Array, geometry: Geometry, dw: Array, dx: Array | None, ws: Workspace, form: str
+) -> None:
     """Write dL/dw into dw and dL/dx into dx (skipped where dx is None) for dy = dL/dy (N, P, Q, O)."""
-    FORMS[form or choose_form(x.shape, w.shape, geometry)].backward(dy, x, w, geometry, saved, dw, dx, ws)
+    FORMS[form].backward(dy, saved, w, geometry, dw, dx, ws)

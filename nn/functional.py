@@ -2,7 +2,7 @@
 
 Outputs and scratch are arguments or come from the workspace `ws`; nothing is remembered between calls.
 Sums over images that training depends on (batch norm's here, the gradients' in `distrib.reducer`) pass
-through `column_sums` and a sum over ranks, so there is one place each to make them reproducible.
+through `_line_sums` and a sum over ranks, so there is one place each to make them reproducible.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from nn.backend import Array, blocks, lanes, namespace
+from nn.backend import Array, blocks, memory_axes, namespace
 from nn.workspace import Workspace
 
 SumOverRanks = Callable[[Array], Any]
 """Sums an array over all ranks, in place."""
 
 
-def column_sums(rows: Array, ws: Workspace, groups: int) -> Array:
-    """Sum of the matrix `rows` (M, groups·C) over its rows and groups: (C,), accumulated in float64."""
-    total = namespace(rows).zeros(rows.shape[1], np.float64)
-    for block in blocks(rows):
-        part = rows[block]
-        total += ws.ones(len(part)) @ part
-    return total.reshape(groups, -1).sum(0)
+def _line_sums(block: Array, ws: Workspace) -> Array:
+    """Sum of a block (A, B, k, C) over A and B: (k·C,), float64."""
+    a, b, k, c = block.shape
+    lines = block.reshape(1, a * b, k * c) if block.flags.c_contiguous else block.reshape(a, b, k * c)
+    return (ws.ones(lines.shape[1]) @ lines).sum(0, dtype=np.float64)
 
 
-def _tile(v: Array, groups: int, dtype: np.dtype) -> Array:
-    return namespace(v).tile(v.astype(dtype), groups)
+def _per_channel(name: str, v: Array, like: Array, ws: Workspace) -> Array:
+    """The vector v (C,) in the dtype of `like` (A, B, k, C), repeated k times: scratch `name`.
+
+    Against a (C,) with few channels NumPy's inner loops are C long, and three to four times slower.
+    """
+    wide = ws.scratch(name, like.shape[2:], like.dtype)
+    wide[...] = v
+    return wide
 
 
 def batch_norm_statistics(
@@ -39,124 +43,160 @@ def batch_norm_statistics(
 
     Two passes, Σx then Σ(x − mean)², each summed over ranks: never E[x²] − E[x]², which cancels.
     """
-    rows, groups = lanes(x)
-    mean = column_sums(rows, ws, groups)
+    x = x.transpose(memory_axes(x))
+    groups, lines = x.shape[2], x.shape[2] * x.shape[3]
+    total = namespace(x).zeros(lines, np.float64)
+    for block in blocks(x):
+        total += _line_sums(x[block], ws)
+    mean = total.reshape(groups, -1).sum(0)
     if sum_over_ranks:
         sum_over_ranks(mean)
     mean /= count
-    shift = _tile(mean, groups, x.dtype)
-    squares = namespace(x).zeros(rows.shape[1], np.float64)
-    for block in blocks(rows):
-        part = rows[block]
+    shift = _per_channel("shift", mean, x, ws)
+    total = namespace(x).zeros(lines, np.float64)
+    for block in blocks(x):
+        part = x[block]
         part -= shift
         square = ws.scratch("block", part.shape)
         namespace(x).multiply(part, part, out=square)
-        squares += ws.ones(len(part)) @ square
-    variance = squares.reshape(groups, -1).sum(0)
+        total += _line_sums(square, ws)
+    variance = total.reshape(groups, -1).sum(0)
     if sum_over_ranks:
         sum_over_ranks(variance)
     variance /= count
     return mean, variance
 
 
-def scale_shift_relu(
-    x: Array, scale: Array, shift: Array, y: Array, residual: Array | None = None, relu: bool = True
-) -> None:
-    """y = relu(x · scale + shift + residual) with scale and shift (C,): batch norm's second half."""
-    xp = namespace(x)
-    x_rows, groups = lanes(x)
-    y_rows = lanes(y)[0]
-    more = None if residual is None else lanes(residual)[0]
-    scale, shift = _tile(scale, groups, x.dtype), _tile(shift, groups, x.dtype)
-    zero = xp.zeros_like(shift)  # a row of zeros: against a scalar, NumPy's maximum is three times slower
-    for block in blocks(x_rows):
-        out = y_rows[block]
-        xp.multiply(x_rows[block], scale, out=out)
+def activate(
+    z: Array, scale: Array, shift: Array, y: Array, ws: Workspace, *, residual: Array | None = None,
+    relu: bool = True, pool: bool = False, passed: Array | None = None,
+) -> None:  # fmt: skip
+    """y = pool(relu(z · scale + shift + residual)): batch norm's second half and all that follows it.
+
+    `scale` and `shift` are (C,); `pool` is a 2×2 max-pool, y then (N, H//2, W//2, C). `passed` (bool, shaped
+    as z), where given, becomes true at each element of z that the gradient of y flows back to.
+    """
+    xp, axes = namespace(z), memory_axes(z)
+    z, y = z.transpose(axes), y.transpose(axes)
+    passed, residual = (None if a is None else a.transpose(axes) for a in (passed, residual))
+    scale, shift = _per_channel("scale", scale, z, ws), _per_channel("shift", shift, z, ws)
+    zero = _per_channel("zero", 0.0, y, ws)  # against a scalar, NumPy's maximum is three times slower
+    first = axes.index(1)  # the first of the two spatial axes in memory
+    for block in blocks(z, 2 if pool else 1):
+        out = ws.scratch("block", z[block].shape) if pool else y[block]
+        xp.multiply(z[block], scale, out=out)
         out += shift
-        if more is not None:
-            out += more[block]
+        if residual is not None:
+            out += residual[block]
+        if pool:
+            whole, out = out, y[_pooled(block, first)]
+            max_pool_forward(whole, 2, out, first)
+            if passed is not None:
+                free = ws.scratch("pool.free", out.shape, "bool")
+                xp.greater(out, zero if relu else -np.inf, out=free)
+                _winners(whole, out, 2, free, passed[block], first)
+        elif relu and passed is not None:
+            xp.greater(out, zero, out=passed[block])
         if relu:
             xp.maximum(out, zero, out=out)
 
 
-def relu_backward(dy: Array, y: Array, dx: Array, ws: Workspace) -> None:
-    """dx = dy where y = relu(x) is positive, else 0; dx may be dy."""
-    dy_rows, y_rows, dx_rows = (lanes(a)[0] for a in (dy, y, dx))
-    xp = namespace(y)
-    for block in blocks(y_rows):
-        part = y_rows[block]
-        mask = ws.scratch("mask", part.shape, "bool")
-        xp.greater(part, 0, out=mask)
-        xp.multiply(dy_rows[block], mask, out=dx_rows[block])
+def _pooled(block: tuple[slice, slice], first: int) -> tuple[slice, slice]:
+    """Where the outputs of a 2×2 pooling of `block` lie; `first` as in `pool_views`."""
+    a, b = block
+    return (a if first else slice(a.start // 2, a.stop // 2)), slice(b.start // 2, b.stop // 2)
 
 
 def batch_norm_backward(
     dy: Array, centred: Array, inverse_std: Array, gamma: Array, count: int, ws: Workspace,
-    sum_over_ranks: SumOverRanks | None,
+    sum_over_ranks: SumOverRanks | None, dx: Array, *, passed: Array | None = None, pool: bool = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Replace dy by dL/dx; returns this rank's parts of (dL/dγ, dL/dβ), float64.
+    """Writes dL/dx of batch norm and of what `activate` did after it; returns this rank's (dL/dγ, dL/dβ), float64.
 
-    With x̂ = centred · inverse_std and sums over all `count` values a channel,
-    dx = γ · inverse_std · (dy − Σdy/count − x̂ · Σ(dy·x̂)/count)  (Ioffe and Szegedy 2015, section 3).
+    With g = dy where `passed`, 0 elsewhere, x̂ = centred · inverse_std and sums over all `count` values a channel,
+    dx = γ · inverse_std · (g − Σg/count − x̂ · Σ(g·x̂)/count)  (Ioffe and Szegedy 2015, section 3).
+    Without pooling, dy becomes g, which is also the residual's gradient; dx may be dy.
     """
-    xp = namespace(dy)
-    dy_rows, groups = lanes(dy)
-    x_rows = lanes(centred)[0]
-    wide = xp.zeros((2, dy_rows.shape[1]), np.float64)
-    for block in blocks(dy_rows):
-        part = dy_rows[block]
+    xp, axes = namespace(dy), memory_axes(centred)
+    x, dx, dy = centred.transpose(axes), dx.transpose(axes), dy.transpose(axes)
+    passed = None if passed is None else passed.transpose(axes)
+    groups, first = x.shape[2], axes.index(1)
+    g = dx if pool else dy
+    wide = xp.zeros((2, x.shape[2] * x.shape[3]), np.float64)
+    for block in blocks(x, 2 if pool else 1):
+        part = g[block]
+        if pool and passed is not None:
+            _spread(dy[_pooled(block, first)], passed[block], 2, part, first)
+        elif passed is not None:
+            xp.multiply(part, passed[block], out=part)
         product = ws.scratch("block", part.shape)
-        xp.multiply(part, x_rows[block], out=product)
-        ones = ws.ones(len(part))
-        wide[0] += ones @ part
-        wide[1] += ones @ product
+        xp.multiply(part, x[block], out=product)
+        wide[0] += _line_sums(part, ws)
+        wide[1] += _line_sums(product, ws)
     sums = wide.reshape(2, groups, -1).sum(1)
     d_gamma, d_beta = sums[1] * inverse_std, sums[0].copy()
     if sum_over_ranks:
         sum_over_ranks(sums)
     scale = gamma * inverse_std
-    a, b, c = scale, -scale * inverse_std**2 * (sums[1] / count), -scale * (sums[0] / count)
-    a, b, c = (_tile(v, groups, dy.dtype) for v in (a, b, c))
-    for block in blocks(dy_rows):
-        part = dy_rows[block]
+    factors = scale, -scale * inverse_std**2 * (sums[1] / count), -scale * (sums[0] / count)
+    a, b, c = (_per_channel(name, v, x, ws) for name, v in zip(("scale", "slope", "shift"), factors, strict=True))
+    for block in blocks(x):
+        part = dx[block]
         product = ws.scratch("block", part.shape)
-        part *= a
-        xp.multiply(x_rows[block], b, out=product)
+        xp.multiply(g[block], a, out=part)
+        xp.multiply(x[block], b, out=product)
         part += product
         part += c
     return d_gamma, d_beta
 
 
-def pool_views(x: Array, size: int) -> list[Array]:
-    """The size² strided views of x (N, H, W, C), in row-major order, that make up its windows."""
-    h, w = x.shape[1] // size * size, x.shape[2] // size * size
-    return [x[:, i:h:size, j:w:size] for i in range(size) for j in range(size)]
+def pool_views(x: Array, size: int, first: int = 1) -> list[Array]:
+    """The size² strided views of x, in row-major order, that make up its windows.
+
+    The image's rows and columns are axes `first` and `first + 1` of x: 1 and 2 of (N, H, W, C).
+    """
+    h, w = (x.shape[first + i] // size * size for i in (0, 1))
+    lead = (slice(None),) * first
+    return [x[(*lead, slice(i, h, size), slice(j, w, size))] for i in range(size) for j in range(size)]
 
 
-def max_pool_forward(x: Array, size: int, y: Array) -> None:
+def max_pool_forward(x: Array, size: int, y: Array, first: int = 1) -> None:
     """y (N, H//size, W//size, C): maximum of each size×size window; rows and columns left over are unused."""
-    first, *others = pool_views(x, size)
+    one, *others = pool_views(x, size, first)
     if not others:
-        y[...] = first
+        y[...] = one
         return
-    namespace(x).maximum(first, others[0], out=y)
+    namespace(x).maximum(one, others[0], out=y)
     for view in others[1:]:
         namespace(x).maximum(y, view, out=y)
 
 
-def max_pool_backward(dy: Array, x: Array, y: Array, size: int, dx: Array, ws: Workspace) -> None:
-    """dx: dy at the first maximum of each window (in row-major order, as PyTorch does), 0 elsewhere."""
+def _winners(x: Array, y: Array, size: int, free: Array, won: Array, first: int = 1) -> None:
+    """`won`: true at the first maximum of each window that is `free` (in row-major order, as PyTorch does)."""
     xp = namespace(x)
-    if x.shape[1] % size or x.shape[2] % size:
-        dx[...] = 0
-    free = ws.image("pool.free", y.shape, "bool", keep=False)
-    wins = ws.image("pool.wins", y.shape, "bool", keep=False)
-    free[...] = True
-    for view, dview in zip(pool_views(x, size), pool_views(dx, size), strict=True):
+    if x.shape[first] % size or x.shape[first + 1] % size:
+        won[...] = False
+    for view, wins in zip(pool_views(x, size, first), pool_views(won, size, first), strict=True):
         xp.equal(view, y, out=wins)
         wins &= free
         free ^= wins
-        xp.multiply(dy, wins, out=dview)
+
+
+def _spread(dy: Array, won: Array, size: int, dx: Array, first: int = 1) -> None:
+    """dx = dy of its window where `won`, else 0."""
+    if dx.shape[first] % size or dx.shape[first + 1] % size:
+        dx[...] = 0
+    for wins, view in zip(pool_views(won, size, first), pool_views(dx, size, first), strict=True):
+        namespace(dy).multiply(dy, wins, out=view)
+
+
+def max_pool_backward(dy: Array, x: Array, y: Array, size: int, dx: Array, ws: Workspace) -> None:
+    """dx: dy at the first maximum of each window, 0 elsewhere."""
+    free = ws.image("pool.free", y.shape, "bool", keep=False)
+    won = ws.image("pool.won", x.shape, "bool", keep=False)
+    free[...] = True
+    _winners(x, y, size, free, won)
+    _spread(dy, won, size, dx)
 
 
 def avg_pool_forward(x: Array, size: int, y: Array) -> None:

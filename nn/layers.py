@@ -10,7 +10,7 @@ import numpy as np
 
 from nn import functional as F
 from nn.backend import Array
-from nn.conv import Geometry, conv_backward, conv_forward
+from nn.conv import Geometry, choose_form, conv_backward, conv_forward
 from nn.params import Parameter, Parameters, Spec
 from nn.workspace import Workspace
 
@@ -61,56 +61,44 @@ class ConvBN:
         self.running_var = buffers[f"{self.name}.1.running_var"] = xp.ones(self.c_out, dtype)
 
     def forward(self, x: Array, step: Pass, residual: Array | None = None) -> Array:
-        shape = self.geometry.out_shape(x.shape, self.w.value.shape)
-        if step.train:
-            z, y = self.ws.image("z", shape), self.ws.image("y", shape)
-        else:
-            z = y = self.ws.ring(shape)
-        saved = conv_forward(x, self.w.value, self.geometry, z, self.ws, self.form)
-        if step.train:
-            count = step.images * shape[1] * shape[2]
-            mean, var = F.batch_norm_statistics(z, count, self.ws, step.sum_over_ranks)
-            self.running_mean += MOMENTUM * (mean - self.running_mean)
-            self.running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - self.running_var)
-            inverse_std = (var + EPS) ** -0.5
-            shift = self.beta.value
-        else:
-            inverse_std = (self.running_var.astype(np.float64) + EPS) ** -0.5
-            shift = self.beta.value - self.running_mean * self.gamma.value * inverse_std
-        F.scale_shift_relu(z, self.gamma.value * inverse_std, shift, y, residual, self.relu)
-        out = y
-        if self.pool:
-            n, h, w, c = shape
-            shape = (n, h // 2, w // 2, c)
-            out = self.ws.image("pooled", shape) if step.train else self.ws.ring(shape)
-            F.max_pool_forward(y, 2, out)
-        if step.train:
-            self.saved = x, saved, z, inverse_std, y, out, residual is not None
-        return out
+        ws, shape = self.ws, self.geometry.out_shape(x.shape, self.w.value.shape)
+        n, h, w, c = shape
+        out = (n, h // 2, w // 2, c) if self.pool else shape
+        form = self.form or choose_form(x.shape, self.w.value.shape, self.geometry, ws.backend.order)
+        if not step.train:
+            z = ws.ring(shape)
+            conv_forward(x, self.w.value, self.geometry, z, ws, form, keep=False)
+            scale = self.gamma.value * (self.running_var.astype(np.float64) + EPS) ** -0.5
+            y = ws.ring(out) if self.pool else z
+            F.activate(z, scale, self.beta.value - self.running_mean * scale, y, ws,
+                       residual=residual, relu=self.relu, pool=self.pool)  # fmt: skip
+            return y
+        z = ws.image("z", shape)
+        saved = conv_forward(x, self.w.value, self.geometry, z, ws, form)
+        count = step.images * h * w
+        mean, var = F.batch_norm_statistics(z, count, ws, step.sum_over_ranks)
+        self.running_mean += MOMENTUM * (mean - self.running_mean)
+        self.running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - self.running_var)
+        inverse_std = (var + EPS) ** -0.5
+        passed = ws.image("passed", shape, "bool") if self.relu or self.pool else None
+        y = ws.passing(out)
+        F.activate(z, self.gamma.value * inverse_std, self.beta.value, y, ws,
+                   residual=residual, relu=self.relu, pool=self.pool, passed=passed)  # fmt: skip
+        self.saved = x.shape, form, saved, z, inverse_std, passed, residual is not None
+        return y
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
         """dL/dx in a ring buffer. dy is overwritten: with a residual and no pooling, by the residual's gradient."""
-        x, saved, z, inverse_std, y, out, with_residual = self.saved
-        dz = self.ws.image("dz", y.shape, keep=False)
-        if self.pool:
-            if self.relu:
-                F.relu_backward(dy, out, dy, self.ws)
-            F.max_pool_backward(dy, y, out, 2, dz, self.ws)
-        elif self.relu and not with_residual:
-            F.relu_backward(dy, y, dz, self.ws)
-        else:
-            if self.relu:
-                F.relu_backward(dy, y, dy, self.ws)
-            dz[...] = dy
-        count = step.images * y.shape[1] * y.shape[2]
+        ws = self.ws
+        x_shape, form, saved, z, inverse_std, passed, with_residual = self.saved
+        dz = ws.image("dz", z.shape, keep=False) if self.pool or with_residual or not self.relu else dy
         d_gamma, d_beta = F.batch_norm_backward(
-            dz, z, inverse_std, self.gamma.value, count, self.ws, step.sum_over_ranks
-        )
+            dy, z, inverse_std, self.gamma.value, step.images * z.shape[1] * z.shape[2], ws, step.sum_over_ranks,
+            dz, passed=passed, pool=self.pool,
+        )  # fmt: skip
         self.gamma.grad[...], self.beta.grad[...] = d_gamma, d_beta
-        dx = self.ws.ring(x.shape) if need_dx else None
-        conv_backward(
-            dz, x, self.w.value, self.geometry, saved, self.w.grad, dx, self.ws, self.form
-        )
+        dx = ws.ring(x_shape) if need_dx else None
+        conv_backward(dz, saved, self.w.value, self.geometry, self.w.grad, dx, ws, form)
         for parameter in (self.beta, self.gamma, self.w):
             on_grad(parameter)
         return dx
@@ -161,7 +149,7 @@ class Head:
         else:
             F.max_pool_forward(x, h, pooled)
         if step.train:
-            self.saved = x, pooled
+            self.saved = self.ws.hold(x), pooled
         return F.linear_forward(pooled.reshape(n, c), self.w.value, self.b.value)
 
     def backward(self, dy: Array, on_grad: OnGrad) -> Array:

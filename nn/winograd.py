@@ -1,177 +1,269 @@
-"""Minimal filtering F(4×4, 3×3) after Winograd: a 3×3 convolution with 36 products per 16 outputs, not 144.
+"""Minimal filtering F(m×m, 3×3) after Winograd: a 3×3 convolution with (m + 2)² products per m² outputs, not 9m².
 
-With the constant matrices B (6×6), G (6×3) and A (6×4) below, a 6×6 tile d of the input and a kernel g,
-the 4×4 tile of the output is Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A (Lavin and Gray, "Fast Algorithms for
-Convolutional Neural Networks", 2015, eq. 8). Summed over channels, each of the 36 positions is a matrix
-product over all tiles: M_k = V_k U_k with V_k (tiles, C), U_k (C, O).
+With Bᵀ (a×a), G (a×3) and Aᵀ (m×a), a = m + 2, a tile d of a×a inputs and a kernel g, the m×m tile of the
+output is Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+2015, eq. 8). Summed over channels, each of the a² positions is a matrix product over all tiles:
+M_k = V_k U_k with V_k (tiles, C), U_k (C, O).
 
-A two-dimensional transform is one product with a Kronecker matrix: vec(Bᵀ d B) = (B ⊗ B)ᵀ vec(d). The
-backward stays in the transform domain: with dM = (A ⊗ A) dY, transformed once for both gradients,
+Tiles are never gathered. Along one axis, the transform of all tiles at once is a product with one constant
+banded matrix, `Piece.b`, in which overlap and zero padding are a matter of where the numbers stand; its
+transpose adds overlapping tiles back. In memory order H,W,N,C both axes are then batched matrix products on
+views of the image, and the result is sorted by position:
 
-    dU_k = V_kᵀ dM_k        dw = (G ⊗ G)ᵀ dU        dV_k = dM_k U_kᵀ        dD = (B ⊗ B) dV
+    x (H, W, NC)  → along W →  (H, positions · tiles, NC)  → along H →  V (a, a, tiles, C)
 
-and dx gathers the overlapping 6×6 tiles dD. V is kept by the forward, so the input is transformed once.
-Error relative to a float64 reference in float32: 2e-6 to 8e-6 of the largest value (tests/test_conv.py).
+An axis that 4 does not divide ends in a smaller tile: 14 = 4+4+4+2, 7 = 4+3. It takes the first of the
+points at which the larger ones evaluate, so that all tiles share one U (`Group`).
+
+The backward stays in the transform domain. With dM the transformed dY, computed once for both gradients,
+
+    dU_k = V_kᵀ dM_k        dw = Gᵀ dU G        dV_k = dM_k U_kᵀ        dx = B dV Bᵀ
+
+V is kept by the forward, so the input is transformed once. Error relative to a float64 reference in
+float32: 2e-6 to 8e-6 of the largest value (tests/test_conv.py).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nn.backend import Array, memory_axes, namespace
+from nn.backend import Array, namespace
 
 if TYPE_CHECKING:
     from nn.workspace import Workspace
 
-TILES = 512
-"""Tiles of one chunk: its 36 planes stay near the cache and its matrix products stay efficient."""
+CHUNK = 512
+"""Tiles of one chunk: its planes stay near the cache and its matrix products stay efficient."""
 
-B_T = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-)
-G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+PIECE = 4
+"""Tiles of an axis that share one banded matrix: longer ones multiply too many zeros, shorter ones are slow."""
 
-TRANSFORMS = {
-    "winograd.input": np.kron(B_T, B_T),  # 36×36: tile → V
-    "winograd.kernel": np.kron(G, G),  # 36×9: kernel → U
-    "winograd.output": np.kron(A_T, A_T),  # 16×36: M → tile of y
-}
+POINTS = (0.0, 1.0, -1.0, np.inf, 2.0, -2.0)
+"""Where polynomials are evaluated; a tile of m outputs takes the first m + 2."""
 
-
-def _tiles(size: int) -> int:
-    return -(-size // 4)
-
-
-def _chunks(n: int, rows: int, cols: int) -> list[tuple[slice, slice, slice]]:
-    """Chunks of about TILES tiles: (images, tile rows, range of tiles)."""
-    images = min(n, max(1, TILES // cols))
-    height = max(1, TILES // max(images * cols, 1))
-    chunks, start = [], 0
-    for t in range(0, rows, height):
-        for i in range(0, n, max(images, 1)):
-            t_slice, i_slice = slice(t, min(t + height, rows)), slice(i, min(i + images, n))
-            stop = start + (t_slice.stop - t) * (i_slice.stop - i) * cols
-            chunks.append((i_slice, t_slice, slice(start, stop)))
-            start = stop
-    return chunks
-
-
-def _planes(flat: Array, side: int, n: int, rows: int, cols: int, host_order: bool) -> Array:
-    """View (side², tiles, C) as (side, side, N, tile rows, tile columns, C)."""
-    shape = (side, side, rows, cols, n, -1) if host_order else (side, side, n, rows, cols, -1)
-    planes = flat.reshape(shape)
-    return planes.transpose(0, 1, 4, 2, 3, 5) if host_order else planes
+G = np.array([[0, 0, 1] if p == np.inf else [1, p, p * p] for p in POINTS])
+"""The kernel's transform, (6, 3), the same for every tile size: the normalisation stands in Bᵀ."""
 
 
 @functools.cache
-def _meet(i: int, start: int, stop: int, size: int) -> tuple[slice, slice]:
-    """Of tiles [start, stop), those whose row i lies inside [0, size), counted from start; those rows."""
-    first = min(max(start, -(i // 4)), stop)
-    last = min(stop, (size - 1 - i) // 4 + 1)
-    if last <= first:
-        return slice(0, 0), slice(0, 0)
-    return slice(first - start, last - start), slice(4 * first + i, 4 * (last - 1) + i + 1, 4)
+def tile_matrices(m: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Bᵀ (m + 2, m + 2), Aᵀ (m, m + 2)) of F(m, 3), m ≥ 2, by Toom and Cook's construction."""
+    finite = [p for p in POINTS[: m + 2] if p != np.inf]
+    b_t, a_t = np.zeros((m + 2, m + 2)), np.zeros((m, m + 2))
+    for k, p in enumerate(POINTS[: m + 2]):
+        others = [q for q in finite if q != p]
+        b_t[k, : len(others) + 1] = np.poly(others)[::-1]
+        if p == np.inf:
+            a_t[-1, k] = 1
+        else:
+            b_t[k] /= np.prod(p - np.array(others))
+            a_t[:, k] = p ** np.arange(m)
+    return b_t, a_t
 
 
-def _gather(planes: Array, x: Array, offset: int, images: slice, rows: slice, cols: int) -> None:
-    """planes[i, j] = pixel (i + offset, j + offset) of every tile, zero outside the image."""
-    side, (_, height, width, _) = planes.shape[0], x.shape
-    whole = rows.start + offset >= 0 and offset >= 0 and 4 * rows.stop <= height and 4 * cols <= width
-    if not whole:
-        planes[...] = 0
-    for i in range(side):
-        t_rows, x_rows = _meet(i + offset, rows.start, rows.stop, height)
-        for j in range(side):
-            t_cols, x_cols = _meet(j + offset, 0, cols, width)
-            planes[i, j][:, t_rows, t_cols] = x[images, x_rows, x_cols]
+class Group(NamedTuple):
+    """Consecutive points at which the same number of tiles is evaluated; their rows in a piece's matrices."""
+
+    points: slice
+    rows: slice
+    tiles: int
 
 
-def _scatter(x: Array, planes: Array, offset: int, images: slice, rows: slice, cols: int, add: bool) -> None:
-    """The transpose of `_gather`: write (or add) every tile's pixels back to their places in the image."""
-    side, (_, height, width, _) = planes.shape[0], x.shape
-    for i in range(side):
-        t_rows, x_rows = _meet(i + offset, rows.start, rows.stop, height)
-        for j in range(side):
-            t_cols, x_cols = _meet(j + offset, 0, cols, width)
-            source = planes[i, j][:, t_rows, t_cols]
-            if add:
-                x[images, x_rows, x_cols] += source
+class Piece(NamedTuple):
+    """Some tiles of an axis: the inputs they see, the outputs they make, and the two banded matrices."""
+
+    name: str
+    inputs: slice
+    outputs: slice
+    groups: list[Group]
+    b: np.ndarray  # (rows, inputs): rows by point, then by tile
+    a: np.ndarray  # (rows, outputs)
+
+    def along(self, which: str, ws: Workspace) -> Array:
+        """Matrix `b` or `a` on the device."""
+        return ws.constant(f"winograd.{which}.{self.name}", getattr(self, which))
+
+
+@functools.cache
+def axis(size: int) -> list[Piece]:
+    """The pieces of an axis of `size` pixels: tiles of 4, and at its end one of 2 or 3 where that is enough."""
+    starts = list(range(0, size, 4))
+    sizes = [min(4, max(2, size - start)) for start in starts]
+    pieces = []
+    for first in range(0, len(starts), PIECE):
+        part = slice(first, first + PIECE)
+        outputs = slice(starts[first], min(starts[part][-1] + sizes[part][-1], size))
+        inputs = slice(max(outputs.start - 1, 0), min(outputs.stop + 1, size))
+        groups: list[Group] = []
+        b: list[np.ndarray] = []
+        a: list[np.ndarray] = []
+        for point in range(sizes[first] + 2):
+            tiles = [(s, m) for s, m in zip(starts[part], sizes[part], strict=True) if point < m + 2]
+            if groups and groups[-1].tiles == len(tiles):
+                last = groups.pop()
+                groups.append(Group(slice(last.points.start, point + 1), slice(last.rows.start, len(b) + len(tiles)), len(tiles)))
             else:
-                x[images, x_rows, x_cols] = source
+                groups.append(Group(slice(point, point + 1), slice(len(b), len(b) + len(tiles)), len(tiles)))
+            for start, m in tiles:
+                b_t, a_t = tile_matrices(m)
+                row_b, row_a = np.zeros(size + 6), np.zeros(size + 6)
+                row_b[start : start + m + 2] = b_t[point]  # pixel i stands at i + 1
+                row_a[start : start + m] = a_t[:, point]
+                b.append(row_b[inputs.start + 1 : inputs.stop + 1])
+                a.append(row_a[outputs])
+        pieces.append(Piece(f"{size}.{first}", inputs, outputs, groups, np.array(b), np.array(a)))
+    return pieces
+
+
+class Chunk(NamedTuple):
+    """A rectangle of tiles of some images, and the part of V that is theirs, in elements per channel."""
+
+    rows: Piece
+    cols: Piece
+    images: slice
+    part: slice
+
+    def planes(self, flat: Array, channels: int) -> Iterator[tuple[Group, Array]]:
+        """For each group along W: the group, and its part of `flat` as (points, rows along H, ·)."""
+        unit = len(self.rows.b) * (self.images.stop - self.images.start) * channels
+        for group in self.cols.groups:
+            block = flat[group.rows.start * unit : group.rows.stop * unit]
+            yield group, block.reshape(group.points.stop - group.points.start, len(self.rows.b), -1)
+
+    def matrices(self, flat: Array, channels: int) -> Iterator[tuple[tuple[slice, slice], Array]]:
+        """(points along W and H, their matrices (points, points, tiles, C)) of the chunk's transform `flat`."""
+        for along_w, block in self.planes(flat, channels):
+            for along_h in self.rows.groups:
+                shape = len(block), along_h.points.stop - along_h.points.start, -1, channels
+                yield (along_w.points, along_h.points), block[:, along_h.rows].reshape(shape)
+
+
+@functools.lru_cache(1024)
+def chunks(n: int, height: int, width: int, size: int) -> list[Chunk]:
+    """Chunks of about `size` tiles."""
+    found: list[Chunk] = []
+    stop = 0
+    for rows in axis(height):
+        for cols in axis(width):
+            step = max(1, size // (rows.groups[0].tiles * cols.groups[0].tiles))
+            for first in range(0, n, step):
+                images = slice(first, min(first + step, n))
+                start, stop = stop, stop + len(rows.b) * len(cols.b) * (images.stop - first)
+                found.append(Chunk(rows, cols, images, slice(start, stop)))
+    return found
 
 
 class Winograd:
-    """The form `winograd` of `nn.conv`: 3×3, stride 1, padding 1, dilation 1."""
+    """The form `winograd` of `nn.conv`: 3×3, stride 1, padding 1, dilation 1, memory order H,W,N,C."""
 
     @staticmethod
-    def forward(x: Array, w: Array, geometry: Any, y: Array, ws: Workspace) -> tuple[Array, Array]:
-        """Returns (V, U): the transformed input (36, tiles, C) and kernel (36, C, O)."""
+    def forward(
+        x: Array, w: Array, geometry: Any, y: Array, ws: Workspace, keep: bool
+    ) -> tuple[Array, Array, tuple[int, ...]] | None:
+        """Returns V, U and the shape of x: the transformed input (flat, chunk by chunk) and kernel (a_w, a_h, C, O)."""
+        require_order(x, y)
         xp = namespace(x)
-        n, height, width, c = x.shape
-        c_out = w.shape[3]
-        rows, cols = _tiles(height), _tiles(width)
-        host = memory_axes(x) != (0, 1, 2, 3)
-        u = ws.keep("winograd.u", (36, c, c_out))
-        v = ws.keep("winograd.v", (36, n * rows * cols, c))
-        kernel, inp, out = (ws.constant(name, value) for name, value in _named("kernel", "input", "output"))
-        xp.matmul(kernel, w.reshape(9, c * c_out), out=u.reshape(36, c * c_out))
-        for images, t_rows, tiles in _chunks(n, rows, cols):
-            count = tiles.stop - tiles.start
-            sub = (images.stop - images.start, t_rows.stop - t_rows.start, cols, host)
-            d = ws.scratch("winograd.d", (36, count * c))
-            _gather(_planes(d, 6, *sub), x, -1, images, t_rows, cols)
-            v_part = v[:, tiles]
-            xp.matmul(inp, d, out=v.reshape(36, -1)[:, tiles.start * c : tiles.stop * c])
-            m = ws.scratch("winograd.m", (36, count, c_out))
-            xp.matmul(v_part, u, out=m)
-            tile = ws.scratch("winograd.y", (16, count * c_out))
-            xp.matmul(out, m.reshape(36, -1), out=tile)
-            _scatter(y, _planes(tile, 4, *sub), 0, images, t_rows, cols, add=False)
-        return v, u
+        (n, height, width, c), c_out = x.shape, w.shape[3]
+        parts = chunks(n, height, width, CHUNK)
+        kernel = _kernel(height, width, ws)
+        take = ws.keep if keep else ws.scratch
+        u = take("winograd.u", (*kernel.shape[:2], c, c_out))
+        xp.matmul(kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))
+        sizes = [(chunk.part.stop - chunk.part.start) * c for chunk in parts]
+        v = take("winograd.v", (sum(sizes) if keep else max(sizes, default=0),))
+        for chunk, size in zip(parts, sizes, strict=True):
+            v_part = v[chunk.part.start * c : chunk.part.stop * c] if keep else v[:size]
+            transform(x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, ws)
+            m = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
+            for (points, v_k), (_, m_k) in zip(chunk.matrices(v_part, c), chunk.matrices(m, c_out), strict=True):
+                xp.matmul(v_k, u[points], out=m_k)
+            inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], ws)
+        return (v, u, x.shape) if keep else None
 
     @staticmethod
-    def backward(dy: Array, x: Array, w: Array, geometry: Any, saved: tuple[Array, Array], dw: Array,
+    def backward(dy: Array, saved: tuple[Array, Array, tuple[int, ...]], w: Array, geometry: Any, dw: Array,
                  dx: Array | None, ws: Workspace) -> None:  # fmt: skip
+        require_order(dy, dy if dx is None else dx)
         xp = namespace(dy)
-        v, u = saved
-        n, height, width, c_out = dy.shape
-        c = w.shape[2]
-        rows, cols = _tiles(height), _tiles(width)
-        host = memory_axes(x) != (0, 1, 2, 3)  # the order of tiles in v
-        kernel, inp, out = (ws.constant(name, value) for name, value in _named("kernel", "input", "output"))
-        du, du_part = ws.scratch("winograd.du", u.shape), ws.scratch("winograd.du_part", u.shape)
-        du[...] = 0
-        if dx is not None:
+        v, u, (n, height, width, c) = saved
+        c_out = w.shape[3]
+        parts = chunks(n, height, width, CHUNK)
+        overlap = len(axis(height)) > 1 or len(axis(width)) > 1
+        du = ws.scratch("winograd.du", u.shape)
+        du_part = ws.scratch("winograd.du_part", u.shape) if len(parts) > 1 else du
+        if not parts:
+            du[...] = 0
+        if dx is not None and overlap:
             dx[...] = 0
-        for images, t_rows, tiles in _chunks(n, rows, cols):
-            count = tiles.stop - tiles.start
-            sub = (images.stop - images.start, t_rows.stop - t_rows.start, cols, host)
-            tile = ws.scratch("winograd.y", (16, count * c_out))
-            _gather(_planes(tile, 4, *sub), dy, 0, images, t_rows, cols)
-            dm = ws.scratch("winograd.m", (36, count, c_out))
-            xp.matmul(out.T, tile, out=dm.reshape(36, -1))
-            xp.matmul(v[:, tiles].transpose(0, 2, 1), dm, out=du_part)
-            du += du_part
+        for chunk in parts:
+            v_part = v[chunk.part.start * c : chunk.part.stop * c]
+            dm = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
+            dv = ws.scratch("winograd.dv", v_part.shape)
+            transform(dy[chunk.images, chunk.rows.outputs, chunk.cols.outputs], chunk, "a", dm, ws)
+            target = du if chunk is parts[0] else du_part
+            for (points, v_k), (_, dm_k), (_, dv_k) in zip(
+                chunk.matrices(v_part, c), chunk.matrices(dm, c_out), chunk.matrices(dv, c), strict=True
+            ):
+                xp.matmul(v_k.swapaxes(2, 3), dm_k, out=target[points])
+                if target is not du:
+                    du[points] += du_part[points]
+                if dx is not None:
+                    xp.matmul(dm_k, u[points].swapaxes(2, 3), out=dv_k)
             if dx is None:
                 continue
-            dv = ws.scratch("winograd.dv", (36, count, c))
-            xp.matmul(dm, u.transpose(0, 2, 1), out=dv)
-            d = ws.scratch("winograd.d", (36, count * c))
-            xp.matmul(inp.T, dv.reshape(36, -1), out=d)
-            _scatter(dx, _planes(d, 6, *sub), -1, images, t_rows, cols, add=True)
-        xp.matmul(kernel.T, du.reshape(36, -1), out=dw.reshape(9, -1))
+            place = dx[chunk.images, chunk.rows.inputs, chunk.cols.inputs]
+            if overlap:
+                part = ws.image("winograd.dx", place.shape, keep=False)
+                inverse(dv, chunk, "b", part, ws)
+                place += part
+            else:
+                inverse(dv, chunk, "b", place, ws)
+        xp.matmul(_kernel(height, width, ws).reshape(-1, 9).T, du.reshape(-1, c * c_out), out=dw.reshape(9, -1))
 
 
-def _named(*names: str) -> list[tuple[str, np.ndarray]]:
-    return [(f"winograd.{name}", TRANSFORMS[f"winograd.{name}"]) for name in names]
+def require_order(*arrays: Array) -> None:
+    """ValueError unless the activations lie in memory as H,W,N,C."""
+    for x in arrays:
+        if not x.transpose(1, 2, 0, 3).flags.c_contiguous:
+            raise ValueError(f"Winograd's form needs activations in H,W,N,C order, not strides {x.strides}")
+
+
+def _kernel(height: int, width: int, ws: Workspace) -> Array:
+    """(a_w, a_h, 9): from the kernel (9, C·O) to U, points along W first as in V."""
+    a_h, a_w = (axis(size)[0].groups[-1].points.stop for size in (height, width))
+    values = np.einsum("jb,ia->jiab", G[:a_w], G[:a_h]).reshape(a_w, a_h, 9)
+    return ws.constant(f"winograd.g.{a_w}.{a_h}", values)
+
+
+def transform(x: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> None:
+    """out (flat) = both axes' matrices applied to the part x (n, H, W, C) of an image."""
+    xp = namespace(x)
+    along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
+    n, h, _, c = x.shape
+    half = ws.scratch("winograd.half", (h, len(along_w), n * c))
+    xp.matmul(along_w, _lines(x), out=half)
+    for group, block in chunk.planes(out, c):
+        by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
+        xp.matmul(along_h, by_point, out=block)
+
+
+def inverse(planes: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> None:
+    """out (n, H, W, C) = the transposes of both axes' matrices applied to `planes` (flat)."""
+    xp = namespace(planes)
+    along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
+    n, h, _, c = out.shape
+    half = ws.scratch("winograd.half", (h, len(along_w), n * c))
+    for group, block in chunk.planes(planes, c):
+        by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
+        xp.matmul(along_h.T, block, out=by_point)
+    xp.matmul(along_w.T, half, out=_lines(out))
+
+
+def _lines(x: Array) -> Array:
+    """View of a part (n, H, W, C) of an image as (H, W, n·C)."""
+    n, h, w, c = x.shape
+    return x.transpose(1, 2, 0, 3).reshape(h, w, n * c)

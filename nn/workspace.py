@@ -8,6 +8,13 @@ import numpy as np
 
 from nn.backend import NUMPY, Array, Backend
 
+SLAB = 1 << 23
+"""Bytes from which small host buffers are cut.
+
+NumPy asks the kernel for huge pages for arrays of 4 MiB and more. On 4 KiB pages, scattered in physical
+memory, one element-wise pass in ten ran two to ten times slower, whichever buffers it happened to meet.
+"""
+
 RING = 3
 """Buffers of the ring: in a residual block three gradients of activations are alive at once."""
 
@@ -24,7 +31,7 @@ class Workspace:
     def __init__(self, backend: Backend = NUMPY, dtype: str = "float32") -> None:
         self.backend, self.dtype = backend, np.dtype(dtype)
         self._flat: dict[str, Array] = {}
-        self._prefix, self._turn = "", [0]
+        self._prefix, self._turn, self._slab = "", [0], [np.empty(0, np.uint8)]
 
     def scope(self, prefix: str) -> Workspace:
         """The same buffers, with `keep` names under `prefix`."""
@@ -38,8 +45,18 @@ class Workspace:
         kind, size = np.dtype(dtype or self.dtype), prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.size < size or flat.dtype != kind:
-            flat = self._flat[name] = self.backend.xp.empty(max(size, 1), kind)
+            flat = self._flat[name] = self._allocate(max(size, 1), kind)
         return flat[:size].reshape(shape)
+
+    def _allocate(self, size: int, kind: np.dtype) -> Array:
+        nbytes = -(-size * kind.itemsize // 64) * 64
+        if not self.backend.on_host or nbytes >= SLAB // 2:
+            return self.backend.xp.empty(size, kind)
+        if self._slab[0].size < nbytes:
+            slab = np.empty(SLAB, np.uint8)
+            self._slab[0] = slab[-slab.ctypes.data % 64 :]
+        part, self._slab[0] = self._slab[0][:nbytes], self._slab[0][nbytes:]
+        return part[: size * kind.itemsize].view(kind)
 
     def keep(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """As `scratch`, but the buffer is this scope's own."""
@@ -58,19 +75,33 @@ class Workspace:
         self._turn[0] = (self._turn[0] + 1) % RING
         return self.image(f"ring{self._turn[0]}", shape, keep=False)
 
+    def passing(self, shape: tuple[int, ...]) -> Array:
+        """Activations on their way to the next layer: on the host in the ring, which stays in cache."""
+        return self.ring(shape) if self.backend.on_host else self.image("y", shape)
+
+    def hold(self, x: Array) -> Array:
+        """Passing activations that a layer needs in its backward: on the host a copy of its own."""
+        if not self.backend.on_host:
+            return x
+        held = self.image("x", x.shape)
+        held[...] = x
+        return held
+
     def ones(self, length: int) -> Array:
         """A vector of ones: `ones @ x` sums over rows several times faster than `x.sum(0)`."""
         flat = self._flat.get("ones")
         if flat is None or flat.size < length:
-            flat = self._flat["ones"] = self.backend.xp.ones(max(length, 1), self.dtype)
+            flat = self._flat["ones"] = self._allocate(max(length, 1), self.dtype)
+            flat.fill(1)
         return flat[:length]
 
     def constant(self, name: str, values: np.ndarray) -> Array:
         """`values` on the device in this workspace's dtype, copied there once."""
         flat = self._flat.get(name)
         if flat is None:
-            flat = self._flat[name] = self.backend.asarray(values.astype(self.dtype))
-        return flat
+            flat = self._flat[name] = self._allocate(values.size, self.dtype)
+            flat[...] = self.backend.asarray(values.astype(self.dtype).ravel())
+        return flat.reshape(values.shape)
 
     def nbytes(self) -> int:
         """Bytes held."""

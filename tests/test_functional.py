@@ -82,7 +82,7 @@ def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pyt
         ws = workspace(order)
         z, dx = activations(ws, x[images], "z"), activations(ws, r[images], "dy")
         mean, variance = F.batch_norm_statistics(z, count, ws, sums)
-        grads = F.batch_norm_backward(dx, z, (variance + 1e-5) ** -0.5, gamma, count, ws, sums)
+        grads = F.batch_norm_backward(dx, z, (variance + 1e-5) ** -0.5, gamma, count, ws, sums, dx)
         return dx, mean, variance, *grads
 
     whole = work(slice(0, 6), None)
@@ -137,6 +137,37 @@ def test_max_pool_ties(size: int, order: str, seed: int) -> None:
     y_t.backward(to_torch(r).detach())
     assert np.array_equal(y, to_numpy(y_t))
     assert np.array_equal(dx, to_numpy(x_t.grad))
+
+
+@each_seed
+@both_orders
+@each_block
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("size", [(7, 8), (9, 5), (2, 2)])
+def test_activate(size: tuple[int, int], relu: bool, pool: bool, residual: bool, block: int, order: str, seed: int,
+                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Few values, so that maxima tie, at zero and below it too: y and the way of the gradient, to the bit."""
+    monkeypatch.setattr(backend, "HOST_BLOCK", block)
+    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    shape = (4, *size, 3)
+    z, more = (rng.integers(-2, 2, shape).astype(float) for _ in range(2))
+    scale, shift = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, -0.5])
+    whole = to_torch(z * scale + shift + more * residual)
+    y_t = torch.relu(whole) if relu else whole
+    y_t = torch.nn.functional.max_pool2d(y_t, 2) if pool else y_t
+    r = rng.standard_normal(to_numpy(y_t).shape)
+    y_t.backward(to_torch(r).detach())
+    y, passed = unwritten(ws, r.shape, "y"), ws.image("passed", shape, "bool")
+    passed[...] = rng.random(shape) < 0.5
+    F.activate(activations(ws, z, "z"), scale, shift, y, ws, residual=activations(ws, more, "more") if residual else None,
+               relu=relu, pool=pool, passed=passed if relu or pool else None)  # fmt: skip
+    assert np.array_equal(y, to_numpy(y_t))
+    if relu or pool:
+        back = r.repeat(2, 1).repeat(2, 2) if pool else r
+        wide = np.zeros(shape)
+        wide[:, : back.shape[1], : back.shape[2]] = back
+        assert np.array_equal(wide * passed, to_numpy(whole.grad))
 
 
 @each_seed

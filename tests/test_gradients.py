@@ -46,6 +46,8 @@ def check(value: Callable[..., float], points: list[np.ndarray], gradients: list
     ("patches", 2, Geometry(3, 0, 1)), ("winograd", 3, Geometry(1, 1, 1)),
 ])  # fmt: skip
 def test_convolution(form: str, kernel: int, geometry: Geometry, order: str, seed: int) -> None:
+    if form == "winograd" and order == "NHWC":
+        return  # refused, see test_conv.py
     rng, ws = np.random.default_rng(seed), workspace(order)
     x, w = rng.standard_normal((2, 7, 6, 3)), rng.standard_normal((kernel, kernel, 3, 2))
     shape = geometry.out_shape(x.shape, w.shape)
@@ -58,8 +60,9 @@ def test_convolution(form: str, kernel: int, geometry: Geometry, order: str, see
 
     x_image, y = activations(ws, x, "x"), unwritten(ws, shape, "y")
     saved = conv_forward(x_image, w, geometry, y, ws, form)
+    x_image[...] = np.nan  # what the backward needs it has kept
     dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan)
-    conv_backward(activations(ws, r, "dy"), x_image, w, geometry, saved, dw, dx, ws, form)
+    conv_backward(activations(ws, r, "dy"), saved, w, geometry, dw, dx, ws, form)
     check(value, [x, w], [dx, dw], LINEAR, rng)
 
 
@@ -78,35 +81,13 @@ def test_batch_norm(order: str, seed: int) -> None:
     def value(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> float:
         z, inverse_std = normalise(x)
         y = unwritten(ws, x.shape, "y")
-        F.scale_shift_relu(z, gamma * inverse_std, beta, y, relu=False)
+        F.activate(z, gamma * inverse_std, beta, y, ws, relu=False)
         return (y * r).sum()
 
     dx = activations(ws, r, "dy")
     z, inverse_std = normalise(x)
-    d_gamma, d_beta = F.batch_norm_backward(dx, z, inverse_std, gamma, count, ws, None)
+    d_gamma, d_beta = F.batch_norm_backward(dx, z, inverse_std, gamma, count, ws, None, dx)
     check(value, [x, gamma, beta], [dx, d_gamma, d_beta], SMOOTH, rng)
-
-
-@each_seed
-@both_orders
-@pytest.mark.parametrize("in_place", [False, True])
-def test_scale_shift_residual_relu(in_place: bool, order: str, seed: int) -> None:
-    rng, ws = np.random.default_rng(seed), workspace(order)
-    x, scale, shift = rng.standard_normal((3, 5, 4, 2)), rng.standard_normal(2), rng.standard_normal(2)
-    far_from_zero = np.where(rng.random(x.shape) < 0.5, -1, 1) * rng.uniform(0.1, 2, x.shape)
-    residual, r = far_from_zero - x * scale - shift, rng.standard_normal(x.shape)
-
-    def value(x: np.ndarray, scale: np.ndarray, shift: np.ndarray, residual: np.ndarray) -> float:
-        y = unwritten(ws, x.shape, "y")
-        more = activations(ws, residual, "residual")
-        F.scale_shift_relu(activations(ws, x, "x"), scale, shift, y, residual=more)
-        return (y * r).sum()
-
-    dy, y = activations(ws, r, "dy"), activations(ws, np.maximum(far_from_zero, 0), "y")
-    dx = dy if in_place else unwritten(ws, x.shape, "dx")
-    F.relu_backward(dy, y, dx, ws)
-    per_channel = (dx * x).sum((0, 1, 2)), dx.sum((0, 1, 2))
-    check(value, [x, scale, shift, residual], [dx * scale, *per_channel, dx], SMOOTH, rng)
 
 
 @each_seed
@@ -157,7 +138,7 @@ def test_linear_and_losses(loss: str, seed: int) -> None:
 def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str, seed: int) -> None:
     rng, ws = np.random.default_rng(seed), workspace(order)
     layer = ConvBN("layer", 2, 3, kernel=kernel, relu=relu, pool=pool)
-    layer.form = "winograd" if kernel == 3 else None  # by shape, images this small would take patches
+    layer.form = "winograd" if kernel == 3 and order == "HWNC" else None  # by shape, images this small would take patches
     params, step = Parameters(layer.specs(), ws.backend, "float64"), Pass(True, 3)
     layer.bind(params, ws, {})
     x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))

@@ -75,7 +75,7 @@ def test_whole_step_never_waits_for_the_device(variant: str, loss: str, options:
     assert strict_trainer.results["loss"] == pytest.approx(plain.results["loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize("form", ["loop", "patches", "winograd"])
+@pytest.mark.parametrize("form", ["loop", "patches"])
 def test_every_form_of_convolution(form: str) -> None:
     trainers = [a_trainer(b, precision="float64") for b in (STRICT, NUMPY)]
     for trainer in trainers:
