@@ -23,8 +23,6 @@ class Communicator(Protocol):
     name: str
     rank: int
     size: int
-    seconds: float
-    """Host seconds spent waiting inside collectives."""
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         """Sum the contiguous vector `x` over ranks, in place.
@@ -59,7 +57,7 @@ DONE = Done()
 class SingleCommunicator:
     """One process: every collective is already complete."""
 
-    name, rank, size, seconds = "none", 0, 1, 0.0
+    name, rank, size = "none", 0, 1
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         return DONE

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from distrib import launched_ranks
-from distrib.config import build, options
+from distrib.config import Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -56,8 +56,23 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-train_command.__signature__ = _signature()  # type: ignore[attr-defined]
-train_command.__annotations__ = {p.name: p.annotation for p in train_command.__signature__.parameters.values()}  # type: ignore[attr-defined]
+def with_options(command: Any) -> Any:
+    """`command(**given)`, with the options of a training run as its parameters."""
+    command.__signature__ = _signature()
+    command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}
+    return command
+
+
+with_options(train_command)
+
+
+def parse(arguments: list[str]) -> Config:
+    """The configuration that `distrib train` makes of these arguments."""
+    found: list[Config] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(with_options(lambda **given: found.append(build(given))))
+    app(arguments, standalone_mode=False)
+    return found[0]
 
 
 def run_app(app: typer.Typer) -> int:

@@ -58,6 +58,7 @@ class Config:
     schedule: str = option("constant", "constant, cosine or onecycle.")
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
     loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
+    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes (ce only).")
     variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
     width: float = option(1.0, "Multiplier of all channel counts.")
     batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
@@ -87,12 +88,14 @@ class Config:
         for name in ("lr", "width", "timeout"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "seed"):
+        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
         self._require("momentum", self.momentum < 1, "give less than 1")
         self._require("momentum", not self.momentum or self.optimizer == "sgd", "is of --optimizer sgd only")
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
+        self._require("label_smoothing", self.label_smoothing < 1, "give less than 1")
+        self._require("label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only")
         self._require("width", self.width <= 64, "give 64 or less")
         self._require("warmup_epochs", not self.warmup_epochs or self.schedule != "onecycle",
                       "onecycle warms up by itself: leave it out")  # fmt: skip

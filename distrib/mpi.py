@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ class _Request:
         self._comm, self._request, self._buffer = comm, request, buffer
 
     def wait(self) -> None:
-        self._comm.timed("all_reduce of a gradient bucket", self._request.Wait)
+        self._comm.guarded("all_reduce of a gradient bucket", self._request.Wait)
 
 
 class MpiCommunicator:
@@ -35,29 +34,25 @@ class MpiCommunicator:
         self._world, self._watchdog = world, watchdog
         self._now, self._beside = world.Dup(), world.Dup()
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
-        self.seconds = 0.0
 
-    def timed(self, what: str, call: Any, *args: Any) -> Any:
-        """Run a blocking call under the watchdog and count its seconds."""
-        start = time.perf_counter()
+    def guarded(self, what: str, call: Any, *args: Any) -> Any:
+        """Run a blocking call under the watchdog."""
         with self._watchdog.waiting(what):
-            result = call(*args)
-        self.seconds += time.perf_counter() - start
-        return result
+            return call(*args)
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         from mpi4py import MPI
 
         if overlap:
             return _Request(self, self._beside.Iallreduce(MPI.IN_PLACE, x), x)
-        self.timed("all_reduce of batch-norm sums", self._now.Allreduce, MPI.IN_PLACE, x)
+        self.guarded("all_reduce of batch-norm sums", self._now.Allreduce, MPI.IN_PLACE, x)
         return DONE
 
     def broadcast(self, x: Array, root: int = 0) -> None:
-        self.timed("broadcast", self._now.Bcast, x, root)
+        self.guarded("broadcast", self._now.Bcast, x, root)
 
     def barrier(self) -> None:
-        self.timed("barrier", self._now.Barrier)
+        self.guarded("barrier", self._now.Barrier)
 
     def abort(self) -> None:
         self._world.Abort(1)

@@ -51,7 +51,6 @@ class NcclCommunicator:
         that `new_zero` makes, in which NCCL connects its channels.
         """
         self.rank, self.size = int(control.Get_rank()), int(control.Get_size())
-        self.seconds = 0.0
         self._control, self._cuda, self._nccl = control, cuda, nccl
         self._comm: Any = None
         watchdog.on_expiry.append(self._abort_nccl)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -74,10 +75,9 @@ class Meter:
     """Images and seconds of training, without the time of checkpoints, since the last reading."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._images = trainer, 0
-        self._seconds = 0.0
+        self._trainer, self._images, self._seconds = trainer, 0, 0.0
+        self._laps = trainer.laps.seconds.copy()
         self.resume()
-        self._comm, trainer.data_seconds = trainer.world.comm.seconds, 0.0
 
     def count(self, images: int) -> None:
         self._images += images
@@ -99,11 +99,14 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """The times of metrics.jsonl. Where a device runs behind the host, their parts are unknown."""
         self.pause()
-        trainer, comm = self._trainer, self._trainer.world.comm.seconds
-        rate, waited, data = self._images / max(self._seconds, 1e-9), comm - self._comm, trainer.data_seconds
-        parts = {"compute_seconds": self._seconds - waited - data, "communication_seconds": waited, "data_seconds": data}
-        self._images, self._seconds, self._comm, trainer.data_seconds = 0, 0.0, comm, 0.0
-        on_host = trainer.world.backend.on_host
+        laps = self._trainer.laps.seconds
+        passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
+        waited = passed["sums"] + passed["gradients"]
+        parts = {"compute_seconds": self._seconds - waited - passed["data"], "communication_seconds": waited,
+                 "data_seconds": passed["data"]}  # fmt: skip
+        rate = self._images / max(self._seconds, 1e-9)
+        self._images, self._seconds, self._laps = 0, 0.0, laps.copy()
+        on_host = self._trainer.world.backend.on_host
         return {"images_per_second": rate, **{name: value if on_host else None for name, value in parts.items()}}
 
 
@@ -139,6 +142,17 @@ def guard(world: World, config: Config, data: mnist.Dataset) -> None:
                                 f" {everyone[0]['options'][name]}: start all ranks alike")  # fmt: skip
         if other["data"] != everyone[0]["data"]:
             raise UserError(f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files")
+
+
+def advice(world: World, config: Config) -> str | None:
+    """A line for a person whose cores stand idle: how many ranks to start."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = world.hosts.count(world.hosts[world.rank])
+    best = min(cores, config.batch_size)
+    if not world.backend.on_host or best <= ranks or (ranks > 1 and ranks * blas_threads() >= cores):
+        return None
+    return (f"{cores} cores, {ranks} rank(s): one rank per core is faster, since BLAS threads speed up matrix products"
+            f" alone: mpirun -n {best} python -m distrib.train …")  # fmt: skip
 
 
 def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Trainer, run_dir: Path) -> None:
@@ -182,8 +196,9 @@ def train(config: Config) -> int:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size})
     if run:
         start_table(screen, config, data, trainer, run.path)
-        for note in run.notes:
-            screen.say(f"note: {note}")
+        for note in [*run.notes, advice(world, config)]:
+            if note:
+                screen.say(f"note: {note}")
         if saved:
             screen.say(f"going on from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
         if changed:

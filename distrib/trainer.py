@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -25,6 +26,33 @@ from nn.resnet9 import ResNet9
 
 HISTORY = 256
 """Steps whose results may stay on the device before they are read."""
+
+
+PHASES = ("data", "forward", "backward", "sums", "gradients", "optimizer")
+"""Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the backward."""
+
+
+class Laps:
+    """Host seconds by phase, over all steps so far. On a GPU: the time to queue the work."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._last = 0.0
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What passed since the last call belongs to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def sums(self, begin: float) -> None:
+        """What passed since `begin` belongs to the sums over ranks, not to the phase around them."""
+        passed = time.perf_counter() - begin
+        self.seconds["sums"] += passed
+        self._last += passed
 
 
 @dataclass
@@ -57,7 +85,8 @@ class Trainer:
             else SGD(self.params, config.weight_decay, config.momentum, config.nesterov)
         )
         self.reducer = Reducer(self.params, world.comm)
-        self.loss = LOSSES[config.loss]
+        smoothing = {"smoothing": config.label_smoothing} if config.label_smoothing else {}
+        self.loss: Any = partial(LOSSES[config.loss], **smoothing)
         self.at = Position(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -68,31 +97,37 @@ class Trainer:
         self.unread: list[int] = []  # global image counts of those steps
         self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
-        self.data_seconds = 0.0
+        self.laps = Laps()
         self.started = time.perf_counter()
 
     def sum_over_ranks(self, x: Any) -> None:
         """Batch norm's sums: in place, before the next operation."""
+        begin = time.perf_counter()
         self.world.comm.all_reduce(x).wait()
+        self.laps.sums(begin)
 
     def step(self, indices: Any, count: int) -> None:
         """One synchronised training step on this rank's `indices` of a global batch of `count` images."""
         sync = self.config.batch_norm == "sync"
         own = max(1, len(indices))  # a rank without an image has sums of zero, not 0/0
         this = Pass(True, count if sync else own, self.sum_over_ranks if sync else None)
-        begin = time.perf_counter()
+        laps = self.laps
+        laps.start()
         x, labels = load_batch(self.model, self.images, indices), self.labels[indices]
-        self.data_seconds += time.perf_counter() - begin
-
+        laps.lap("data")
         logits = self.model.forward(x, this)
         loss, dlogits = self.loss(logits, labels, count)
         row, tail = self.history[len(self.unread)], self.params.tail
         row[0] = tail[0] = loss
         tail[1] = (logits.argmax(1) == labels).sum()
         tail[2] = float(self.stop_requested)
+        laps.lap("forward")
         self.model.backward(dlogits, this, self.reducer.ready)
+        laps.lap("backward")
         self.reducer.wait()
+        laps.lap("gradients")
         self.optimizer.step(self.lr())
+        laps.lap("optimizer")
 
         row[1:] = tail
         self.unread.append(count)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -118,18 +117,21 @@ def pixels(x: Array) -> Array:
     return x.transpose(memory_axes(x)).reshape(-1, x.shape[-1])
 
 
-def blocks(x: Array, step: int = 1) -> Iterator[tuple[slice, slice]]:
+def blocks(x: Array, step: int = 1) -> tuple[tuple[slice, slice], ...]:
     """Parts of x (A, B, k, C), in memory order, small enough for a chain of passes in cache, as indices into A and B.
 
     They start at multiples of `step`. On a device, one part: everything.
     """
-    outer, inner, k, c = x.shape
-    if not isinstance(x, np.ndarray):
-        yield slice(0, outer), slice(0, inner)
-        return
-    lines = max(1, HOST_BLOCK // max(k * c, 1))
-    b_step = inner if lines >= inner * step else max(step, lines // step // step * step)
+    return _blocks(*x.shape, step, HOST_BLOCK if isinstance(x, np.ndarray) else x.size)
+
+
+@functools.lru_cache(256)
+def _blocks(outer: int, inner: int, k: int, c: int, step: int, elements: int) -> tuple[tuple[slice, slice], ...]:
+    lines = max(1, elements // max(k * c, 1))
+    b_step = inner if lines >= inner * step else max(step, lines // step * step)
     a_step = max(step, lines // max(inner, 1) // step * step) if b_step == inner else step
-    for a in range(0, outer, a_step):
-        for b in range(0, inner, max(b_step, 1)):
-            yield slice(a, min(a + a_step, outer)), slice(b, min(b + b_step, inner))
+    return tuple(
+        (slice(a, min(a + a_step, outer)), slice(b, min(b + b_step, inner)))
+        for a in range(0, outer, a_step)
+        for b in range(0, inner, max(b_step, 1))
+    )

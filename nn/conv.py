@@ -15,6 +15,7 @@ Shapes: x (N, H, W, C), w (kh, kw, C, O), y (N, P, Q, O).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from nn import winograd
@@ -58,14 +59,17 @@ def span(offset: int, stride: int, size: int, count: int) -> tuple[slice, slice]
     return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
 
 
-def windows(x_shape: tuple[int, ...], w_shape: tuple[int, ...], g: Geometry):
+@functools.lru_cache(256)
+def windows(x_shape: tuple[int, ...], w_shape: tuple[int, ...], g: Geometry) -> list[tuple[int, Any, Any]]:
     """For each kernel position (i, j): its index, and the (output, input) slices that meet there."""
+    found = []
     _, p, q, _ = g.out_shape(x_shape, w_shape)
     for i in range(w_shape[0]):
         for j in range(w_shape[1]):
             rows_out, rows_in = span(i * g.dilation - g.padding, g.stride, x_shape[1], p)
             cols_out, cols_in = span(j * g.dilation - g.padding, g.stride, x_shape[2], q)
-            yield i * w_shape[1] + j, (slice(None), rows_out, cols_out), (slice(None), rows_in, cols_in)
+            found.append((i * w_shape[1] + j, (slice(None), rows_out, cols_out), (slice(None), rows_in, cols_in)))
+    return found
 
 
 class Loop:
@@ -126,28 +130,41 @@ class Patches:
         return ws.scratch(name, (p, q, n, channels)).transpose(2, 0, 1, 3)
 
     @staticmethod
-    def _gather(x: Array, like: Array, w: Array, g: Geometry, ws: Workspace) -> Array:
-        """Patches of the images `x`, (images, P, Q, kh·kw·C), in the memory order of `like`."""
-        n, p, q, _ = g.out_shape(x.shape, w.shape)
+    def _columns(like: Array, shape: tuple[int, int, int], w: Array, ws: Workspace) -> tuple[Array, Array]:
+        """Scratch for patches: as (images, P, Q, kh·kw·C), and as a matrix of pixels in the memory order of `like`.
+
+        With one input channel each of the kernel's positions is a plane of its own: copies are long runs then.
+        """
+        taps = w.size // w.shape[3]
+        n, p, q = shape
+        if w.shape[2] == 1 and memory_axes(like) != (0, 1, 2, 3):
+            planes = ws.scratch("conv.cols", (taps, p, q, n))
+            return planes.transpose(3, 1, 2, 0), planes.reshape(taps, -1).T
+        cols = Patches._buffer(like, shape, taps, "conv.cols", ws)
+        return cols, pixels(cols)
+
+    @staticmethod
+    def _gather(x: Array, like: Array, w: Array, g: Geometry, ws: Workspace) -> tuple[Array, Array]:
+        """`_columns` filled with the patches of the images `x`."""
         c = w.shape[2]
-        cols = Patches._buffer(like, (n, p, q), c * w.shape[0] * w.shape[1], "conv.cols", ws)
+        cols, matrix = Patches._columns(like, g.out_shape(x.shape, w.shape)[:3], w, ws)
         if g.padding:
             cols[...] = 0
         for k, out, inside in windows(x.shape, w.shape, g):
             cols[(*out, slice(k * c, k * c + c))] = x[inside]
-        return cols
+        return cols, matrix
 
     @staticmethod
     def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
         xp = namespace(x)
         matrix = w.reshape(-1, w.shape[3])
         for images in Patches._chunks(x, w, g):
-            cols = Patches._gather(x[images], y, w, g, ws)
+            cols, rows = Patches._gather(x[images], y, w, g, ws)
             if len(cols) == len(x):
-                xp.matmul(pixels(cols), matrix, out=pixels(y))
+                xp.matmul(rows, matrix, out=pixels(y))
             else:
                 part = Patches._buffer(y, cols.shape[:3], w.shape[3], "conv.part", ws)
-                xp.matmul(pixels(cols), matrix, out=pixels(part))
+                xp.matmul(rows, matrix, out=pixels(part))
                 y[images] = part
         return ws.hold(x) if keep else None
 
@@ -161,14 +178,16 @@ class Patches:
         if dx is not None:
             dx[...] = 0
         for images in Patches._chunks(x, w, g):
-            cols = Patches._gather(x[images], dy, w, g, ws)
-            part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", ws)
-            part[...] = dy[images]
-            xp.matmul(pixels(cols).T, pixels(part), out=partial)
+            cols, rows = Patches._gather(x[images], dy, w, g, ws)
+            part = dy
+            if len(cols) != len(x):
+                part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", ws)
+                part[...] = dy[images]
+            xp.matmul(rows.T, pixels(part), out=partial)
             dmatrix += partial
             if dx is None:
                 continue
-            xp.matmul(pixels(part), matrix.T, out=pixels(cols))
+            xp.matmul(pixels(part), matrix.T, out=rows)
             dx_part = dx[images]
             for k, out, inside in windows(x.shape, w.shape, g):
                 dx_part[inside] += cols[(*out, slice(k * c, k * c + c))]

@@ -20,10 +20,11 @@ SumOverRanks = Callable[[Array], Any]
 
 
 def _line_sums(block: Array, ws: Workspace) -> Array:
-    """Sum of a block (A, B, k, C) over A and B: (k·C,), float64."""
+    """Sum of a block (A, B, k, C) over A and B: (k·C,)."""
     a, b, k, c = block.shape
-    lines = block.reshape(1, a * b, k * c) if block.flags.c_contiguous else block.reshape(a, b, k * c)
-    return (ws.ones(lines.shape[1]) @ lines).sum(0, dtype=np.float64)
+    if block.flags.c_contiguous:
+        return ws.ones(a * b) @ block.reshape(a * b, k * c)
+    return (ws.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
 
 
 def _per_channel(name: str, v: Array, like: Array, ws: Workspace) -> Array:
@@ -228,19 +229,24 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, db: Array) -> Arra
     return dy @ w
 
 
-def softmax_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Array, Array]:
-    """−Σ log softmax(logits)[label] / count over these images, and its gradient (softmax − onehot) / count.
+def softmax_cross_entropy(
+    logits: Array, labels: Array, count: int, smoothing: float = 0.0
+) -> tuple[Array, Array]:
+    """−Σ t · log softmax(logits) / count over these images, and its gradient (softmax − t) / count.
 
-    `count` is the number of images of the global batch, of which these may be a part. Logits (N, K),
-    labels (N,) integers. Each row is shifted by its own maximum, so nothing overflows.
+    t = (1 − s)·onehot(label) + s/K, with s the label smoothing (Szegedy et al. 2016, section 7). `count` is the
+    number of images of the global batch, of which these may be a part. Logits (N, K), labels (N,) integers.
+    Each row is shifted by its own maximum, so nothing overflows.
     """
-    xp = namespace(logits)
+    xp, classes = namespace(logits), logits.shape[1]
     shifted = logits - logits.max(1, keepdims=True)
     exp = xp.exp(shifted)
     total = exp.sum(1, keepdims=True)
-    onehot = labels[:, None] == xp.arange(logits.shape[1])
-    loss = ((xp.log(total) - shifted) * onehot).sum() / count
-    return loss, (exp / total - onehot) / count
+    target = (labels[:, None] == xp.arange(classes)).astype(logits.dtype)
+    if smoothing:
+        target = target * (1 - smoothing) + smoothing / classes
+    loss = ((xp.log(total) - shifted) * target).sum() / count
+    return loss, (exp / total - target) / count
 
 
 def binary_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Array, Array]:
@@ -258,4 +264,4 @@ def binary_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Arra
     return terms.sum() / scale, (sigmoid - t) / scale
 
 
-LOSSES = {"ce": softmax_cross_entropy, "bce": binary_cross_entropy}
+LOSSES: dict[str, Callable[..., tuple[Array, Array]]] = {"ce": softmax_cross_entropy, "bce": binary_cross_entropy}

@@ -26,7 +26,8 @@ float32: 2e-6 to 8e-6 of the largest value (tests/test_conv.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,8 @@ from nn.backend import Array, namespace
 
 if TYPE_CHECKING:
     from nn.workspace import Workspace
+
+Call = Callable[[], Any]
 
 CHUNK = 512
 """Tiles of one chunk: its planes stay near the cache and its matrix products stay efficient."""
@@ -158,7 +161,11 @@ def chunks(n: int, height: int, width: int, size: int) -> list[Chunk]:
 
 
 class Winograd:
-    """The form `winograd` of `nn.conv`: 3×3, stride 1, padding 1, dilation 1, memory order H,W,N,C."""
+    """The form `winograd` of `nn.conv`: 3×3, stride 1, padding 1, dilation 1, memory order H,W,N,C.
+
+    Each way is a list of matrix products (and additions where chunks meet) on views of fixed buffers: it is
+    made once and replayed.
+    """
 
     @staticmethod
     def forward(
@@ -166,63 +173,78 @@ class Winograd:
     ) -> tuple[Array, Array, tuple[int, ...]] | None:
         """Returns V, U and the shape of x: the transformed input (flat, chunk by chunk) and kernel (a_w, a_h, C, O)."""
         require_order(x, y)
-        xp = namespace(x)
+        saved: tuple[Array, Array, tuple[int, ...]] = ws.replay(
+            f"winograd.forward.{keep}", (x, w, y), lambda: Winograd._forward(x, w, y, ws, keep)
+        )
+        return saved if keep else None
+
+    @staticmethod
+    def _forward(x: Array, w: Array, y: Array, ws: Workspace, keep: bool) -> tuple[list[Call], Any]:
+        matmul = namespace(x).matmul
         (n, height, width, c), c_out = x.shape, w.shape[3]
         parts = chunks(n, height, width, CHUNK)
         kernel = _kernel(height, width, ws)
         take = ws.keep if keep else ws.scratch
         u = take("winograd.u", (*kernel.shape[:2], c, c_out))
-        xp.matmul(kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))
         sizes = [(chunk.part.stop - chunk.part.start) * c for chunk in parts]
         v = take("winograd.v", (sum(sizes) if keep else max(sizes, default=0),))
+        calls: list[Call] = [partial(matmul, kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))]
         for chunk, size in zip(parts, sizes, strict=True):
             v_part = v[chunk.part.start * c : chunk.part.stop * c] if keep else v[:size]
-            transform(x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, ws)
+            calls += transform(x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, ws)
             m = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
             for (points, v_k), (_, m_k) in zip(chunk.matrices(v_part, c), chunk.matrices(m, c_out), strict=True):
-                xp.matmul(v_k, u[points], out=m_k)
-            inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], ws)
-        return (v, u, x.shape) if keep else None
+                calls.append(partial(matmul, v_k, u[points], out=m_k))
+            calls += inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], ws)
+        return calls, (v, u, x.shape)
 
     @staticmethod
     def backward(dy: Array, saved: tuple[Array, Array, tuple[int, ...]], w: Array, geometry: Any, dw: Array,
                  dx: Array | None, ws: Workspace) -> None:  # fmt: skip
         require_order(dy, dy if dx is None else dx)
+        ws.replay("winograd.backward", (dy, saved[0], dw, dx), lambda: Winograd._backward(dy, saved, dw, dx, ws))
+
+    @staticmethod
+    def _backward(dy: Array, saved: tuple[Array, Array, tuple[int, ...]], dw: Array, dx: Array | None,
+                  ws: Workspace) -> tuple[list[Call], Any]:  # fmt: skip
         xp = namespace(dy)
         v, u, (n, height, width, c) = saved
-        c_out = w.shape[3]
+        c_out = dw.shape[3]
         parts = chunks(n, height, width, CHUNK)
         overlap = len(axis(height)) > 1 or len(axis(width)) > 1
         du = ws.scratch("winograd.du", u.shape)
         du_part = ws.scratch("winograd.du_part", u.shape) if len(parts) > 1 else du
+        calls: list[Call] = []
         if not parts:
-            du[...] = 0
+            calls.append(partial(du.fill, 0))
         if dx is not None and overlap:
-            dx[...] = 0
+            calls.append(partial(dx.fill, 0))
         for chunk in parts:
             v_part = v[chunk.part.start * c : chunk.part.stop * c]
             dm = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
             dv = ws.scratch("winograd.dv", v_part.shape)
-            transform(dy[chunk.images, chunk.rows.outputs, chunk.cols.outputs], chunk, "a", dm, ws)
+            calls += transform(dy[chunk.images, chunk.rows.outputs, chunk.cols.outputs], chunk, "a", dm, ws)
             target = du if chunk is parts[0] else du_part
             for (points, v_k), (_, dm_k), (_, dv_k) in zip(
                 chunk.matrices(v_part, c), chunk.matrices(dm, c_out), chunk.matrices(dv, c), strict=True
             ):
-                xp.matmul(v_k.swapaxes(2, 3), dm_k, out=target[points])
+                calls.append(partial(xp.matmul, v_k.swapaxes(2, 3), dm_k, out=target[points]))
                 if target is not du:
-                    du[points] += du_part[points]
+                    calls.append(partial(xp.add, du[points], du_part[points], out=du[points]))
                 if dx is not None:
-                    xp.matmul(dm_k, u[points].swapaxes(2, 3), out=dv_k)
+                    calls.append(partial(xp.matmul, dm_k, u[points].swapaxes(2, 3), out=dv_k))
             if dx is None:
                 continue
             place = dx[chunk.images, chunk.rows.inputs, chunk.cols.inputs]
             if overlap:
                 part = ws.image("winograd.dx", place.shape, keep=False)
-                inverse(dv, chunk, "b", part, ws)
-                place += part
+                calls += inverse(dv, chunk, "b", part, ws)
+                calls.append(partial(xp.add, place, part, out=place))
             else:
-                inverse(dv, chunk, "b", place, ws)
-        xp.matmul(_kernel(height, width, ws).reshape(-1, 9).T, du.reshape(-1, c * c_out), out=dw.reshape(9, -1))
+                calls += inverse(dv, chunk, "b", place, ws)
+        kernel = _kernel(height, width, ws).reshape(-1, 9)
+        calls.append(partial(xp.matmul, kernel.T, du.reshape(-1, c * c_out), out=dw.reshape(9, -1)))
+        return calls, None
 
 
 def require_order(*arrays: Array) -> None:
@@ -239,28 +261,28 @@ def _kernel(height: int, width: int, ws: Workspace) -> Array:
     return ws.constant(f"winograd.g.{a_w}.{a_h}", values)
 
 
-def transform(x: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> None:
-    """out (flat) = both axes' matrices applied to the part x (n, H, W, C) of an image."""
-    xp = namespace(x)
+def transform(x: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> Iterator[Call]:
+    """Calls for: out (flat) = both axes' matrices applied to the part x (n, H, W, C) of an image."""
+    matmul = namespace(x).matmul
     along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
     n, h, _, c = x.shape
     half = ws.scratch("winograd.half", (h, len(along_w), n * c))
-    xp.matmul(along_w, _lines(x), out=half)
+    yield partial(matmul, along_w, _lines(x), out=half)
     for group, block in chunk.planes(out, c):
         by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
-        xp.matmul(along_h, by_point, out=block)
+        yield partial(matmul, along_h, by_point, out=block)
 
 
-def inverse(planes: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> None:
-    """out (n, H, W, C) = the transposes of both axes' matrices applied to `planes` (flat)."""
-    xp = namespace(planes)
+def inverse(planes: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> Iterator[Call]:
+    """Calls for: out (n, H, W, C) = the transposes of both axes' matrices applied to `planes` (flat)."""
+    matmul = namespace(planes).matmul
     along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
     n, h, _, c = out.shape
     half = ws.scratch("winograd.half", (h, len(along_w), n * c))
     for group, block in chunk.planes(planes, c):
         by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
-        xp.matmul(along_h.T, block, out=by_point)
-    xp.matmul(along_w.T, half, out=_lines(out))
+        yield partial(matmul, along_h.T, block, out=by_point)
+    yield partial(matmul, along_w.T, half, out=_lines(out))
 
 
 def _lines(x: Array) -> Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,8 @@ class Workspace:
     def __init__(self, backend: Backend = NUMPY, dtype: str = "float32") -> None:
         self.backend, self.dtype = backend, np.dtype(dtype)
         self._flat: dict[str, Array] = {}
+        self._views: dict[tuple[Any, ...], Array] = {}  # the same request gets the same object
+        self._plans: dict[str, tuple[Any, ...]] = {}
         self._prefix, self._turn, self._slab = "", [0], [np.empty(0, np.uint8)]
 
     def scope(self, prefix: str) -> Workspace:
@@ -42,11 +46,35 @@ class Workspace:
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """Array of `shape` (C order), contents undefined, valid until the next operation."""
+        key = (name, shape, dtype)
+        view = self._views.get(key)
+        if view is not None:
+            return view
         kind, size = np.dtype(dtype or self.dtype), prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.size < size or flat.dtype != kind:
             flat = self._flat[name] = self._allocate(max(size, 1), kind)
-        return flat[:size].reshape(shape)
+            for old in [old for old in self._views if old[0] == name]:
+                del self._views[old]
+            self._plans.clear()  # they may hold the old buffer
+        view = self._views[key] = flat[:size].reshape(shape)
+        return view
+
+    def replay(self, name: str, arrays: tuple[Array, ...], build: Callable[[], tuple[list[Callable[[], Any]], Any]]) -> Any:
+        """Run the calls that `build` makes of these arrays; what it returns beside them is returned.
+
+        The list is kept and run again as long as the arrays are the same objects and no buffer has moved:
+        making the views of a small layer's products takes as long as the products.
+        """
+        name = self._prefix + name
+        plan = self._plans.get(name)
+        if plan is None or any(a is not b for a, b in zip(plan[0], arrays, strict=True)):
+            self._plans.pop(name, None)
+            plan = (arrays, *build())
+            self._plans[name] = plan
+        for call in plan[1]:
+            call()
+        return plan[2]
 
     def _allocate(self, size: int, kind: np.dtype) -> Array:
         nbytes = -(-size * kind.itemsize // 64) * 64
@@ -67,13 +95,22 @@ class Workspace:
         take = self.keep if keep else self.scratch
         if self.backend.order == "NHWC":
             return take(name, shape, dtype)
-        n, h, w, c = shape
-        return take(name, (h, w, n, c), dtype).transpose(2, 0, 1, 3)
+        key = (self._prefix + name if keep else name, shape, dtype, "image")
+        view = self._views.get(key)
+        if view is None:
+            n, h, w, c = shape
+            view = take(name, (h, w, n, c), dtype).transpose(2, 0, 1, 3)
+            self._views[key] = view
+        return view
 
     def ring(self, shape: tuple[int, ...]) -> Array:
         """The next of a few shared activation buffers: valid for the next two calls of `ring`."""
         self._turn[0] = (self._turn[0] + 1) % RING
         return self.image(f"ring{self._turn[0]}", shape, keep=False)
+
+    def rewind(self) -> None:
+        """Begin a pass with the same buffer of the ring as the last one did."""
+        self._turn[0] = 0
 
     def passing(self, shape: tuple[int, ...]) -> Array:
         """Activations on their way to the next layer: on the host in the ring, which stays in cache."""

@@ -191,17 +191,18 @@ def test_avg_pool(size: int, order: str, seed: int) -> None:
 @pytest.mark.parametrize("count", [8, 20])
 @pytest.mark.parametrize("images", [8, 0])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
-@pytest.mark.parametrize("loss", F.LOSSES)
-def test_losses(loss: str, scale: float, images: int, count: int, seed: int) -> None:
+@pytest.mark.parametrize(("loss", "smoothing"), [("ce", 0.0), ("ce", 0.1), ("bce", 0.0)])
+def test_losses(loss: str, smoothing: float, scale: float, images: int, count: int, seed: int) -> None:
     """A part of a batch of `count` images, up to logits of ±1e4 on the right and the wrong side: no warning."""
     torch, rng = import_torch(), np.random.default_rng(seed)
     logits, labels = scale * rng.choice([-1.0, 1.0, 0.3, 0.0], (images, 10)), rng.integers(0, 10, images)
     with np.errstate(all="raise", under="ignore"):
-        value, gradient = F.LOSSES[loss](logits, labels, count)
+        more = {"smoothing": smoothing} if smoothing else {}
+        value, gradient = F.LOSSES[loss](logits, labels, count, **more)
     z, target = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
     functional = torch.nn.functional
     if loss == "ce":
-        theirs = functional.cross_entropy(z, target, reduction="sum") / count
+        theirs = functional.cross_entropy(z, target, reduction="sum", label_smoothing=smoothing) / count
     else:
         onehot = functional.one_hot(target, 10).double()
         theirs = functional.binary_cross_entropy_with_logits(z, onehot, reduction="sum") / (count * 10)
@@ -210,5 +211,7 @@ def test_losses(loss: str, scale: float, images: int, count: int, seed: int) -> 
     assert value == pytest.approx(theirs.item(), rel=1e-14, abs=0)
     assert gradient.shape == logits.shape
     assert np.abs(gradient - z.grad.numpy()).max(initial=0) <= 1e-15
+    if smoothing:
+        return
     others = labels[:, None] != np.arange(10)  # there probabilities down to 1e-300, without cancellation
     assert gradient[others] == pytest.approx(z.grad.numpy()[others], rel=1e-12, abs=0)

@@ -1,0 +1,99 @@
+"""`distrib bench run`: a whole training run, start to finish, against the same recipe in PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distrib.command import parse
+from distrib.errors import UserError
+from launch.measure import AsJson, machine, require_torch, spread
+from launch.torch_bench import LAYOUTS
+
+
+def timed(command: list[str], threads: int) -> tuple[str, float]:
+    """Standard output of a command, and its seconds from start to end."""
+    env = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} ended with code {done.returncode}: {(done.stderr or done.stdout).strip()[-800:]}")
+    return done.stdout, time.perf_counter() - begin
+
+
+def ours(options: list[str], ranks: int, threads: int) -> dict[str, float]:
+    """One run of `python -m distrib.train` on `ranks` ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+        command = [*launcher, sys.executable, "-m", "distrib.train", *options, "--run-dir", folder]
+        _, seconds = timed(command, max(1, threads // ranks))
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+    return {"process_seconds": seconds, **{name: summary[name] for name in ("wall_seconds", "test_accuracy")}}
+
+
+def theirs(job: dict[str, Any], layout: str, threads: int) -> dict[str, float]:
+    """The same recipe in PyTorch, in one process."""
+    job = {**job, "layout": layout, "threads": threads}
+    out, seconds = timed([sys.executable, "-m", "launch.torch_bench", "train", json.dumps(job)], threads)
+    return {"process_seconds": seconds, **json.loads(out.strip().splitlines()[-1])}
+
+
+def run(
+    context: typer.Context,
+    ranks: Annotated[int, typer.Option(help="Ranks of our side; PyTorch gets as many threads.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Runs of each side, in alternation, with seeds 0, 1, 2, …")] = 3,
+    against: Annotated[str | None, typer.Option(help="torch: the same recipe in PyTorch, both layouts.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whole training runs: seconds from the first step to the end of the last evaluation, and test accuracy.
+
+    All options of `distrib train` but --seed and --run-dir may be given.
+    Example: distrib bench run --recipe demo --against torch
+    """
+    if against not in (None, "torch"):
+        raise UserError(f"--against {against}: choose torch, or leave it out")
+    if min(ranks, repeats) < 1:
+        raise UserError("--ranks and --repeats: give 1 or more")
+    config = parse(context.args)
+    if against:
+        require_torch("--against torch")
+        if config.loss != "ce" or config.precision != "float32":
+            raise UserError("--against torch: compares --loss ce in --precision float32 only")
+    sides = ["distrib", *(f"torch {layout}" for layout in (LAYOUTS if against else ()))]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    with Console(stderr=True).status("") as status:
+        for seed in range(repeats):
+            for name in sides:
+                status.update(f"seed {seed}: {name}")
+                if name == "distrib":
+                    found = ours([*context.args, "--seed", str(seed)], ranks, ranks)
+                else:
+                    found = theirs({**asdict(config), "seed": seed}, name.split(" ", 1)[1], ranks)
+                results[name].append(found)
+    report: dict[str, Any] = {"machine": machine(), "ranks": ranks, "options": context.args, "runs": results}
+    if against:
+        best = min(sides[1:], key=lambda name: statistics.median(row["wall_seconds"] for row in results[name]))
+        pairs = zip(results[best], results["distrib"], strict=True)
+        report |= {"against": best, "ratio": [theirs["wall_seconds"] / ours["wall_seconds"] for theirs, ours in pairs]}
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{report['machine']}\n{' '.join(context.args)}: {ranks} rank(s) of ours, {ranks} thread(s) of PyTorch")
+    for name, rows in results.items():
+        accuracy = [row["test_accuracy"] for row in rows]
+        print(f"  {name:20} {spread([row['wall_seconds'] for row in rows], 3)} s; whole process"
+              f" {spread([row['process_seconds'] for row in rows], 3)} s; test accuracy mean"
+              f" {statistics.mean(accuracy):.2f} % ({min(accuracy):.2f}–{max(accuracy):.2f})")  # fmt: skip
+    if against:
+        print(f"  ratio of seconds, {report['against']} to distrib: {spread(report['ratio'], 3)}")

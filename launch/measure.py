@@ -1,0 +1,57 @@
+"""What the benchmarks share: options, how to say a spread, the machine, its matrix-product peak, PyTorch at hand.
+
+Both sides take turns, so that each pair of measurements saw the same machine; ratios are of pairs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from distrib.errors import UserError
+
+BatchSize = Annotated[int, typer.Option(help="Global batch.")]
+Width = Annotated[float, typer.Option(help="Multiplier of all channel counts.")]
+Repeats = Annotated[int, typer.Option(help="Measurements of each side, in alternation.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def machine() -> str:
+    """Processor and cores, for the head of a report."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Median (least–most)."""
+    return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}–{max(values):.{digits}g})"
+
+
+def matrix_peak() -> float:
+    """GFLOP/s of this process's product of two 1024×1024 float32 matrices."""
+    a = np.ones((1024, 1024), np.float32)
+    out = np.empty_like(a)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        np.matmul(a, a, out=out)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 1024**3 / statistics.median(seconds) / 1e9
+
+
+def require_torch(option: str) -> None:
+    """UserError where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{option}: PyTorch is not installed: pip install torch")
