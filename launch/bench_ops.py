@@ -123,15 +123,17 @@ def batch_norm(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) -
     shape = (batch, side, side, conv.c_out)
     out = (batch, side // 2, side // 2, conv.c_out) if conv.pool else shape
     z, dy = random_image(ws, "z", shape, rng), random_image(ws, "dy", out, rng)
-    y, passed, dz = ws.image("y", out), ws.image("passed", shape, "bool"), ws.image("dz", shape)
+    y, dz, gate = ws.image("y", out), ws.image("dz", shape), F.Gate(ws.image("passed", shape, "bool"))
+    if conv.pool:
+        gate = F.Gate(gate.passed, ws.image("top", out), ws.image("open", out, "bool"))
     gamma, count = np.ones(conv.c_out, np.float32), batch * side**2
 
     def forward() -> None:
         _, var = F.batch_norm_statistics(z, count, ws, None)
-        F.activate(z, gamma * (var + 1e-5) ** -0.5, gamma, y, ws, pool=conv.pool, passed=passed)
+        F.activate(z, (var + 1e-5) ** -0.5, gamma, gamma, y, ws, pool=conv.pool, gate=gate)
 
     def backward() -> None:
-        F.batch_norm_backward(dy, z, gamma, gamma, count, ws, None, dz, passed=passed, pool=conv.pool)
+        F.batch_norm_backward(dy, z, gamma, gamma, count, ws, None, dz, gate=gate)
 
     jobs: dict[str, Callable[[], Any]] = {"distrib forward": forward, "distrib backward": backward}
     if torch:

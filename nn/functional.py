@@ -8,7 +8,7 @@ through `_line_sums` and a sum over ranks, so there is one place each to make th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,36 +68,73 @@ def batch_norm_statistics(
     return mean, variance
 
 
-def activate(
-    z: Array, scale: Array, shift: Array, y: Array, ws: Workspace, *, residual: Array | None = None,
-    relu: bool = True, pool: bool = False, passed: Array | None = None,
-) -> None:  # fmt: skip
-    """y = pool(relu(z · scale + shift + residual)): batch norm's second half and all that follows it.
+class Gate(NamedTuple):
+    """What the backward of `activate` needs: where z let the gradient through.
 
-    `scale` and `shift` are (C,); `pool` is a 2×2 max-pool, y then (N, H//2, W//2, C). `passed` (bool, shaped
-    as z), where given, becomes true at each element of z that the gradient of y flows back to.
+    `passed` (bool, shaped as z) is true at each element that the gradient of y flows back to. With pooling,
+    `top` is x̂ · sign(γ) at each window's maximum, and `open` (bool) where y is above 0; both shaped as y.
     """
-    xp, axes = namespace(z), memory_axes(z)
+
+    passed: Array
+    top: Array = None
+    open: Array = None
+
+
+def activate(
+    z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, *,
+    residual: Array | None = None, relu: bool = True, pool: bool = False, gate: Gate | None = None,
+) -> None:  # fmt: skip
+    """y = pool(relu(z · inverse_std · γ + β + residual)): batch norm's second half and all that follows it.
+
+    `inverse_std`, γ and β are (C,); `pool` is a 2×2 max-pool, y then (N, H//2, W//2, C), without a residual.
+    `gate`, where given, is filled in for the backward.
+    """
+    axes = memory_axes(z)
     z, y = z.transpose(axes), y.transpose(axes)
-    passed, residual = (None if a is None else a.transpose(axes) for a in (passed, residual))
-    scale, shift = _per_channel("scale", scale, z, ws), _per_channel("shift", shift, z, ws)
     zero = _per_channel("zero", 0.0, y, ws)  # against a scalar, NumPy's maximum is three times slower
-    first = axes.index(1)  # the first of the two spatial axes in memory
-    for block in blocks(z, 2 if pool else 1):
-        out = ws.scratch("block", z[block].shape) if pool else y[block]
+    if pool:
+        _activate_and_pool(z, inverse_std, gamma, beta, y, ws, relu, gate, axes)
+        return
+    xp = namespace(z)
+    residual = None if residual is None else residual.transpose(axes)
+    scale, shift = _per_channel("scale", inverse_std * gamma, z, ws), _per_channel("shift", beta, z, ws)
+    passed = gate.passed.transpose(axes) if gate else None
+    for block in blocks(z):
+        out = y[block]
         xp.multiply(z[block], scale, out=out)
         out += shift
         if residual is not None:
             out += residual[block]
-        if pool:
-            whole, out = out, y[_pooled(block, first)]
-            max_pool_forward(whole, 2, out, first)
+        if relu:
             if passed is not None:
-                free = ws.scratch("pool.free", out.shape, "bool")
-                xp.greater(out, zero if relu else -np.inf, out=free)
-                _winners(whole, out, 2, free, passed[block], first)
-        elif relu and passed is not None:
-            xp.greater(out, zero, out=passed[block])
+                xp.greater(out, zero, out=passed[block])
+            xp.maximum(out, zero, out=out)
+
+
+def _activate_and_pool(z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, relu: bool,
+                       gate: Gate | None, axes: tuple[int, ...]) -> None:  # fmt: skip
+    """`activate` with pooling, on arrays in memory order.
+
+    The maximum is taken of x̂ · sign(γ); multiplying by |γ| and adding β, which leave the order of values as it
+    is, then take a quarter of the work.
+    """
+    xp, first = namespace(z), axes.index(1)
+    unit = _per_channel("scale", xp.copysign(inverse_std, gamma), z, ws)
+    gain, shift, zero = (_per_channel(name, v, y, ws) for name, v in (("gain", xp.abs(gamma)), ("shift", beta), ("zero", 0.0)))
+    for block in blocks(z, 2):
+        small = _pooled(block, first)
+        whole, out = ws.scratch("block", z[block].shape), y[small]
+        xp.multiply(z[block], unit, out=whole)
+        top = gate.top.transpose(axes)[small] if gate else out
+        max_pool_forward(whole, 2, top, first)
+        xp.multiply(top, gain, out=out)
+        out += shift
+        if gate:
+            opened = gate.open.transpose(axes)[small]
+            xp.greater(out, zero if relu else -np.inf, out=opened)
+            free = ws.scratch("pool.free", out.shape, "bool")
+            free[...] = opened
+            _winners(whole, top, 2, free, gate.passed.transpose(axes)[block], first)
         if relu:
             xp.maximum(out, zero, out=out)
 
@@ -110,45 +147,65 @@ def _pooled(block: tuple[slice, slice], first: int) -> tuple[slice, slice]:
 
 def batch_norm_backward(
     dy: Array, centred: Array, inverse_std: Array, gamma: Array, count: int, ws: Workspace,
-    sum_over_ranks: SumOverRanks | None, dx: Array, *, passed: Array | None = None, pool: bool = False,
+    sum_over_ranks: SumOverRanks | None, dx: Array, *, gate: Gate | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Writes dL/dx of batch norm and of what `activate` did after it; returns this rank's (dL/dγ, dL/dβ), float64.
 
-    With g = dy where `passed`, 0 elsewhere, x̂ = centred · inverse_std and sums over all `count` values a channel,
-    dx = γ · inverse_std · (g − Σg/count − x̂ · Σ(g·x̂)/count)  (Ioffe and Szegedy 2015, section 3).
-    Without pooling, dy becomes g, which is also the residual's gradient; dx may be dy.
+    With g = dy where it passed the gate, 0 elsewhere, x̂ = centred · inverse_std and sums over all `count` values
+    a channel, dx = γ · inverse_std · (g − Σg/count − x̂ · Σ(g·x̂)/count)  (Ioffe and Szegedy 2015, section 3).
+    dy is overwritten: without pooling by g, which is also the residual's gradient; dx may then be dy.
     """
     xp, axes = namespace(dy), memory_axes(centred)
     x, dx, dy = centred.transpose(axes), dx.transpose(axes), dy.transpose(axes)
-    passed = None if passed is None else passed.transpose(axes)
-    groups, first = x.shape[2], axes.index(1)
-    g = dx if pool else dy
-    wide = xp.zeros((2, x.shape[2] * x.shape[3]), np.float64)
-    for block in blocks(x, 2 if pool else 1):
-        part = g[block]
-        if pool and passed is not None:
-            _spread(dy[_pooled(block, first)], passed[block], 2, part, first)
-        elif passed is not None:
-            xp.multiply(part, passed[block], out=part)
+    if gate:
+        gate = Gate(*(None if a is None else a.transpose(axes) for a in gate))
+    pool = gate is not None and gate.top is not None
+    # with pooling g has one element a window, and there x̂ = top · sign(γ)
+    mask, other = (None, x) if gate is None else (gate.open, gate.top) if pool else (gate.passed, x)
+    wide = xp.zeros((2, dy.shape[2] * dy.shape[3]), np.float64)
+    for block in blocks(dy):
+        part = dy[block]
+        if mask is not None:
+            xp.multiply(part, mask[block], out=part)
         product = ws.scratch("block", part.shape)
-        xp.multiply(part, x[block], out=product)
+        xp.multiply(part, other[block], out=product)
         wide[0] += _line_sums(part, ws)
         wide[1] += _line_sums(product, ws)
-    sums = wide.reshape(2, groups, -1).sum(1)
-    d_gamma, d_beta = sums[1] * inverse_std, sums[0].copy()
+    sums = wide.reshape(2, dy.shape[2], -1).sum(1)
+    sums[1] *= xp.copysign(1.0, gamma) if pool else inverse_std
+    d_gamma, d_beta = sums[1].copy(), sums[0].copy()
     if sum_over_ranks:
         sum_over_ranks(sums)
     scale = gamma * inverse_std
-    factors = scale, -scale * inverse_std**2 * (sums[1] / count), -scale * (sums[0] / count)
+    factors = scale, -scale * inverse_std * (sums[1] / count), -scale * (sums[0] / count)
+    if gate and pool:
+        _input_gradient_through_pool(dy, x, factors, dx, ws, gate.passed, axes.index(1))
+        return d_gamma, d_beta
     a, b, c = (_per_channel(name, v, x, ws) for name, v in zip(("scale", "slope", "shift"), factors, strict=True))
     for block in blocks(x):
         part = dx[block]
         product = ws.scratch("block", part.shape)
-        xp.multiply(g[block], a, out=part)
+        xp.multiply(dy[block], a, out=part)
         xp.multiply(x[block], b, out=product)
         part += product
         part += c
     return d_gamma, d_beta
+
+
+def _input_gradient_through_pool(g: Array, x: Array, factors: tuple[Array, ...], dx: Array, ws: Workspace,
+                                 passed: Array, first: int) -> None:  # fmt: skip
+    """dx = a·g + b·x + c with g (of each window) where it `passed`."""
+    xp = namespace(x)
+    g *= _per_channel("gain", factors[0], g, ws)
+    b, c = (_per_channel(name, v, x, ws) for name, v in zip(("slope", "shift"), factors[1:], strict=True))
+    for block in blocks(x, 2):
+        part, source = dx[block], g[_pooled(block, first)]
+        xp.multiply(x[block], b, out=part)
+        part += c
+        product = ws.scratch("block", source.shape)
+        for view, wins in zip(pool_views(part, 2, first), pool_views(passed[block], 2, first), strict=True):
+            xp.multiply(source, wins, out=product)
+            view += product
 
 
 def pool_views(x: Array, size: int, first: int = 1) -> list[Array]:
@@ -183,21 +240,16 @@ def _winners(x: Array, y: Array, size: int, free: Array, won: Array, first: int 
         free ^= wins
 
 
-def _spread(dy: Array, won: Array, size: int, dx: Array, first: int = 1) -> None:
-    """dx = dy of its window where `won`, else 0."""
-    if dx.shape[first] % size or dx.shape[first + 1] % size:
-        dx[...] = 0
-    for wins, view in zip(pool_views(won, size, first), pool_views(dx, size, first), strict=True):
-        namespace(dy).multiply(dy, wins, out=view)
-
-
 def max_pool_backward(dy: Array, x: Array, y: Array, size: int, dx: Array, ws: Workspace) -> None:
     """dx: dy at the first maximum of each window, 0 elsewhere."""
     free = ws.image("pool.free", y.shape, "bool", keep=False)
     won = ws.image("pool.won", x.shape, "bool", keep=False)
     free[...] = True
     _winners(x, y, size, free, won)
-    _spread(dy, won, size, dx)
+    if x.shape[1] % size or x.shape[2] % size:
+        dx[...] = 0
+    for wins, view in zip(pool_views(won, size), pool_views(dx, size), strict=True):
+        namespace(dy).multiply(dy, wins, out=view)
 
 
 def avg_pool_forward(x: Array, size: int, y: Array) -> None:

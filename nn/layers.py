@@ -35,7 +35,7 @@ class Pass:
 
 
 class ConvBN:
-    """Convolution without bias → batch norm (→ + residual) (→ ReLU) (→ 2×2 max-pool)."""
+    """Convolution without bias → batch norm (→ + residual) (→ ReLU) (→ 2×2 max-pool, without a residual)."""
 
     def __init__(self, name: str, c_in: int, c_out: int, *, kernel: int = 3, relu: bool = True,
                  pool: bool = False) -> None:  # fmt: skip
@@ -68,9 +68,10 @@ class ConvBN:
         if not step.train:
             z = ws.ring(shape)
             conv_forward(x, self.w.value, self.geometry, z, ws, form, keep=False)
-            scale = self.gamma.value * (self.running_var.astype(np.float64) + EPS) ** -0.5
+            inverse_std = (self.running_var.astype(np.float64) + EPS) ** -0.5
+            shift = self.beta.value - self.running_mean * inverse_std * self.gamma.value
             y = ws.ring(out) if self.pool else z
-            F.activate(z, scale, self.beta.value - self.running_mean * scale, y, ws,
+            F.activate(z, inverse_std, self.gamma.value, shift, y, ws,
                        residual=residual, relu=self.relu, pool=self.pool)  # fmt: skip
             return y
         z = ws.image("z", shape)
@@ -80,21 +81,25 @@ class ConvBN:
         self.running_mean += MOMENTUM * (mean - self.running_mean)
         self.running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - self.running_var)
         inverse_std = (var + EPS) ** -0.5
-        passed = ws.image("passed", shape, "bool") if self.relu or self.pool else None
+        gate = None
+        if self.pool:
+            gate = F.Gate(ws.image("passed", shape, "bool"), ws.image("top", out), ws.image("open", out, "bool"))
+        elif self.relu:
+            gate = F.Gate(ws.image("passed", shape, "bool"))
         y = ws.passing(out)
-        F.activate(z, self.gamma.value * inverse_std, self.beta.value, y, ws,
-                   residual=residual, relu=self.relu, pool=self.pool, passed=passed)  # fmt: skip
-        self.saved = x.shape, form, saved, z, inverse_std, passed, residual is not None
+        F.activate(z, inverse_std, self.gamma.value, self.beta.value, y, ws,
+                   residual=residual, relu=self.relu, pool=self.pool, gate=gate)  # fmt: skip
+        self.saved = x.shape, form, saved, z, inverse_std, gate, residual is not None
         return y
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
-        """dL/dx in a ring buffer. dy is overwritten: with a residual and no pooling, by the residual's gradient."""
+        """dL/dx in a ring buffer. dy is overwritten: with a residual, by the residual's gradient."""
         ws = self.ws
-        x_shape, form, saved, z, inverse_std, passed, with_residual = self.saved
+        x_shape, form, saved, z, inverse_std, gate, with_residual = self.saved
         dz = ws.image("dz", z.shape, keep=False) if self.pool or with_residual or not self.relu else dy
         d_gamma, d_beta = F.batch_norm_backward(
             dy, z, inverse_std, self.gamma.value, step.images * z.shape[1] * z.shape[2], ws, step.sum_over_ranks,
-            dz, passed=passed, pool=self.pool,
+            dz, gate=gate,
         )  # fmt: skip
         self.gamma.grad[...], self.beta.grad[...] = d_gamma, d_beta
         dx = ws.ring(x_shape) if need_dx else None

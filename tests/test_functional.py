@@ -142,32 +142,40 @@ def test_max_pool_ties(size: int, order: str, seed: int) -> None:
 @each_seed
 @both_orders
 @each_block
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("relu", "pool"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(("relu", "pool", "residual"), [
+    (True, False, False), (True, False, True), (False, False, False), (False, False, True), (True, True, False),
+    (False, True, False),
+])  # fmt: skip
 @pytest.mark.parametrize("size", [(7, 8), (9, 5), (2, 2)])
 def test_activate(size: tuple[int, int], relu: bool, pool: bool, residual: bool, block: int, order: str, seed: int,
                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Few values, so that maxima tie, at zero and below it too: y and the way of the gradient, to the bit."""
     monkeypatch.setattr(backend, "HOST_BLOCK", block)
     torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
-    shape = (4, *size, 3)
+    shape = (4, *size, 4)
     z, more = (rng.integers(-2, 2, shape).astype(float) for _ in range(2))
-    scale, shift = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, -0.5])
-    whole = to_torch(z * scale + shift + more * residual)
+    gamma, beta, inverse_std = np.array([1.0, -2.0, 0.5, 0.0]), np.array([0.0, 1.0, -0.5, 1.0]), np.array([2, 1, 0.5, 1])
+    whole = to_torch(z * inverse_std * gamma + beta + more * residual)
     y_t = torch.relu(whole) if relu else whole
     y_t = torch.nn.functional.max_pool2d(y_t, 2) if pool else y_t
     r = rng.standard_normal(to_numpy(y_t).shape)
     y_t.backward(to_torch(r).detach())
-    y, passed = unwritten(ws, r.shape, "y"), ws.image("passed", shape, "bool")
-    passed[...] = rng.random(shape) < 0.5
-    F.activate(activations(ws, z, "z"), scale, shift, y, ws, residual=activations(ws, more, "more") if residual else None,
-               relu=relu, pool=pool, passed=passed if relu or pool else None)  # fmt: skip
-    assert np.array_equal(y, to_numpy(y_t))
+    y, gate = unwritten(ws, r.shape, "y"), None
     if relu or pool:
+        gate = F.Gate(ws.image("passed", shape, "bool"))
+        gate.passed[...] = rng.random(shape) < 0.5
+    if pool:
+        gate = F.Gate(gate.passed, unwritten(ws, r.shape, "top"), ws.image("open", r.shape, "bool"))
+    F.activate(activations(ws, z, "z"), inverse_std, gamma, beta, y, ws, relu=relu, pool=pool, gate=gate,
+               residual=activations(ws, more, "more") if residual else None)  # fmt: skip
+    assert np.array_equal(y, to_numpy(y_t))
+    if gate:
         back = r.repeat(2, 1).repeat(2, 2) if pool else r
         wide = np.zeros(shape)
         wide[:, : back.shape[1], : back.shape[2]] = back
-        assert np.array_equal(wide * passed, to_numpy(whole.grad))
+        live = np.arange(4) < (3 if pool else 4)  # at γ = 0 every window ties, and here the largest x̂ wins
+        assert np.array_equal((wide * gate.passed)[..., live], to_numpy(whole.grad)[..., live])
+        assert gate.passed[:, : back.shape[1], : back.shape[2]].sum() == (to_numpy(whole.grad) != 0).sum()
 
 
 @each_seed

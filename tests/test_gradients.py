@@ -81,7 +81,7 @@ def test_batch_norm(order: str, seed: int) -> None:
     def value(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> float:
         z, inverse_std = normalise(x)
         y = unwritten(ws, x.shape, "y")
-        F.activate(z, gamma * inverse_std, beta, y, ws, relu=False)
+        F.activate(z, inverse_std, gamma, beta, y, ws, relu=False)
         return (y * r).sum()
 
     dx = activations(ws, r, "dy")
@@ -133,7 +133,7 @@ def test_linear_and_losses(loss: str, seed: int) -> None:
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize(("relu", "pool", "residual"), [
     (True, False, False), (True, True, False), (True, False, True), (False, False, False),
-    (False, False, True), (False, True, False), (True, True, True),
+    (False, False, True), (False, True, False),
 ])  # fmt: skip
 def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str, seed: int) -> None:
     rng, ws = np.random.default_rng(seed), workspace(order)
@@ -154,7 +154,7 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
     dx = layer.backward(dy, step, lambda parameter: told.append(parameter.name))
     assert sorted(told) == sorted(parameter.name for parameter in params)
     points, gradients = [x, flat], [dx.copy(), params.grads.copy()]
-    if residual and not pool:  # with both, as no layer of the network has, dy is not the residual's gradient
+    if residual:
         points, gradients = [*points, more], [*gradients, dy.copy()]
     check(value, points, gradients, LAYER, rng)
 
