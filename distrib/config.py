@@ -27,8 +27,9 @@ CHOICES = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
-        "epochs": 1, "limit_train": 50000, "batch_size": 128, "lr": 0.01, "schedule": "onecycle",
-        "width": 0.125, "log_every": 20,
+        "epochs": 1, "limit_train": 26000, "batch_size": 48, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9,
+        "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.125,
+        "log_every": 20,
     },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},

@@ -5,7 +5,7 @@
 - `loop`: the textbook loop over patches, kept as the oracle of the tests and as the slow row of the
   time table;
 - `patches`: patches copied into a matrix, one matrix product, a bounded number of images at a time;
-- `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/winograd.py`), 4 times fewer
+- `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/winograd.py`), up to 4 times fewer
   multiplications.
 
 A form is a pair: `forward(x, w, geometry, y, ws, keep)` returns, where `keep`, what its `backward` needs besides
@@ -196,20 +196,19 @@ class Patches:
 FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
 
 
-WINOGRAD_OVERHEAD = 48
-"""Tiles whose products cost as much as transforming and streaming a Winograd kernel, 4 times the weights."""
-
-
 def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, order: str) -> str:
     """The faster form on the host; a pure function of shape and memory order.
 
-    Winograd takes 36 products a tile and channel pair, patches 9 a pixel; with few tiles the weights count.
+    Counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
+    planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8 more
+    images' worth of tiles: where measured, both forms were then within 15 % of each other (BENCHMARKS.md).
     """
     n, h, w, c = x_shape
     if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or order != "HWNC":
         return "patches"
-    tiles = n * -(-h // 4) * -(-w // 4)
-    return "winograd" if 36 * (tiles + WINOGRAD_OVERHEAD) < 9 * n * h * w else "patches"
+    (rows, a_h), (cols, a_w) = winograd.extent(h), winograd.extent(w)
+    overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 8
+    return "winograd" if n * rows * cols + overhead < 9 * n * h * w else "patches"
 
 
 def conv_forward(

@@ -2,7 +2,7 @@
 
 Outputs and scratch are arguments or come from the workspace `ws`; nothing is remembered between calls.
 Sums over images that training depends on (batch norm's here, the gradients' in `distrib.reducer`) pass
-through `_line_sums` and a sum over ranks, so there is one place each to make them reproducible.
+through `_add_lines` and a sum over ranks, so there is one place each to make them reproducible.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ SumOverRanks = Callable[[Array], Any]
 """Sums an array over all ranks, in place."""
 
 
-def _line_sums(block: Array, ws: Workspace) -> Array:
-    """Sum of a block (A, B, k, C) over A and B: (k·C,)."""
+def _add_lines(total: Array, block: Array, ws: Workspace) -> None:
+    """Add to `total` (k·C,), float64, the sum of a block (A, B, k, C) over A and B."""
     a, b, k, c = block.shape
     if block.flags.c_contiguous:
-        return ws.ones(a * b) @ block.reshape(a * b, k * c)
-    return (ws.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
+        total += namespace(block).matmul(ws.ones(a * b), block.reshape(a * b, k * c), out=ws.scratch("line", (k * c,)))
+    else:
+        total += (ws.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
+
+
+def _totals(count: int, x: Array, ws: Workspace) -> Array:
+    """Zeros (count, k·C), float64, for the sums of x (A, B, k, C)."""
+    wide = ws.scratch("totals", (count, x.shape[2] * x.shape[3]), "float64")
+    wide.fill(0)
+    return wide
 
 
 def _per_channel(name: str, v: Array, like: Array, ws: Workspace) -> Array:
@@ -45,22 +53,22 @@ def batch_norm_statistics(
     Two passes, Σx then Σ(x − mean)², each summed over ranks: never E[x²] − E[x]², which cancels.
     """
     x = x.transpose(memory_axes(x))
-    groups, lines = x.shape[2], x.shape[2] * x.shape[3]
-    total = namespace(x).zeros(lines, np.float64)
+    groups = x.shape[2]
+    (total,) = _totals(1, x, ws)
     for block in blocks(x):
-        total += _line_sums(x[block], ws)
+        _add_lines(total, x[block], ws)
     mean = total.reshape(groups, -1).sum(0)
     if sum_over_ranks:
         sum_over_ranks(mean)
     mean /= count
     shift = _per_channel("shift", mean, x, ws)
-    total = namespace(x).zeros(lines, np.float64)
+    (total,) = _totals(1, x, ws)
     for block in blocks(x):
         part = x[block]
         part -= shift
         square = ws.scratch("block", part.shape)
         namespace(x).multiply(part, part, out=square)
-        total += _line_sums(square, ws)
+        _add_lines(total, square, ws)
     variance = total.reshape(groups, -1).sum(0)
     if sum_over_ranks:
         sum_over_ranks(variance)
@@ -162,15 +170,15 @@ def batch_norm_backward(
     pool = gate is not None and gate.top is not None
     # with pooling g has one element a window, and there x̂ = top · sign(γ)
     mask, other = (None, x) if gate is None else (gate.open, gate.top) if pool else (gate.passed, x)
-    wide = xp.zeros((2, dy.shape[2] * dy.shape[3]), np.float64)
+    wide = _totals(2, dy, ws)
     for block in blocks(dy):
         part = dy[block]
         if mask is not None:
             xp.multiply(part, mask[block], out=part)
         product = ws.scratch("block", part.shape)
         xp.multiply(part, other[block], out=product)
-        wide[0] += _line_sums(part, ws)
-        wide[1] += _line_sums(product, ws)
+        _add_lines(wide[0], part, ws)
+        _add_lines(wide[1], product, ws)
     sums = wide.reshape(2, dy.shape[2], -1).sum(1)
     sums[1] *= xp.copysign(1.0, gamma) if pool else inverse_std
     d_gamma, d_beta = sums[1].copy(), sums[0].copy()

@@ -122,6 +122,12 @@ def axis(size: int) -> list[Piece]:
     return pieces
 
 
+def extent(size: int) -> tuple[int, int]:
+    """Positions of all tiles along an axis of `size` pixels, and the points of its largest tile."""
+    pieces = axis(size)
+    return sum(len(piece.b) for piece in pieces), pieces[0].groups[-1].points.stop
+
+
 class Chunk(NamedTuple):
     """A rectangle of tiles of some images, and the part of V that is theirs, in elements per channel."""
 

@@ -1,0 +1,132 @@
+"""The benchmarks measure what they say, in a short form; and a step allocates nothing large."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import run
+from test_torch_parity import import_torch
+
+from distrib import mnist
+from distrib.config import Config
+from distrib.trainer import PHASES, Trainer
+from distrib.world import connect
+from nn.resnet9 import ResNet9
+
+SMALL = ("--width", "0.0625", "--repeats", "2", "--json")
+
+
+def bench(*arguments: str, ranks: int = 1) -> dict:
+    return json.loads(run("-m", "launch.cli", "bench", *arguments, *SMALL, ranks=ranks).stdout)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_step_against_torch(ranks: int) -> None:
+    import_torch()
+    result = bench("step", "--batch-size", "6", "--steps", "2", "--against", "torch", ranks=ranks)
+    rates = result["images_per_second"]
+    assert set(rates) == {"distrib", "torch channels-last", "torch contiguous"}
+    assert all(len(found) == 2 and min(found) > 0 for found in rates.values())
+    better = rates[result["against"]]
+    assert np.median(better) == max(np.median(rates[name]) for name in rates if name != "distrib")
+    assert result["ratio"] == pytest.approx([a / b for a, b in zip(rates["distrib"], better, strict=True)])
+    assert (result["ranks"], result["threads"], result["workspace_grown_bytes"]) == (ranks, ranks, 0)
+    assert len(result["peak_bytes"]["distrib"]) == ranks
+    assert min(result["peak_bytes"]["torch contiguous"]) > 100 * 2**20, "the libraries are included"
+    assert set(result["phases_ms"]) == set(PHASES)
+    slowest = 1e3 * 6 / min(rates["distrib"])
+    assert 0 < sum(result["phases_ms"].values()) <= slowest, "the phases are parts of the step"
+    assert (result["all_reduce_alone_ms"] is not None) == (ranks == 2)
+
+
+def test_evaluation() -> None:
+    result = bench("step", "--batch-size", "5", "--steps", "1", "--evaluate")
+    assert result["phases_ms"] == {}
+    assert min(result["images_per_second"]["distrib"]) > 0
+
+
+def test_against_the_plain_loop() -> None:
+    result = bench("step", "--batch-size", "1", "--steps", "1", "--against", "loop")
+    assert set(result["images_per_second"]) == {"distrib", "plain loop"}
+    assert len(result["ratio"]) == 2
+
+
+def test_ops() -> None:
+    import_torch()
+    result = bench("ops", "--batch-size", "3", "--against", "torch")
+    assert [(layer["side"], *layer["channels"]) for layer in result["layers"]] == [
+        (28, 1, 4), (28, 4, 8), (14, 8, 8), (14, 8, 16), (7, 16, 16), (3, 16, 16),
+    ]  # fmt: skip
+    for layer in result["layers"]:
+        assert set(layer["convolution"]["ms"]) == {
+            f"{form} {way}" for form in ("patches", "winograd", "torch") for way in ("forward", "backward")
+        }
+        assert 1e-8 < layer["convolution"]["error"] < 1e-5
+    assert set(result["adam_ms"]) == {"distrib", "torch"}
+
+
+def test_run_against_torch() -> None:
+    import_torch()
+    short = ("--recipe", "demo", "--limit-train", "960", "--limit-test", "500", "--batch-size", "32", "--ranks", "2")
+    result = json.loads(run("-m", "launch.cli", "bench", "run", *short, "--repeats", "1", "--against", "torch", "--json").stdout)
+    for rows in result["runs"].values():
+        (row,) = rows
+        assert row["process_seconds"] > row["wall_seconds"] > 0
+        assert row["test_accuracy"] > 20, "both learn"
+    best = result["runs"][result["against"]][0]["wall_seconds"]
+    assert result["ratio"] == pytest.approx([best / result["runs"]["distrib"][0]["wall_seconds"]])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("step", "--against", "jax"), "--against jax: choose torch or loop"),
+    (("step", "--batch-size", "0"), "give 1 or more"),
+    (("step", "--batch-size", "70000"), "60000 images"),
+    (("step", "--evaluate", "--against", "loop"), "leave out --evaluate"),
+    (("ops", "--repeats", "0"), "give 1 or more"),
+    (("run", "--recipe", "demo", "--lr", "x"), "--lr x: give a number"),
+    (("run", "--frobnicate", "1"), "No such option"),
+    (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
+])  # fmt: skip
+def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
+    done = run("-m", "launch.cli", "bench", *arguments, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_training_flops() -> None:
+    """2·3·Σ H·W·9·C·O over the layers, the first without its input gradient: the published 1.28 GFLOP."""
+    layers = [(28, 64, 128), (14, 128, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256), (3, 256, 256), (3, 256, 256)]
+    exact = 6 * sum(9 * side**2 * a * b for side, a, b in layers) + 4 * 9 * 28**2 * 64 + 6 * 256 * 10
+    assert ResNet9().training_flops() == exact
+    assert exact == pytest.approx(1.28e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("batch", "width"), [(8, 1.0), (64, 0.25)])
+def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
+    """After the first steps: no buffer grows, and what NumPy allocates for a moment stays below 160 KiB."""
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (batch, 28, 28), np.uint8), rng.integers(0, 10, batch, np.uint8)
+    data = mnist.Dataset("random", images, labels, images, labels)
+    trainer, indices = Trainer(Config(batch_size=batch, width=width), connect("none"), data), np.arange(batch)
+
+    def step() -> None:
+        trainer.step(indices, batch)
+        trainer.read_results()
+
+    for _ in range(3):
+        step()
+    held = trainer.model.ws.nbytes()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        step()
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert trainer.model.ws.nbytes() == held
+    assert held > 50 * 2**20
+    assert peak < 160 * 2**10, f"{peak} bytes"
