@@ -161,7 +161,8 @@ def batch_norm_backward(
 
     With g = dy where it passed the gate, 0 elsewhere, x̂ = centred · inverse_std and sums over all `count` values
     a channel, dx = γ · inverse_std · (g − Σg/count − x̂ · Σ(g·x̂)/count)  (Ioffe and Szegedy 2015, section 3).
-    dy is overwritten: without pooling by g, which is also the residual's gradient; dx may then be dy.
+    dy is overwritten: without pooling by g, which is also the residual's gradient. dx may be `centred`, or
+    without pooling dy.
     """
     xp, axes = namespace(dy), memory_axes(centred)
     x, dx, dy = centred.transpose(axes), dx.transpose(axes), dy.transpose(axes)
@@ -193,8 +194,8 @@ def batch_norm_backward(
     for block in blocks(x):
         part = dx[block]
         product = ws.scratch("block", part.shape)
+        xp.multiply(x[block], b, out=product)  # first: dx may be x
         xp.multiply(dy[block], a, out=part)
-        xp.multiply(x[block], b, out=product)
         part += product
         part += c
     return d_gamma, d_beta

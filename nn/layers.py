@@ -93,10 +93,10 @@ class ConvBN:
         return y
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
-        """dL/dx in a ring buffer. dy is overwritten: with a residual, by the residual's gradient."""
+        """dL/dx in a ring buffer, once for each forward. dy is overwritten: with a residual, by the residual's gradient."""
         ws = self.ws
         x_shape, form, saved, z, inverse_std, gate, with_residual = self.saved
-        dz = ws.image("dz", z.shape, keep=False) if self.pool or with_residual or not self.relu else dy
+        dz = z if self.pool or with_residual or not self.relu else dy
         d_gamma, d_beta = F.batch_norm_backward(
             dy, z, inverse_std, self.gamma.value, step.images * z.shape[1] * z.shape[2], ws, step.sum_over_ranks,
             dz, gate=gate,
