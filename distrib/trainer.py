@@ -99,6 +99,7 @@ class Trainer:
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
         self.started = time.perf_counter()
+        self.evaluated: float | None = None  # when the evaluation of this very step ended
 
     def sum_over_ranks(self, x: Any) -> None:
         """Batch norm's sums: in place, before the next operation."""
@@ -129,6 +130,7 @@ class Trainer:
         self.optimizer.step(self.lr())
         laps.lap("optimizer")
 
+        self.evaluated = None
         row[1:] = tail
         self.unread.append(count)
         self.at.step += 1
@@ -226,13 +228,15 @@ class Trainer:
         new = self.world.allgather(mine, "the count of images")
         return [sum(pair) for pair in zip_longest(new, self.earlier_images, fillvalue=0)]
 
-    def wall_seconds(self) -> float:
-        return self.at.wall_seconds + time.perf_counter() - self.started
+    def wall_seconds(self, end: float | None = None) -> float:
+        """Seconds of training and evaluation, over resumes, up to `end` (default: now)."""
+        return self.at.wall_seconds + (time.perf_counter() if end is None else end) - self.started
 
     def test(self) -> dict[str, float]:
         """test_loss and test_accuracy (percent)."""
         self.share_statistics()
         loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
+        self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"
                             f" try a lower --lr than {self.config.lr}")  # fmt: skip
@@ -263,7 +267,7 @@ class Trainer:
             "parameters": self.params.count,
             "images_per_second": sum(images) / at.train_seconds if at.train_seconds else None,
             "images_per_rank": images,
-            "wall_seconds": self.wall_seconds(),
+            "wall_seconds": self.wall_seconds(self.evaluated),
             "parameter_digest": digest,
             "rank_digests": world.allgather(digest, "the comparison of digests"),
         }

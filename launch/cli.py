@@ -20,7 +20,7 @@ app = typer.Typer(
     help="""
 Data-parallel training of ResNet-9 on MNIST, in plain CuPy and NumPy.
 
-The first run, half a minute on two cores, to 99 % test accuracy:
+The first run, a quarter of a minute on two cores, to 99 % test accuracy:
 
     mpirun -n 2 python -m distrib.train --recipe demo
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -10,10 +11,14 @@ import pytest
 from conftest import run
 from test_torch_parity import import_torch
 
+import distrib.train
 from distrib import mnist
+from distrib.comm import SingleCommunicator, SingleControl
 from distrib.config import Config
+from distrib.failure import Watchdog
 from distrib.trainer import PHASES, Trainer
-from distrib.world import connect
+from distrib.world import World, connect
+from nn.backend import NUMPY
 from nn.resnet9 import ResNet9
 
 SMALL = ("--width", "0.0625", "--repeats", "2", "--json")
@@ -130,3 +135,18 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
     assert trainer.model.ws.nbytes() == held
     assert held > 50 * 2**20
     assert peak < 160 * 2**10, f"{peak} bytes"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads", "batch", "words"), [
+    (64, 1, 64, 128, "mpirun -n 64"), (64, 1, 64, 8, "mpirun -n 8"), (64, 4, 1, 128, "mpirun -n 64"),
+    (4, 4, 1, 128, None), (1, 1, 1, 8, None), (64, 4, 16, 128, None), (8, 1, 8, 1, None),
+])  # fmt: skip
+def test_how_many_ranks_to_start(cores: int, ranks: int, threads: int, batch: int, words: str | None,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(distrib.train, "blas_threads", lambda: threads)
+    comm = SingleCommunicator()
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"] * ranks)
+    line = distrib.train.advice(world, Config(batch_size=batch))
+    assert (line is None) == (words is None)
+    assert words is None or f"{words} python -m distrib.train" in str(line)
