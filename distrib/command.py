@@ -47,6 +47,8 @@ def _signature() -> inspect.Signature:
         base: Any = TYPES[kind.split(" | ")[0]]
         shown = text if default in (None, False) else f"{text} [default: {default}]"
         flag = f"--{name.replace('_', '-')}"
+        if base is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
         number = base in (int, float)  # the parser's own message does not tell the value
         extra = {"parser": _number(flag, base), "metavar": kind.split(" | ")[0].upper()} if number else {}
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
@@ -72,6 +74,8 @@ def parse(arguments: list[str]) -> Config:
     app = typer.Typer(add_completion=False)
     app.command()(with_options(lambda **given: found.append(build(given))))
     app(arguments, standalone_mode=False)
+    if not found:  # --help
+        raise typer.Exit
     return found[0]
 
 

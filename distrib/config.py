@@ -27,13 +27,16 @@ CHOICES = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
-        "epochs": 1, "limit_train": 26000, "batch_size": 48, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9,
+        "epochs": 1, "limit_train": 26000, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9,
         "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.125,
         "log_every": 20,
     },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
+
+OWNED = (("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")), ("loss", "ce", ("label_smoothing",)))
+"""Options that a recipe's value makes no sense for once a person gives another `optimizer` or `loss`."""
 
 MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "run_dir", "resume",
               "recipe", "timeout", "data", "batch_size_per_rank")  # fmt: skip
@@ -144,7 +147,14 @@ def build(given: dict[str, Any]) -> Config:
     recipe = given.get("recipe")
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"--recipe {recipe}: choose one of {', '.join(RECIPES)}")
-    merged = {**RECIPES.get(recipe or "", {}), **given}
+    whole = RECIPES.get(recipe or "", {})
+    filled = {name: value for name, value in whole.items() if name not in given}
+    for owner, value, names in OWNED:  # of a recipe for SGD nothing of SGD's is left with --optimizer adam
+        if whole.get(owner, value) == value != given.get(owner, value):
+            filled = {name: held for name, held in filled.items() if name not in names}
+    if given.get("momentum") == 0:
+        filled.pop("nesterov", None)
+    merged = {**filled, **given}
     if "batch_size" in given and "batch_size_per_rank" in given:
         raise UserError(f"--batch-size-per-rank {given['batch_size_per_rank']}: give it or --batch-size, not both")
     return Config(**merged)

@@ -20,6 +20,9 @@ from distrib.run import Run, new_folder
 from distrib.trainer import HISTORY, Trainer, blas_threads
 from distrib.world import World, connect
 
+FEWEST_IMAGES = 4
+"""Images of a step that are worth a rank of their own on a host: the smallest share that BENCHMARKS.md measures."""
+
 
 def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
     """Train to the end (or to --max-steps, or to a signal); returns the summary."""
@@ -147,12 +150,14 @@ def guard(world: World, config: Config, data: mnist.Dataset) -> None:
 def advice(world: World, config: Config) -> str | None:
     """A line for a person whose cores stand idle: how many ranks to start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = world.hosts.count(world.hosts[world.rank])
-    best = min(cores, config.batch_size)
-    if not world.backend.on_host or best <= ranks or (ranks > 1 and ranks * blas_threads() >= cores):
+    best = min(cores, config.batch_size // FEWEST_IMAGES)
+    several_hosts = len(set(world.hosts)) > 1
+    if not world.backend.on_host or several_hosts or best <= world.size:
         return None
-    return (f"{cores} cores, {ranks} rank(s): one rank per core is faster, since BLAS threads speed up matrix products"
-            f" alone: mpirun -n {best} python -m distrib.train …")  # fmt: skip
+    if world.size > 1 and world.size * blas_threads() >= cores:
+        return None
+    return (f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be faster:"
+            f" mpirun -n {best} python -m distrib.train …")  # fmt: skip
 
 
 def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Trainer, run_dir: Path) -> None:

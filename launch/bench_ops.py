@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from distrib.config import build
 from distrib.errors import UserError
 from launch.measure import AsJson, BatchSize, Repeats, Width, machine, matrix_peak, require_torch
 from nn import functional as F
@@ -189,8 +190,9 @@ def ops(
     """
     if against not in (None, "torch"):
         raise UserError(f"--against {against}: choose torch, or leave it out")
-    if min(batch_size, repeats) < 1:
-        raise UserError("--batch-size and --repeats: give 1 or more")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: give 1 or more")
+    build({"batch_size": batch_size, "width": width})  # refuses what no run could have
     if torch := against == "torch":
         require_torch("--against torch")
     result: dict[str, Any] = {"machine": machine(), "batch_size": batch_size, "width": width,

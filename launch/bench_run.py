@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,20 +17,27 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from distrib import THREAD_VARIABLES, mnist
 from distrib.command import parse
-from distrib.errors import UserError
+from distrib.config import Config
+from distrib.errors import EXIT_USAGE, UserError
 from launch.measure import AsJson, machine, require_torch, spread
 from launch.torch_bench import LAYOUTS
 
+FIXED = ("seed", "run_dir", "resume", "max_steps")
+
 
 def timed(command: list[str], threads: int) -> tuple[str, float]:
-    """Standard output of a command, and its seconds from start to end."""
-    env = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    """Standard output of a command, and its seconds from start to end; UserError where it was used wrongly."""
+    env = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
     begin = time.perf_counter()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if done.returncode == EXIT_USAGE:
+        raise UserError(next(line for line in done.stderr.splitlines() if line.strip()).removeprefix("distrib: error: "))
     if done.returncode:
-        raise UserError(f"{' '.join(command)} ended with code {done.returncode}: {(done.stderr or done.stdout).strip()[-800:]}")
-    return done.stdout, time.perf_counter() - begin
+        raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr or done.stdout}")
+    return done.stdout, seconds
 
 
 def ours(options: list[str], ranks: int, threads: int) -> dict[str, float]:
@@ -58,7 +66,7 @@ def run(
 ) -> None:
     """Whole training runs: seconds from the first step to the end of the last evaluation, and test accuracy.
 
-    All options of `distrib train` but --seed and --run-dir may be given.
+    All options of `distrib train` may be given, but for those of the run folder, --seed and --max-steps.
     Example: distrib bench run --recipe demo --against torch
     """
     if against not in (None, "torch"):
@@ -66,10 +74,17 @@ def run(
     if min(ranks, repeats) < 1:
         raise UserError("--ranks and --repeats: give 1 or more")
     config = parse(context.args)
+    for name in FIXED:
+        if getattr(config, name) != getattr(Config(), name):
+            raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
+    if ranks > 1 and shutil.which("mpirun") is None:
+        raise UserError("--ranks above 1: no mpirun on the path: pip install 'distrib[mpi]', or --ranks 1")
+    data = mnist.load(config.data, config.limit_train, config.limit_test)
+    config = config.resolve(ranks, len(data.train_images), len(data.test_images))
     if against:
         require_torch("--against torch")
-        if config.loss != "ce" or config.precision != "float32":
-            raise UserError("--against torch: compares --loss ce in --precision float32 only")
+        if config.loss != "ce" or config.precision != "float32" or config.batch_norm != "sync":
+            raise UserError("--against torch: compares --loss ce, --precision float32 and --batch-norm sync only")
     sides = ["distrib", *(f"torch {layout}" for layout in (LAYOUTS if against else ()))]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     with Console(stderr=True).status("") as status:

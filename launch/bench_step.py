@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,17 @@ from distrib.errors import UserError
 from distrib.evaluate import load_batch
 from distrib.trainer import PHASES, Trainer, blas_threads
 from distrib.world import World, connect
-from launch.measure import AsJson, BatchSize, Repeats, Width, machine, matrix_peak, require_torch, spread
+from launch.measure import (
+    AsJson,
+    BatchSize,
+    Repeats,
+    Width,
+    machine,
+    matrix_peak,
+    peak_bytes,
+    require_torch,
+    spread,
+)
 from launch.torch_bench import LAYOUTS, Worker
 from nn.layers import Pass
 
@@ -25,13 +34,14 @@ from nn.layers import Pass
 def ours(trainer: Trainer, steps: int, order: Any, evaluate: bool) -> Callable[[], dict[str, Any]]:
     """A function that trains (or evaluates) `steps` batches and says how long that took, by phase."""
     batch, world = trainer.config.batch_size, trainer.world
+    whole = len(order) // batch  # steps with a whole batch
 
     def measure() -> dict[str, Any]:
         before = trainer.laps.seconds.copy()
         world.comm.barrier()
         begin = time.perf_counter()
         for step in range(steps):
-            own, count = sampler.batch_indices(order, step, batch, world.rank, world.size)
+            own, count = sampler.batch_indices(order, step % whole, batch, world.rank, world.size)
             indices = world.backend.asarray(own)
             if evaluate:
                 x = load_batch(trainer.model, trainer.images, indices)
@@ -59,14 +69,14 @@ def reduce_alone(trainer: Trainer) -> float:
     return statistics.median(seconds)
 
 
-def wait_quietly(world: World, measure: Callable[[], Any]) -> Any:
-    """Rank 0 measures; the others sleep, so that it has all cores."""
-    if world.size == 1:
-        return measure()
-    done = measure() if world.rank == 0 else None
-    request = world.control.Ibarrier()
-    while not request.Test():
-        time.sleep(0.02)
+def wait_quietly(world: World, measure: Callable[[], Any] | None) -> Any:
+    """Rank 0 measures in PyTorch; the others, which have nothing to measure, sleep, so that it has all cores."""
+    with world.watchdog.waiting("PyTorch's measurement"):
+        done = measure() if measure else None
+        if world.size > 1:
+            request = world.control.Ibarrier()
+            while not request.Test():
+                time.sleep(0.02)
     return done
 
 
@@ -106,15 +116,20 @@ def step(
     order = sampler.permutation(0, 0, len(data.train_images))
     one = ours(trainer, 1, order, evaluate)
     one()
-    steps = steps or world.broadcast(max(1, min(round(1.0 / one()["seconds"]), 60000 // batch_size)), "the number of steps")
+    steps = steps or world.broadcast(max(1, round(1.0 / one()["seconds"])), "the number of steps")
     measure = ours(trainer, steps, order, evaluate)
     held = trainer.model.ws.nbytes()
     threads = world.size * blas_threads()
-    others = rivals(against, trainer, order, threads, config, steps, evaluate)
+    slow = plain_loop(config, world, data, steps, order) if against == "loop" else None
+    workers = torch_workers(config, world, threads, steps, evaluate) if against == "torch" else {}
     rows: dict[str, list[dict[str, Any]]] = {}
     peaks: list[float] = []
     for repeat in range(repeats + 1):  # the first warms up
-        done = {"distrib": measure(), **{name: wait_quietly(world, ask) for name, ask in others.items()}}
+        done = {"distrib": measure()}
+        if slow:
+            done["plain loop"] = slow()
+        for name, worker in workers.items():
+            done[name] = wait_quietly(world, worker)
         peak = sum(world.allgather(matrix_peak(), "the peak"))
         if repeat:
             peaks.append(peak)
@@ -122,7 +137,7 @@ def step(
                 rows.setdefault(name, []).append(row)
     grown = trainer.model.ws.nbytes() - held
     alone = reduce_alone(trainer) if world.size > 1 and not evaluate else None
-    memory = world.allgather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak memory")
+    memory = world.allgather(peak_bytes(), "peak memory")
     phases = world.allgather([row["phases"] for row in rows["distrib"]], "the phases")
     if world.rank == 0:
         images = steps * batch_size
@@ -143,35 +158,27 @@ def step(
                 result["peak_bytes"][name] = [found[-1]["peak_bytes"]]
         result = with_ratios(result)
         print(json.dumps(result, indent=2)) if as_json else show(result)
-    for worker in others.values():
-        getattr(worker, "close", lambda: None)()
+    for worker in workers.values():
+        if worker:
+            worker.close()
     world.comm.close()
 
 
-def rivals(against: str | None, trainer: Trainer, order: Any, threads: int, config: Config, steps: int,
-           evaluate: bool) -> dict[str, Callable[[], Any]]:  # fmt: skip
-    """What to measure in alternation with ours: name → function of one measurement."""
-    if against == "loop":
-        slow = Trainer(config, trainer.world, mnist.load(None, None, 1))
-        for conv in slow.model.convs():
-            conv.form = "loop"
-        plain = ours(slow, 1, order, evaluate)
+def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int, order: Any) -> Callable[[], dict[str, Any]]:
+    """A measurement of one step with every convolution as a plain loop, scaled to `steps`."""
+    trainer = Trainer(config, world, data)
+    for conv in trainer.model.convs():
+        conv.form = "loop"
+    one = ours(trainer, 1, order, evaluate=False)
+    return lambda: {"seconds": one()["seconds"] * steps}
 
-        def scaled() -> dict[str, Any]:
-            return {"seconds": plain()["seconds"] * steps}
 
-        return {"plain loop": scaled}
-    if against is None:
-        return {}
+def torch_workers(config: Config, world: World, threads: int, steps: int, evaluate: bool) -> dict[str, Worker | None]:
+    """PyTorch in each memory layout, started by rank 0."""
     require_torch("--against torch")
-    found: dict[str, Callable[[], Any]] = {}
-    for layout in LAYOUTS:
-        worker = Worker(
-            threads, layout=layout, steps=steps, evaluate=evaluate, batch_size=config.batch_size, width=config.width,
-            variant=config.variant, optimizer=config.optimizer, lr=config.lr,
-        ) if trainer.world.rank == 0 else None  # fmt: skip
-        found[f"torch {layout}"] = lambda worker=worker: worker.ask("steps") if worker else None  # type: ignore[misc]
-    return found
+    job = {"steps": steps, "evaluate": evaluate, "batch_size": config.batch_size, "width": config.width,
+           "variant": config.variant, "optimizer": config.optimizer, "lr": config.lr}  # fmt: skip
+    return {f"torch {layout}": Worker(threads, layout=layout, **job) if world.rank == 0 else None for layout in LAYOUTS}
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -49,6 +50,18 @@ def matrix_peak() -> float:
         np.matmul(a, a, out=out)
         seconds.append(time.perf_counter() - begin)
     return 2 * 1024**3 / statistics.median(seconds) / 1e9
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever held, libraries included.
+
+    Not `ru_maxrss` where it can be helped: a child inherits its parent's.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def require_torch(option: str) -> None:

@@ -7,39 +7,56 @@ PyTorch is optional.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from typing import Any
 
+from distrib import THREAD_VARIABLES
+from launch.measure import peak_bytes
+
 LAYOUTS = ("channels-last", "contiguous")
 
 
 class Worker:
-    """The other end: a child process that trains steps in PyTorch on request."""
+    """The other end: a child process that trains steps in PyTorch on request; calling it makes one measurement."""
 
     def __init__(self, threads: int, **job: Any) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
-        env |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        env |= {name: str(threads) for name in THREAD_VARIABLES}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "launch.torch_bench", "step", json.dumps({**job, "threads": threads})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True,
         )  # fmt: skip
-        self.ask("ready")
+        self._ask("ready")
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """One measurement: {"seconds", "peak_bytes"}."""
-        print(what, file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline() if self._process.stdout else ""
+    def __call__(self) -> dict[str, Any]:
+        """{"seconds", "peak_bytes"} of the job's steps."""
+        return self._ask("steps")
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        try:
+            print(what, file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline() if self._process.stdout else ""
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise RuntimeError(f"the PyTorch process ended with code {self._process.wait()}")
+            code = self._process.wait()
+            self.close()
+            raise RuntimeError(f"the PyTorch process ended with code {code}")
         return dict(json.loads(line))
 
     def close(self) -> None:
-        self._process.communicate()
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                if pipe:
+                    pipe.close()
 
 
 def setup(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
@@ -53,7 +70,7 @@ def setup(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     torch.manual_seed(job.get("seed", 0))
     layout = torch.channels_last if job["layout"] == "channels-last" else torch.contiguous_format
     model = TorchResNet9(job["variant"], job["width"]).to(memory_format=layout)
-    data = mnist.load(None, job.get("limit_train"), None)
+    data = mnist.load(job.get("data"), job.get("limit_train"), job.get("limit_test"))
     images = [torch.tensor(a[:, None]) for a in (data.train_images, data.test_images)]
     labels = [torch.tensor(a).long() for a in (data.train_labels, data.test_labels)]
     return model, images, labels, layout
@@ -83,7 +100,8 @@ def serve_steps(job: dict[str, Any]) -> None:
     for line in sys.stdin:
         begin = time.perf_counter()
         for step in range(0 if line.strip() == "ready" else job["steps"]):
-            indices = torch.tensor(order[step * batch : (step + 1) * batch])
+            start = step % (len(order) // batch) * batch
+            indices = torch.tensor(order[start : start + batch])
             x = (images[indices].to(torch.float32) / 255).contiguous(memory_format=layout)
             loss = torch.nn.functional.cross_entropy(model(x), labels[indices])
             if not job["evaluate"]:
@@ -92,8 +110,7 @@ def serve_steps(job: dict[str, Any]) -> None:
                 optimizer.step()
             loss.item()
         seconds = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
 def train(job: dict[str, Any]) -> dict[str, float]:
@@ -126,7 +143,7 @@ def train(job: dict[str, Any]) -> dict[str, float]:
         with torch.no_grad():
             logits = [model((part.to(torch.float32) / 255).contiguous(memory_format=layout)) for part in test.split(500)]
         accuracy = 100 * (torch.cat(logits).argmax(1) == wanted).double().mean().item()
-    return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy}
+    return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy, "test_images": len(test)}
 
 
 if __name__ == "__main__":

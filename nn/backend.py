@@ -122,7 +122,9 @@ def blocks(x: Array, step: int = 1) -> tuple[tuple[slice, slice], ...]:
 
     They start at multiples of `step`. On a device, one part: everything.
     """
-    return _blocks(*x.shape, step, HOST_BLOCK if isinstance(x, np.ndarray) else x.size)
+    if not isinstance(x, np.ndarray):
+        return ((slice(0, x.shape[0]), slice(0, x.shape[1])),)
+    return _blocks(*x.shape, step, HOST_BLOCK)
 
 
 @functools.lru_cache(256)

@@ -95,17 +95,17 @@ def activate(
     """y = pool(relu(z · inverse_std · γ + β + residual)): batch norm's second half and all that follows it.
 
     `inverse_std`, γ and β are (C,); `pool` is a 2×2 max-pool, y then (N, H//2, W//2, C), without a residual.
-    `gate`, where given, is filled in for the backward.
+    `gate`, given where there is a ReLU or pooling, is filled in for the backward.
     """
     axes = memory_axes(z)
     z, y = z.transpose(axes), y.transpose(axes)
-    zero = _per_channel("zero", 0.0, y, ws)  # against a scalar, NumPy's maximum is three times slower
     if pool:
         _activate_and_pool(z, inverse_std, gamma, beta, y, ws, relu, gate, axes)
         return
     xp = namespace(z)
     residual = None if residual is None else residual.transpose(axes)
     scale, shift = _per_channel("scale", inverse_std * gamma, z, ws), _per_channel("shift", beta, z, ws)
+    zero = _per_channel("zero", 0.0, y, ws)  # against a scalar, NumPy's maximum is three times slower
     passed = gate.passed.transpose(axes) if gate else None
     for block in blocks(z):
         out = y[block]

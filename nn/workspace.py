@@ -26,7 +26,7 @@ class Workspace:
 
     A buffer made by `keep` belongs to one layer and holds its contents until that layer asks again;
     `scratch` buffers are shared by all layers and hold nothing after the operation that took them.
-    Everything large that an operation writes comes from here: after the first full batch no step
+    Everything large that an operation writes comes from here: after the first batch of each size no step
     allocates, and addresses stay what they are, as a captured graph needs.
     """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from test_torch_parity import import_torch
 
 import distrib.train
 from distrib import mnist
-from distrib.comm import SingleCommunicator, SingleControl
+from distrib.comm import SingleControl
 from distrib.config import Config
 from distrib.failure import Watchdog
 from distrib.trainer import PHASES, Trainer
 from distrib.world import World, connect
+from launch.torch_bench import Worker
 from nn.backend import NUMPY
 from nn.resnet9 import ResNet9
 
@@ -53,8 +56,28 @@ def test_evaluation() -> None:
     assert min(result["images_per_second"]["distrib"]) > 0
 
 
-def test_against_the_plain_loop() -> None:
-    result = bench("step", "--batch-size", "1", "--steps", "1", "--against", "loop")
+def test_more_steps_than_an_epoch_has() -> None:
+    result = bench("step", "--batch-size", "25000", "--steps", "3", "--evaluate")
+    assert result["steps"] == 3
+
+
+def test_a_worker_that_ends_is_named() -> None:
+    import_torch()
+    with pytest.raises(RuntimeError, match="PyTorch process ended with code 1"):
+        Worker(1, layout="contiguous", variant="no such variant", width="no width", batch_size=1, optimizer="adam",
+               lr=1, evaluate=False, steps=1)  # fmt: skip
+
+
+def test_peak_memory_is_the_child_s_own() -> None:
+    """A child of a process that held much reports what it held itself."""
+    held = np.ones(1 << 27, np.uint8)
+    done = run("-c", "from launch.measure import peak_bytes; print(peak_bytes())")
+    assert 2**22 < int(done.stdout) < held.nbytes
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_against_the_plain_loop(ranks: int) -> None:
+    result = bench("step", "--batch-size", "2", "--steps", "1", "--against", "loop", ranks=ranks)
     assert set(result["images_per_second"]) == {"distrib", "plain loop"}
     assert len(result["ratio"]) == 2
 
@@ -77,8 +100,9 @@ def test_run_against_torch() -> None:
     import_torch()
     short = ("--recipe", "demo", "--limit-train", "960", "--limit-test", "500", "--batch-size", "32", "--ranks", "2")
     result = json.loads(run("-m", "launch.cli", "bench", "run", *short, "--repeats", "1", "--against", "torch", "--json").stdout)
-    for rows in result["runs"].values():
+    for name, rows in result["runs"].items():
         (row,) = rows
+        assert row.get("test_images") == (None if name == "distrib" else 500)
         assert row["process_seconds"] > row["wall_seconds"] > 0
         assert row["test_accuracy"] > 20, "both learn"
     best = result["runs"][result["against"]][0]["wall_seconds"]
@@ -93,6 +117,10 @@ def test_run_against_torch() -> None:
     (("ops", "--repeats", "0"), "give 1 or more"),
     (("run", "--recipe", "demo", "--lr", "x"), "--lr x: give a number"),
     (("run", "--frobnicate", "1"), "No such option"),
+    (("run", "--seed", "1"), "--seed: is chosen by the benchmark"),
+    (("run", "--batch-size", "1"), "below the number of ranks"),
+    (("ops", "--width", "nan"), "--width nan: give a finite number"),
+    (("ops", "--batch-size", "0"), "--batch-size 0: give 1 or more"),
     (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
 ])  # fmt: skip
 def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
@@ -138,14 +166,14 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads", "batch", "words"), [
-    (64, 1, 64, 128, "mpirun -n 64"), (64, 1, 64, 8, "mpirun -n 8"), (64, 4, 1, 128, "mpirun -n 64"),
-    (4, 4, 1, 128, None), (1, 1, 1, 8, None), (64, 4, 16, 128, None), (8, 1, 8, 1, None),
+    (64, 1, 64, 512, "mpirun -n 64"), (64, 1, 64, 8, "mpirun -n 2"), (64, 4, 1, 512, "mpirun -n 64"),
+    (4, 4, 1, 128, None), (1, 1, 1, 8, None), (64, 4, 16, 512, None), (8, 1, 8, 4, None),
 ])  # fmt: skip
 def test_how_many_ranks_to_start(cores: int, ranks: int, threads: int, batch: int, words: str | None,
                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(distrib.train, "blas_threads", lambda: threads)
-    comm = SingleCommunicator()
+    comm: Any = SimpleNamespace(rank=0, size=ranks)
     world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"] * ranks)
     line = distrib.train.advice(world, Config(batch_size=batch))
     assert (line is None) == (words is None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distrib.command import parse
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options
 from distrib.errors import UserError
 
@@ -91,6 +92,19 @@ def test_limit_beyond_the_data(option: str, limit: int) -> None:
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {limit}: .*only {limit - 1} images"):
         build({option: limit}).resolve(1, 64, 32)
     assert getattr(build({option: limit - 1}).resolve(1, 64, 32), option) == limit - 1
+
+
+def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
+    adam = build({"recipe": "demo", "optimizer": "adam"})
+    assert (adam.momentum, adam.nesterov, adam.weight_decay, adam.lr) == (0, False, 0, 1e-3)
+    assert (adam.width, adam.label_smoothing) == (0.125, 0.1)
+    assert build({"recipe": "demo", "optimizer": "adam", "lr": 0.02}).lr == 0.02
+    assert build({"recipe": "demo", "loss": "bce"}).label_smoothing == 0
+    plain = build({"recipe": "demo", "momentum": 0.0})
+    assert (plain.momentum, plain.nesterov, plain.lr) == (0, False, 0.1)
+    assert build({"recipe": "demo", "nesterov": False}).momentum == 0.9
+    assert parse(["--recipe", "demo", "--no-nesterov"]).nesterov is False
+    assert parse(["--recipe", "demo"]) == build({"recipe": "demo"})
 
 
 def test_dtype_follows_precision() -> None:

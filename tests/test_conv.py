@@ -198,3 +198,5 @@ def test_chosen_form() -> None:
                          (3, 2, Geometry(2, 1, 1)), (3, 2, Geometry(1, 0, 1))):  # fmt: skip
         form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
         assert conv.choose_form((64, 7, 7, c), (kernel, kernel, c, 3), g, "HWNC") == form
+    deep = (3, 3, 256, 256)  # where reading the kernel counts
+    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), "HWNC") for n in (14, 15)] == ["patches", "winograd"]

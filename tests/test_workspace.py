@@ -12,7 +12,7 @@ def test_the_same_request_gets_the_same_object() -> None:
     a = ws.scratch("a", (2, 3))
     assert ws.scratch("a", (2, 3)) is a
     assert ws.image("b", (2, 3, 4, 5)) is ws.image("b", (2, 3, 4, 5))
-    assert ws.scope("x").keep("a", (2, 3)) is not a
+    assert not np.shares_memory(ws.scope("x").keep("a", (2, 3)), a)
 
 
 def test_smaller_requests_are_parts_of_the_same_buffer() -> None:
@@ -21,7 +21,7 @@ def test_smaller_requests_are_parts_of_the_same_buffer() -> None:
     large[...] = np.arange(20).reshape(4, 5)
     assert np.array_equal(small.ravel(), np.arange(6))
     held = ws.nbytes()
-    assert ws.scratch("a", (20,)).base is large.base or np.shares_memory(ws.scratch("a", (20,)), large)
+    assert np.shares_memory(ws.scratch("a", (20,)), large)
     assert ws.nbytes() == held
 
 
