@@ -40,10 +40,19 @@ def timed(command: list[str], threads: int) -> tuple[str, float]:
     return done.stdout, seconds
 
 
+def mpirun() -> str:
+    """The launcher beside this Python, or the one on the path; UserError where there is none."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which("mpirun", path=places)
+    if found is None:
+        raise UserError("--ranks above 1: no mpirun is installed: pip install 'distrib[mpi]', or --ranks 1")
+    return found
+
+
 def ours(options: list[str], ranks: int, threads: int) -> dict[str, float]:
     """One run of `python -m distrib.train` on `ranks` ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        launcher = ["mpirun", "-n", str(ranks)] if ranks > 1 else []
+        launcher = [mpirun(), "-n", str(ranks)] if ranks > 1 else []
         command = [*launcher, sys.executable, "-m", "distrib.train", *options, "--run-dir", folder]
         _, seconds = timed(command, max(1, threads // ranks))
         summary = json.loads((Path(folder) / "summary.json").read_text())
@@ -77,8 +86,6 @@ def run(
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
-    if ranks > 1 and shutil.which("mpirun") is None:
-        raise UserError("--ranks above 1: no mpirun on the path: pip install 'distrib[mpi]', or --ranks 1")
     data = mnist.load(config.data, config.limit_train, config.limit_test)
     config = config.resolve(ranks, len(data.train_images), len(data.test_images))
     if against:
