@@ -49,7 +49,10 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	mpirun -n 2 distrib bench step --batch-size 8 --against torch
 	OMP_NUM_THREADS=2 distrib bench step --batch-size 500 --evaluate --against torch
 	OMP_NUM_THREADS=2 distrib bench step --batch-size 256 --repeats 3 --against torch
+	mpirun -n 2 distrib bench step --batch-size 64 --width 0.125 --repeats 9 --against torch
 	OMP_NUM_THREADS=2 distrib bench step --batch-size 8 --steps 1 --repeats 2 --against loop
+	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --against torch
+	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --width 0.125 --against torch
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 

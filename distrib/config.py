@@ -11,7 +11,7 @@ from typing import Any
 
 from distrib.errors import UserError
 from nn.functional import LOSSES
-from nn.optim import SCHEDULES
+from nn.optim import SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
 
 CHOICES = {
@@ -113,6 +113,11 @@ class Config:
     def dtype(self) -> str:
         """dtype of parameters and activations."""
         return "float64" if self.precision == "float64" else "float32"
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of `step` (from 0, over all epochs)."""
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        return learning_rate(self.schedule, self.lr, step, steps_per_epoch * self.epochs, warmup)
 
     def resolve(self, size: int, train_images: int, test_images: int, stored: dict[str, Any] | None = None) -> Config:
         """The global batch for `size` ranks and limits within the data; UserError where they do not fit.

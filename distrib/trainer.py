@@ -21,7 +21,7 @@ from distrib.run import Run, environment
 from distrib.world import World
 from nn.functional import LOSSES
 from nn.layers import Pass
-from nn.optim import SGD, Adam, Optimizer, learning_rate
+from nn.optim import SGD, Adam, Optimizer
 from nn.resnet9 import ResNet9
 
 HISTORY = 256
@@ -138,9 +138,7 @@ class Trainer:
 
     def lr(self) -> float:
         """Learning rate of the coming step."""
-        c = self.config
-        warmup = round(c.warmup_epochs * self.steps_per_epoch)
-        return learning_rate(c.schedule, c.lr, self.at.step, self.steps, warmup)
+        return self.config.rate(self.at.step, self.steps_per_epoch)
 
     def read_results(self) -> None:
         """Wait for the device and take in the results of the steps since the last call."""

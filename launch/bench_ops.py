@@ -13,40 +13,53 @@ import typer
 
 from distrib.config import build
 from distrib.errors import UserError
-from launch.measure import AsJson, BatchSize, Repeats, Width, machine, matrix_peak, require_torch
+from launch.measure import (
+    AsJson,
+    BatchSize,
+    Repeats,
+    Width,
+    machine,
+    matrix_peak,
+    refuse_launcher,
+    require_torch,
+    spread,
+)
 from nn import functional as F
 from nn.backend import Array
 from nn.conv import Geometry, choose_form, conv_backward, conv_forward
-from nn.layers import ConvBN, Residual
+from nn.layers import EPS, ConvBN, Pass, Residual
 from nn.optim import Adam
-from nn.resnet9 import ResNet9
+from nn.resnet9 import CLASSES, ResNet9
 from nn.workspace import Workspace
 
 SAME = Geometry(1, 1, 1)
+WAYS = ("forward", "backward")
 
 
-def layers(width: float) -> list[tuple[str, int, ConvBN]]:
-    """(name, side of the image, layer) of each 3×3 convolution that occurs, shapes once."""
-    found: dict[tuple[int, int, int], tuple[str, int, ConvBN]] = {}
-    side = 28
-    for stage in ResNet9(width=width).stages:
-        for conv in stage.convs() if isinstance(stage, Residual) else [stage]:
-            found.setdefault((side, conv.c_in, conv.c_out), (conv.name, side, conv))
-        if isinstance(stage, ConvBN) and stage.pool:
-            side //= 2
+Times = dict[str, list[float]]
+"""Milliseconds of each repeat, by the name of the job."""
+
+
+def layers(model: ResNet9) -> list[tuple[ConvBN, int, bool]]:
+    """(layer, side of the image, whether a residual is added) of each that occurs, equal ones once."""
+    seconds = {stage.second for stage in model.stages if isinstance(stage, Residual)}
+    found: dict[tuple[Any, ...], tuple[ConvBN, int, bool]] = {}
+    for conv, side in model.sides():
+        added = conv in seconds
+        found.setdefault((side, conv.c_in, conv.c_out, added), (conv, side, added))
     return list(found.values())
 
 
-def take_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each job; each repeat runs all of them, the first is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+def take_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> Times:
+    """Each repeat runs all jobs one after another; the first is not counted."""
+    times: Times = {name: [] for name in jobs}
     for repeat in range(repeats + 1):
         for name, job in jobs.items():
             begin = time.perf_counter()
             job()
             if repeat:
                 times[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def random_image(ws: Workspace, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -118,8 +131,8 @@ def torch_convolution(x_shape: tuple[int, ...], w: Array, need_dx: bool) -> dict
     return {"torch forward": forward, "torch backward": backward}
 
 
-def batch_norm(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) -> dict[str, float]:
-    """Milliseconds of batch norm → ReLU (→ max-pool), forward and backward."""
+def batch_norm(side: int, conv: ConvBN, residual: bool, batch: int, repeats: int, torch: bool) -> Times:
+    """Batch norm (→ + residual) → ReLU (→ max-pool), forward and backward."""
     rng, ws = np.random.default_rng(0), Workspace()
     shape = (batch, side, side, conv.c_out)
     out = (batch, side // 2, side // 2, conv.c_out) if conv.pool else shape
@@ -128,41 +141,68 @@ def batch_norm(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) -
     if conv.pool:
         gate = F.Gate(gate.passed, ws.image("top", out), ws.image("open", out, "bool"))
     gamma, count = np.ones(conv.c_out, np.float32), batch * side**2
+    more = random_image(ws, "more", shape, rng) if residual else None
 
     def forward() -> None:
         _, var = F.batch_norm_statistics(z, count, ws, None)
-        F.activate(z, (var + 1e-5) ** -0.5, gamma, gamma, y, ws, pool=conv.pool, gate=gate)
+        F.activate(z, (var + EPS) ** -0.5, gamma, gamma, y, ws, residual=more, pool=conv.pool, gate=gate)
 
     def backward() -> None:
         F.batch_norm_backward(dy, z, gamma, gamma, count, ws, None, dz, gate=gate)
 
     jobs: dict[str, Callable[[], Any]] = {"distrib forward": forward, "distrib backward": backward}
     if torch:
-        jobs |= torch_batch_norm(shape, conv.pool)
+        jobs |= torch_batch_norm(shape, conv.pool, residual)
     return take_turns(jobs, repeats)
 
 
-def torch_batch_norm(shape: tuple[int, ...], pool: bool) -> dict[str, Callable[[], Any]]:
+def torch_batch_norm(shape: tuple[int, ...], pool: bool, residual: bool) -> dict[str, Callable[[], Any]]:
     import torch
 
     n, h, _, c = shape
-    z = torch.randn(n, c, h, h).contiguous(memory_format=torch.channels_last).requires_grad_()
+    z, more = (torch.randn(n, c, h, h).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
     layer = torch.nn.BatchNorm2d(c)
     held: dict[str, Any] = {}
 
     def forward() -> None:
-        y = torch.relu(layer(z))
+        y = torch.relu(layer(z) + more if residual else layer(z))
         held["y"] = torch.nn.functional.max_pool2d(y, 2) if pool else y
+        held["dy"] = torch.ones_like(held["y"])
 
     def backward() -> None:
-        torch.autograd.grad(held["y"], [z, layer.weight, layer.bias], torch.ones_like(held["y"]))
+        wanted = [z, layer.weight, layer.bias, *([more] if residual else [])]
+        torch.autograd.grad(held["y"], wanted, held["dy"])
 
     return {"torch forward": forward, "torch backward": backward}
 
 
-def optimizer(width: float, repeats: int, torch: bool) -> dict[str, float]:
-    """Milliseconds of an Adam step over all parameters."""
-    model = ResNet9(width=width)
+def head(model: ResNet9, batch: int, repeats: int, torch: bool) -> Times:
+    """Global max-pool → linear → softmax cross-entropy, forward and backward together."""
+    rng, ours, c = np.random.default_rng(0), model.head, model.head.channels
+    x, labels = random_image(model.ws, "bench.x", (batch, 3, 3, c), rng), rng.integers(0, CLASSES, batch)
+    step = Pass(train=True, images=batch)
+
+    def both() -> None:
+        _, dy = F.softmax_cross_entropy(ours.forward(x, step), labels, batch)
+        ours.backward(dy, lambda _: None)
+
+    jobs: dict[str, Callable[[], Any]] = {"distrib": both}
+    if torch:
+        import torch as pytorch
+
+        x_t = pytorch.randn(batch, c, 3, 3).contiguous(memory_format=pytorch.channels_last).requires_grad_()
+        linear, wanted = pytorch.nn.Linear(c, CLASSES), pytorch.tensor(labels)
+
+        def theirs() -> None:
+            logits = linear(pytorch.nn.functional.max_pool2d(x_t, 3).flatten(1))
+            pytorch.nn.functional.cross_entropy(logits, wanted).backward()
+
+        jobs["torch"] = theirs
+    return take_turns(jobs, repeats)
+
+
+def optimizer(model: ResNet9, repeats: int, torch: bool) -> Times:
+    """An Adam step over all parameters."""
     adam = Adam(model.params)
     jobs: dict[str, Callable[[], Any]] = {"distrib": lambda: adam.step(1e-3)}
     if torch:
@@ -170,7 +210,7 @@ def optimizer(width: float, repeats: int, torch: bool) -> dict[str, float]:
 
         from launch.torch_resnet9 import TorchResNet9
 
-        theirs = TorchResNet9(width=width)
+        theirs = TorchResNet9(width=model.head.channels / 256)
         for parameter in theirs.parameters():
             parameter.grad = pytorch.zeros_like(parameter)
         jobs["torch"] = pytorch.optim.Adam(theirs.parameters()).step
@@ -192,31 +232,41 @@ def ops(
         raise UserError(f"--against {against}: choose torch, or leave it out")
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: give 1 or more")
+    refuse_launcher("ops")
     build({"batch_size": batch_size, "width": width})  # refuses what no run could have
     if torch := against == "torch":
         require_torch("--against torch")
+    model, seen = ResNet9(width=width), set()
     result: dict[str, Any] = {"machine": machine(), "batch_size": batch_size, "width": width,
                               "matrix_peak_gflops": matrix_peak(), "layers": []}  # fmt: skip
-    if not as_json:
-        print(f"{result['machine']}; batch {batch_size}, width {width}, float32, matrix product"
-              f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms forward + backward")  # fmt: skip
-    for name, side, conv in layers(width):
-        found = convolution(side, conv, batch_size, repeats, torch)
-        norm = batch_norm(side, conv, batch_size, repeats, torch)
-        result["layers"].append({"name": name, "side": side, "channels": [conv.c_in, conv.c_out],
-                                 "convolution": found, "batch_norm_ms": norm})  # fmt: skip
-        if as_json:
-            continue
-        print(f"{name}: {side}×{side}, {conv.c_in}→{conv.c_out}; convolution by {found['chosen']}, error {found['error']:.1e}")
-        for form in ("patches", "winograd", *(["torch"] if torch else [])):
-            forward, backward = (found["ms"][f"{form} {way}"] for way in ("forward", "backward"))
-            work = found["gflop"] * (3 if conv.c_in > 1 else 2)
-            print(f"    {form:10} {forward:8.2f} + {backward:8.2f}   {1e3 * work / (forward + backward):6.0f} GFLOP/s")
-        label = "batch norm, ReLU, pool" if conv.pool else "batch norm, ReLU"
-        for side_name in ("distrib", *(["torch"] if torch else [])):
-            print(f"    {label + ', ' + side_name:32} {norm[f'{side_name} forward']:8.2f} + {norm[f'{side_name} backward']:8.2f}")
-    result["adam_ms"] = optimizer(width, repeats, torch)
+    say = (lambda _: None) if as_json else print
+    say(f"{result['machine']}; batch {batch_size}, width {width}, float32, matrix product"
+        f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward")  # fmt: skip
+    for conv, side, added in layers(model):
+        shape = side, conv.c_in, conv.c_out
+        row: dict[str, Any] = {"name": conv.name, "side": side, "channels": [conv.c_in, conv.c_out], "residual": added}
+        say(f"{conv.name}: {side}×{side}, {conv.c_in}→{conv.c_out}")
+        if shape not in seen:
+            seen.add(shape)
+            row["convolution"] = found = convolution(side, conv, batch_size, repeats, torch)
+            for form in ("patches", "winograd", *(["torch"] if torch else [])):
+                ms = found["ms"]
+                work = found["gflop"] * (3 if conv.c_in > 1 else 2)
+                rate = 1e3 * work / sum(statistics.median(ms[f"{form} {way}"]) for way in WAYS)
+                note = f", chosen, error {found['error']:.1e}" if form == found["chosen"] else ""
+                say(f"    {'convolution, ' + form:44} {pair(ms, form)}   {rate:.0f} GFLOP/s{note}")
+        row["batch_norm_ms"] = batch_norm(side, conv, added, batch_size, repeats, torch)
+        label = "batch norm, " + ("residual, " if added else "") + "ReLU, " + ("pool, " if conv.pool else "")
+        for name in ("distrib", *(["torch"] if torch else [])):
+            say(f"    {label + name:44} {pair(row['batch_norm_ms'], name)}")
+        result["layers"].append(row)
+    for name, found in (("head_ms", head(model, batch_size, repeats, torch)), ("adam_ms", optimizer(model, repeats, torch))):
+        result[name] = found
+        say(f"{name.removesuffix('_ms')}: " + ", ".join(f"{side} {spread(ms, 3)}" for side, ms in found.items()))
     if as_json:
         print(json.dumps(result, indent=2))
-    else:
-        print("Adam: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in result["adam_ms"].items()))
+
+
+def pair(times: Times, name: str) -> str:
+    """Forward + backward, each with its spread."""
+    return " + ".join(spread(times[f"{name} {way}"], 3) for way in WAYS)

@@ -10,18 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from distrib import THREAD_VARIABLES, mnist
+from distrib import mnist
 from distrib.command import parse
 from distrib.config import Config
 from distrib.errors import EXIT_USAGE, UserError
-from launch.measure import AsJson, machine, require_torch, spread
+from launch import torch_bench
+from launch.measure import AsJson, child_environment, machine, refuse_launcher, require_torch, spread
 from launch.torch_bench import LAYOUTS
 
 FIXED = ("seed", "run_dir", "resume", "max_steps")
@@ -29,9 +30,8 @@ FIXED = ("seed", "run_dir", "resume", "max_steps")
 
 def timed(command: list[str], threads: int) -> tuple[str, float]:
     """Standard output of a command, and its seconds from start to end; UserError where it was used wrongly."""
-    env = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
     begin = time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin
     if done.returncode == EXIT_USAGE:
         raise UserError(next(line for line in done.stderr.splitlines() if line.strip()).removeprefix("distrib: error: "))
@@ -59,10 +59,9 @@ def ours(options: list[str], ranks: int, threads: int) -> dict[str, float]:
     return {"process_seconds": seconds, **{name: summary[name] for name in ("wall_seconds", "test_accuracy")}}
 
 
-def theirs(job: dict[str, Any], layout: str, threads: int) -> dict[str, float]:
+def theirs(config: Config, layout: str, threads: int) -> dict[str, float]:
     """The same recipe in PyTorch, in one process."""
-    job = {**job, "layout": layout, "threads": threads}
-    out, seconds = timed([sys.executable, "-m", "launch.torch_bench", "train", json.dumps(job)], threads)
+    out, seconds = timed(torch_bench.command("train", config, layout, threads), threads)
     return {"process_seconds": seconds, **json.loads(out.strip().splitlines()[-1])}
 
 
@@ -82,6 +81,7 @@ def run(
         raise UserError(f"--against {against}: choose torch, or leave it out")
     if min(ranks, repeats) < 1:
         raise UserError("--ranks and --repeats: give 1 or more")
+    refuse_launcher("run")
     config = parse(context.args)
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
@@ -101,7 +101,7 @@ def run(
                 if name == "distrib":
                     found = ours([*context.args, "--seed", str(seed)], ranks, ranks)
                 else:
-                    found = theirs({**asdict(config), "seed": seed}, name.split(" ", 1)[1], ranks)
+                    found = theirs(replace(config, seed=seed), name.split(" ", 1)[1], ranks)
                 results[name].append(found)
     report: dict[str, Any] = {"machine": machine(), "ranks": ranks, "options": context.args, "runs": results}
     if against:

@@ -150,7 +150,7 @@ def step(
                 for name in PHASES
             },
             "matrix_peak_gflops": peaks, "peak_bytes": {"distrib": memory}, "workspace_grown_bytes": grown,
-            "training_flops_per_image": trainer.model.training_flops(),
+            "flops_per_image": trainer.model.flops(train=not evaluate),
             "gradient_buckets": len(trainer.reducer.buckets), "all_reduce_alone_ms": None if alone is None else 1e3 * alone,
         }  # fmt: skip
         for name, found in rows.items():
@@ -176,9 +176,8 @@ def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int, or
 def torch_workers(config: Config, world: World, threads: int, steps: int, evaluate: bool) -> dict[str, Worker | None]:
     """PyTorch in each memory layout, started by rank 0."""
     require_torch("--against torch")
-    job = {"steps": steps, "evaluate": evaluate, "batch_size": config.batch_size, "width": config.width,
-           "variant": config.variant, "optimizer": config.optimizer, "lr": config.lr}  # fmt: skip
-    return {f"torch {layout}": Worker(threads, layout=layout, **job) if world.rank == 0 else None for layout in LAYOUTS}
+    return {f"torch {layout}": Worker(config, layout, threads, steps, evaluate) if world.rank == 0 else None
+            for layout in LAYOUTS}  # fmt: skip
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
@@ -189,8 +188,7 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     if others:
         best = max(others, key=lambda name: statistics.median(rates[name]))
         result |= {"against": best, "ratio": [a / b for a, b in zip(mine, rates[best], strict=True)]}
-    work = result["training_flops_per_image"] / (3 if result["evaluate"] else 1)
-    result["gflops"] = [rate * work / 1e9 for rate in mine]
+    result["gflops"] = [rate * result["flops_per_image"] / 1e9 for rate in mine]
     return result
 
 

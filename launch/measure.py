@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from distrib import THREAD_VARIABLES, launched_ranks
 from distrib.errors import UserError
 
 BatchSize = Annotated[int, typer.Option(help="Global batch.")]
@@ -50,6 +51,18 @@ def matrix_peak() -> float:
         np.matmul(a, a, out=out)
         seconds.append(time.perf_counter() - begin)
     return 2 * 1024**3 / statistics.median(seconds) / 1e9
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of a process with `threads` BLAS threads, without what a launcher of ours left in it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM", "PMIX_", "PRTE_JOB"))}
+    return kept | {name: str(threads) for name in THREAD_VARIABLES}
+
+
+def refuse_launcher(command: str) -> None:
+    """UserError where mpirun or srun started more than one rank of a command that is one process."""
+    if launched_ranks() > 1:
+        raise UserError(f"distrib bench {command} is one process: start it without mpirun or srun")
 
 
 def peak_bytes() -> int:

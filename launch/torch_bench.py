@@ -1,7 +1,7 @@
 """PyTorch's side of the benchmarks, in a process of its own: `python -m launch.torch_bench step|train '{…}'`.
 
 A process of its own has its own threads and its own peak memory. `step` prints a line of JSON for every line
-it reads, so that both sides take turns; `train` trains a whole recipe and prints one line at its end.
+it reads, so that both sides take turns; `train` trains a whole configuration and prints one line at its end.
 PyTorch is optional.
 """
 
@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
-from distrib import THREAD_VARIABLES
-from launch.measure import peak_bytes
+from distrib import mnist, sampler
+from distrib.config import Config
+from launch.measure import child_environment, peak_bytes
 
 LAYOUTS = ("channels-last", "contiguous")
+
+
+def command(what: str, config: Config, layout: str, threads: int, **more: Any) -> list[str]:
+    """The command line of such a process."""
+    job = {"config": asdict(config), "layout": layout, "threads": threads, **more}
+    return [sys.executable, "-m", "launch.torch_bench", what, json.dumps(job)]
 
 
 class Worker:
     """The other end: a child process that trains steps in PyTorch on request; calling it makes one measurement."""
 
-    def __init__(self, threads: int, **job: Any) -> None:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
-        env |= {name: str(threads) for name in THREAD_VARIABLES}
+    def __init__(self, config: Config, layout: str, threads: int, steps: int, evaluate: bool) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.torch_bench", "step", json.dumps({**job, "threads": threads})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True,
+            command("step", config, layout, threads, steps=steps, evaluate=evaluate),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(threads), text=True,
         )  # fmt: skip
         self._ask("ready")
 
@@ -59,96 +64,86 @@ class Worker:
                     pipe.close()
 
 
-def setup(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """(model, images, labels, memory format) as the job describes them."""
-    import torch
+class TorchSide:
+    """Model, optimizer and data of a configuration in PyTorch."""
 
-    from distrib import mnist
-    from launch.torch_resnet9 import TorchResNet9
+    def __init__(self, config: Config, layout: str, threads: int) -> None:
+        import torch
 
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(job.get("seed", 0))
-    layout = torch.channels_last if job["layout"] == "channels-last" else torch.contiguous_format
-    model = TorchResNet9(job["variant"], job["width"]).to(memory_format=layout)
-    data = mnist.load(job.get("data"), job.get("limit_train"), job.get("limit_test"))
-    images = [torch.tensor(a[:, None]) for a in (data.train_images, data.test_images)]
-    labels = [torch.tensor(a).long() for a in (data.train_labels, data.test_labels)]
-    return model, images, labels, layout
+        from launch.torch_resnet9 import TorchResNet9
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(config.seed)
+        self.torch, self.config = torch, config
+        self.layout = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+        self.model = TorchResNet9(config.variant, config.width).to(memory_format=self.layout)
+        data = mnist.load(config.data, config.limit_train, config.limit_test)
+        self.images, self.test = (torch.tensor(a[:, None]) for a in (data.train_images, data.test_images))
+        self.labels, self.wanted = (torch.tensor(a).long() for a in (data.train_labels, data.test_labels))
+        parameters: Any = self.model.parameters()
+        self.optimizer: Any = (
+            torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+            if config.optimizer == "adam"
+            else torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
+                                 nesterov=config.nesterov)
+        )  # fmt: skip
+
+    def scaled(self, images: Any) -> Any:
+        """Images (uint8) as the network's input, scaled to [0, 1]."""
+        return (images.to(self.torch.float32) / 255).contiguous(memory_format=self.layout)
+
+    def batch(self, indices: Any, train: bool = True) -> None:
+        """One step on these training images, or with `train` false their loss alone."""
+        logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
+        loss = self.torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        if train:
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        loss.item()
+
+    def accuracy(self) -> float:
+        """Test accuracy in percent."""
+        self.model.eval()
+        with self.torch.no_grad():
+            logits = [self.model(self.scaled(part)) for part in self.test.split(500)]
+        return float(100 * (self.torch.cat(logits).argmax(1) == self.wanted).double().mean())
 
 
-def optimizer_of(model: Any, job: dict[str, Any]) -> Any:
-    import torch
-
-    decay, parameters = job.get("weight_decay", 0.0), model.parameters()
-    if job["optimizer"] == "adam":
-        return torch.optim.AdamW(parameters, job["lr"], weight_decay=decay)
-    momentum = job.get("momentum", 0.0)
-    return torch.optim.SGD(parameters, job["lr"], momentum, weight_decay=decay, nesterov=job.get("nesterov", False))
-
-
-def serve_steps(job: dict[str, Any]) -> None:
+def serve_steps(side: TorchSide, steps: int, evaluate: bool) -> None:
     """Train (or evaluate) `steps` batches for every line on stdin."""
-    import torch
-
-    from distrib import sampler
-
-    model, (images, _), (labels, _), layout = setup(job)
-    optimizer, batch = optimizer_of(model, job), job["batch_size"]
-    order = sampler.permutation(0, 0, len(images))
-    model.train(not job["evaluate"])
-    torch.set_grad_enabled(not job["evaluate"])
+    order, size = sampler.permutation(0, 0, len(side.images)), side.config.batch_size
+    side.model.train(not evaluate)
+    side.torch.set_grad_enabled(not evaluate)
     for line in sys.stdin:
         begin = time.perf_counter()
-        for step in range(0 if line.strip() == "ready" else job["steps"]):
-            start = step % (len(order) // batch) * batch
-            indices = torch.tensor(order[start : start + batch])
-            x = (images[indices].to(torch.float32) / 255).contiguous(memory_format=layout)
-            loss = torch.nn.functional.cross_entropy(model(x), labels[indices])
-            if not job["evaluate"]:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            loss.item()
+        for step in range(0 if line.strip() == "ready" else steps):
+            start = step % (len(order) // size) * size  # whole batches only
+            side.batch(side.torch.tensor(order[start : start + size]), not evaluate)
         seconds = time.perf_counter() - begin
         print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
 
 
-def train(job: dict[str, Any]) -> dict[str, float]:
-    """A whole run of a configuration: seconds from the first step to the end of the last evaluation, accuracy."""
-    import torch
-
-    from distrib import sampler
-    from nn.optim import learning_rate
-
-    model, (images, test), (labels, wanted), layout = setup(job)
-    optimizer, batch, count = optimizer_of(model, job), job["batch_size"], len(images)
-    per_epoch = sampler.steps_per_epoch(count, batch)
+def train(side: TorchSide) -> dict[str, float]:
+    """A whole run: seconds from the first step to the end of the last evaluation, accuracy."""
+    config, accuracy = side.config, 0.0
+    per_epoch = sampler.steps_per_epoch(len(side.images), config.batch_size)
     begin = time.perf_counter()
-    for epoch in range(job["epochs"]):
-        model.train()
-        order = torch.tensor(sampler.permutation(job["seed"], epoch, count))
-        for step in range(per_epoch):
-            at, warmup = epoch * per_epoch + step, round(job["warmup_epochs"] * per_epoch)
-            rate = learning_rate(job["schedule"], job["lr"], at, per_epoch * job["epochs"], warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            indices = order[step * batch : (step + 1) * batch]
-            x = (images[indices].to(torch.float32) / 255).contiguous(memory_format=layout)
-            loss = torch.nn.functional.cross_entropy(model(x), labels[indices], label_smoothing=job["label_smoothing"])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        model.eval()
-        with torch.no_grad():
-            logits = [model((part.to(torch.float32) / 255).contiguous(memory_format=layout)) for part in test.split(500)]
-        accuracy = 100 * (torch.cat(logits).argmax(1) == wanted).double().mean().item()
-    return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy, "test_images": len(test)}
+    for epoch in range(config.epochs):
+        side.model.train()
+        order = side.torch.tensor(sampler.permutation(config.seed, epoch, len(side.images)))
+        for step, indices in enumerate(order.split(config.batch_size)):
+            for group in side.optimizer.param_groups:
+                group["lr"] = config.rate(epoch * per_epoch + step, per_epoch)
+            side.batch(indices)
+        accuracy = side.accuracy()
+    return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy, "test_images": len(side.test)}
 
 
 if __name__ == "__main__":
     what, job = sys.argv[1], json.loads(sys.argv[2])
+    side = TorchSide(Config(**job.pop("config")), job.pop("layout"), job.pop("threads"))
     if what == "step":
-        serve_steps(job)
+        serve_steps(side, **job)
     else:
-        print(json.dumps(train(job)))
+        print(json.dumps(train(side)))

@@ -201,7 +201,7 @@ def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Ge
 
     Counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
     planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8 more
-    images' worth of tiles: where measured, both forms were then within 15 % of each other (BENCHMARKS.md).
+    images' worth of tiles: where measured, both forms were then within 20 % of each other (BENCHMARKS.md).
     """
     n, h, w, c = x_shape
     if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or order != "HWNC":

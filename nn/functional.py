@@ -87,6 +87,10 @@ class Gate(NamedTuple):
     top: Array = None
     open: Array = None
 
+    def in_memory(self, axes: tuple[int, ...]) -> Gate:
+        """The same with the arrays' axes in memory order."""
+        return Gate(*(None if a is None else a.transpose(axes) for a in self))
+
 
 def activate(
     z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, *,
@@ -98,15 +102,14 @@ def activate(
     `gate`, given where there is a ReLU or pooling, is filled in for the backward.
     """
     axes = memory_axes(z)
-    z, y = z.transpose(axes), y.transpose(axes)
+    z, y, gate = z.transpose(axes), y.transpose(axes), gate.in_memory(axes) if gate else None
     if pool:
-        _activate_and_pool(z, inverse_std, gamma, beta, y, ws, relu, gate, axes)
+        _activate_and_pool(z, inverse_std, gamma, beta, y, ws, relu, gate, axes.index(1))
         return
     xp = namespace(z)
     residual = None if residual is None else residual.transpose(axes)
     scale, shift = _per_channel("scale", inverse_std * gamma, z, ws), _per_channel("shift", beta, z, ws)
     zero = _per_channel("zero", 0.0, y, ws)  # against a scalar, NumPy's maximum is three times slower
-    passed = gate.passed.transpose(axes) if gate else None
     for block in blocks(z):
         out = y[block]
         xp.multiply(z[block], scale, out=out)
@@ -114,35 +117,35 @@ def activate(
         if residual is not None:
             out += residual[block]
         if relu:
-            if passed is not None:
-                xp.greater(out, zero, out=passed[block])
+            if gate:
+                xp.greater(out, zero, out=gate.passed[block])
             xp.maximum(out, zero, out=out)
 
 
 def _activate_and_pool(z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, relu: bool,
-                       gate: Gate | None, axes: tuple[int, ...]) -> None:  # fmt: skip
-    """`activate` with pooling, on arrays in memory order.
+                       gate: Gate | None, first: int) -> None:  # fmt: skip
+    """`activate` with pooling, on arrays in memory order; `first` as in `pool_views`.
 
     The maximum is taken of x̂ · sign(γ); multiplying by |γ| and adding β, which leave the order of values as it
     is, then take a quarter of the work.
     """
-    xp, first = namespace(z), axes.index(1)
+    xp = namespace(z)
     unit = _per_channel("scale", xp.copysign(inverse_std, gamma), z, ws)
     gain, shift, zero = (_per_channel(name, v, y, ws) for name, v in (("gain", xp.abs(gamma)), ("shift", beta), ("zero", 0.0)))
     for block in blocks(z, 2):
         small = _pooled(block, first)
         whole, out = ws.scratch("block", z[block].shape), y[small]
         xp.multiply(z[block], unit, out=whole)
-        top = gate.top.transpose(axes)[small] if gate else out
+        top = gate.top[small] if gate else out
         max_pool_forward(whole, 2, top, first)
         xp.multiply(top, gain, out=out)
         out += shift
         if gate:
-            opened = gate.open.transpose(axes)[small]
+            opened = gate.open[small]
             xp.greater(out, zero if relu else -np.inf, out=opened)
             free = ws.scratch("pool.free", out.shape, "bool")
             free[...] = opened
-            _winners(whole, top, 2, free, gate.passed.transpose(axes)[block], first)
+            _winners(whole, top, 2, free, gate.passed[block], first)
         if relu:
             xp.maximum(out, zero, out=out)
 
@@ -166,8 +169,7 @@ def batch_norm_backward(
     """
     xp, axes = namespace(dy), memory_axes(centred)
     x, dx, dy = centred.transpose(axes), dx.transpose(axes), dy.transpose(axes)
-    if gate:
-        gate = Gate(*(None if a is None else a.transpose(axes) for a in gate))
+    gate = gate.in_memory(axes) if gate else None
     pool = gate is not None and gate.top is not None
     # with pooling g has one element a window, and there x̂ = top · sign(γ)
     mask, other = (None, x) if gate is None else (gate.open, gate.top) if pool else (gate.passed, x)

@@ -15,6 +15,8 @@ and `three-blocks` each residual's shortcut goes through a 1×1 convolution and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from nn.backend import NUMPY, Array, Backend
@@ -66,10 +68,7 @@ class ResNet9:
 
     def convs(self) -> list[ConvBN]:
         """All convolutions, in the order of their parameters."""
-        found: list[ConvBN] = []
-        for stage in self.stages:
-            found += stage.convs() if isinstance(stage, Residual) else [stage]
-        return found
+        return [conv for conv, _ in self.sides()]
 
     def _specs(self) -> list[Spec]:
         return [spec for conv in self.convs() for spec in conv.specs()] + self.head.specs()
@@ -92,20 +91,27 @@ class ResNet9:
         assert isinstance(stem, ConvBN)
         stem.backward(dx, step, on_grad, need_dx=False)
 
-    def training_flops(self) -> float:
-        """Floating-point operations to train on one image: two a product, convolutions done directly.
-
-        Forward, input gradient and weight gradient; the first layer has no input gradient. Batch norm, pooling
-        and the like, below 2 % at full width, are not counted.
-        """
-        total, side = 0.0, 28
+    def sides(self) -> Iterator[tuple[ConvBN, int]]:
+        """All convolutions with the side of their input, in the order of their parameters."""
+        side = 28
         for stage in self.stages:
             for conv in stage.convs() if isinstance(stage, Residual) else [stage]:
-                products = side**2 * conv.kernel**2 * conv.c_in * conv.c_out
-                total += 2 * products * (2 if conv is self.stages[0] else 3)
+                yield conv, side
             if isinstance(stage, ConvBN) and stage.pool:
                 side //= 2
-        return total + 6 * self.head.channels * CLASSES
+
+    def flops(self, train: bool = True) -> float:
+        """Floating-point operations for one image: two a product, convolutions done directly.
+
+        Forward, and to `train` input gradient and weight gradient; the first layer has no input gradient. Batch
+        norm, pooling and the like, below 2 % at full width, are not counted.
+        """
+        passes = 3 if train else 1
+        total = 2.0 * passes * self.head.channels * CLASSES
+        for conv, side in self.sides():
+            first = train and conv is self.stages[0]
+            total += 2 * (passes - first) * side**2 * conv.kernel**2 * conv.c_in * conv.c_out
+        return total
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Host copies of parameters and running statistics, as a PyTorch `state_dict` of this network."""

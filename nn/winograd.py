@@ -262,7 +262,7 @@ def require_order(*arrays: Array) -> None:
 
 def _kernel(height: int, width: int, ws: Workspace) -> Array:
     """(a_w, a_h, 9): from the kernel (9, C·O) to U, points along W first as in V."""
-    a_h, a_w = (axis(size)[0].groups[-1].points.stop for size in (height, width))
+    a_h, a_w = extent(height)[1], extent(width)[1]
     values = np.einsum("jb,ia->jiab", G[:a_w], G[:a_h]).reshape(a_w, a_h, 9)
     return ws.constant(f"winograd.g.{a_w}.{a_h}", values)
 

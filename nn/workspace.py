@@ -14,7 +14,7 @@ SLAB = 1 << 23
 """Bytes from which small host buffers are cut.
 
 NumPy asks the kernel for huge pages for arrays of 4 MiB and more. On 4 KiB pages, scattered in physical
-memory, one element-wise pass in ten ran two to ten times slower, whichever buffers it happened to meet.
+memory, up to one element-wise pass in ten ran five to ten times slower, whichever buffers it happened to meet.
 """
 
 RING = 3

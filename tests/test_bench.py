@@ -20,6 +20,7 @@ from distrib.config import Config
 from distrib.failure import Watchdog
 from distrib.trainer import PHASES, Trainer
 from distrib.world import World, connect
+from launch.bench_step import ours
 from launch.torch_bench import Worker
 from nn.backend import NUMPY
 from nn.resnet9 import ResNet9
@@ -56,16 +57,23 @@ def test_evaluation() -> None:
     assert min(result["images_per_second"]["distrib"]) > 0
 
 
-def test_more_steps_than_an_epoch_has() -> None:
-    result = bench("step", "--batch-size", "25000", "--steps", "3", "--evaluate")
-    assert result["steps"] == 3
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_every_step_has_a_whole_batch(evaluate: bool) -> None:
+    """Ten images hold two batches of four: step after step, neither the last two alone nor none at all."""
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (10, 28, 28), np.uint8), rng.integers(0, 10, 10, np.uint8)
+    data = mnist.Dataset("random", images, labels, images, labels)
+    trainer, seen = Trainer(Config(batch_size=4, width=1 / 16), connect("none"), data), []
+    forward = trainer.model.forward
+    trainer.model.forward = lambda x, this: [seen.append(len(x)), forward(x, this)][1]  # type: ignore[method-assign]
+    ours(trainer, 7, np.arange(10), evaluate)()
+    assert seen == [4] * 7
 
 
 def test_a_worker_that_ends_is_named() -> None:
     import_torch()
     with pytest.raises(RuntimeError, match="PyTorch process ended with code 1"):
-        Worker(1, layout="contiguous", variant="no such variant", width="no width", batch_size=1, optimizer="adam",
-               lr=1, evaluate=False, steps=1)  # fmt: skip
+        Worker(Config(data="/no/such/folder"), "contiguous", threads=1, steps=1, evaluate=False)
 
 
 def test_peak_memory_is_the_child_s_own() -> None:
@@ -85,15 +93,19 @@ def test_against_the_plain_loop(ranks: int) -> None:
 def test_ops() -> None:
     import_torch()
     result = bench("ops", "--batch-size", "3", "--against", "torch")
-    assert [(layer["side"], *layer["channels"]) for layer in result["layers"]] == [
-        (28, 1, 4), (28, 4, 8), (14, 8, 8), (14, 8, 16), (7, 16, 16), (3, 16, 16),
+    assert [(layer["side"], *layer["channels"], layer["residual"]) for layer in result["layers"]] == [
+        (28, 1, 4, False), (28, 4, 8, False), (14, 8, 8, False), (14, 8, 8, True), (14, 8, 16, False),
+        (7, 16, 16, False), (3, 16, 16, False), (3, 16, 16, True),
     ]  # fmt: skip
-    for layer in result["layers"]:
-        assert set(layer["convolution"]["ms"]) == {
+    convolutions = [layer["convolution"] for layer in result["layers"] if "convolution" in layer]
+    assert len(convolutions) == 6, "equal shapes once"
+    for found in convolutions:
+        assert set(found["ms"]) == {
             f"{form} {way}" for form in ("patches", "winograd", "torch") for way in ("forward", "backward")
         }
-        assert 1e-8 < layer["convolution"]["error"] < 1e-5
-    assert set(result["adam_ms"]) == {"distrib", "torch"}
+        assert {len(ms) for ms in found["ms"].values()} == {2}, "every repeat, for the spread"
+        assert 1e-8 < found["error"] < 1e-5
+    assert set(result["adam_ms"]) == set(result["head_ms"]) == {"distrib", "torch"}
 
 
 def test_run_against_torch() -> None:
@@ -130,12 +142,20 @@ def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_training_flops() -> None:
+@pytest.mark.parametrize("command", ["ops", "run"])
+def test_one_process_only(command: str) -> None:
+    done = run("-m", "launch.cli", "bench", command, ranks=2, check=False)
+    assert f"distrib bench {command} is one process" in done.stderr
+    assert done.returncode == 2
+
+
+def test_flops() -> None:
     """2·3·Σ H·W·9·C·O over the layers, the first without its input gradient: the published 1.28 GFLOP."""
     layers = [(28, 64, 128), (14, 128, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256), (3, 256, 256), (3, 256, 256)]
     exact = 6 * sum(9 * side**2 * a * b for side, a, b in layers) + 4 * 9 * 28**2 * 64 + 6 * 256 * 10
-    assert ResNet9().training_flops() == exact
+    assert ResNet9().flops() == exact
     assert exact == pytest.approx(1.28e9, rel=0.01)
+    assert 3 * ResNet9().flops(train=False) == exact + 2 * 9 * 28**2 * 64  # as if the first layer had an input gradient
 
 
 @pytest.mark.parametrize(("batch", "width"), [(8, 1.0), (64, 0.25)])
