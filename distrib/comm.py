@@ -23,6 +23,8 @@ class Communicator(Protocol):
     name: str
     rank: int
     size: int
+    captures: bool
+    """Whether a CUDA graph can hold the collectives."""
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         """Sum the contiguous vector `x` over ranks, in place.
@@ -57,7 +59,7 @@ DONE = Done()
 class SingleCommunicator:
     """One process: every collective is already complete."""
 
-    name, rank, size = "none", 0, 1
+    name, rank, size, captures = "none", 0, 1, True
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         return DONE
@@ -76,7 +78,9 @@ class SingleCommunicator:
 
 
 class SingleControl:
-    """Control traffic (small Python objects) of one process; `mpi4py.MPI.Comm` has the same methods."""
+    """Control traffic (small Python objects) of one process; `mpi4py.MPI.Comm` has the same names."""
+
+    rank = 0
 
     def allgather(self, value: Any) -> list[Any]:
         return [value]

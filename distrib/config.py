@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from distrib.errors import UserError
-from nn.functional import LOSSES
+from nn.losses import LOSSES
 from nn.optim import SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
 
@@ -22,6 +22,7 @@ CHOICES = {
     "batch_norm": ("sync", "local"),
     "precision": ("float32", "float64", "tf32", "bf16"),
     "backend": ("auto", "numpy", "cupy"),
+    "gradients": ("float32", "bf16"),
     "comm": ("auto", "none", "mpi", "nccl"),
 }
 
@@ -39,7 +40,7 @@ OWNED = (("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")), (
 """Options that a recipe's value makes no sense for once a person gives another `optimizer` or `loss`."""
 
 MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "run_dir", "resume",
-              "recipe", "timeout", "data", "batch_size_per_rank")  # fmt: skip
+              "recipe", "timeout", "data", "cuda_graph", "batch_size_per_rank")  # fmt: skip
 """Fields that do not change what is computed, so that a resumed run may have others."""
 
 
@@ -80,6 +81,8 @@ class Config:
     resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
     max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
     recipe: str | None = option(None, "A named set of options: demo, reference or reference-sgd; others given win.")
+    gradients: str = option("float32", "Type in which gradients travel between GPUs: float32 (with float64, float64) or bf16.")
+    cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
 
     def __post_init__(self) -> None:

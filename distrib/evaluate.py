@@ -6,38 +6,39 @@ import numpy as np
 
 from distrib.comm import Communicator
 from distrib.sampler import share
+from nn import functional as F
 from nn.backend import Array
-from nn.functional import LOSSES
 from nn.layers import Pass
+from nn.losses import loss_and_gradient
 from nn.resnet9 import ResNet9
 
-BATCH = 128
-"""Images of one evaluation batch on a rank."""
+HOST_BATCH, DEVICE_BATCH = 128, 1000
+"""Images of one evaluation batch on a rank: on the host what its caches like, on a GPU enough to fill it."""
 
 
-def load_batch(model: ResNet9, images: Array, indices: Array) -> Array:
-    """Images (uint8) at `indices` as the network's input (N, 28, 28, 1), scaled to [0, 1]."""
-    x = model.ws.image("input", (len(indices), 28, 28, 1))
-    x[..., 0] = images[indices]
-    x /= 255
-    return x
+def batch_size(model: ResNet9) -> int:
+    """Images of one evaluation batch."""
+    return HOST_BATCH if model.backend.on_host else DEVICE_BATCH
 
 
-def logits_of(model: ResNet9, images: Array, indices: Array) -> Array:
-    """Logits with the running statistics, (N, 10)."""
-    return model.forward(load_batch(model, images, indices), Pass(train=False))
+def infer(model: ResNet9, images: Array, labels: Array, start: int, stop: int) -> tuple[Array, Array]:
+    """Logits (n, 10) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
+    xp, n = model.backend.xp, stop - start
+    x, y = model.ws.image("input", (n, *images.shape[1:], 1)), model.ws.keep("labels", (n,), "uint8")
+    F.take_batch(images, labels, xp.arange(start, stop, dtype=np.int32), xp.zeros(1, np.int64), n, 0, x, y)
+    return model.forward(x, Pass(train=False)), y
 
 
 def evaluate(model: ResNet9, images: Array, labels: Array, loss: str, comm: Communicator) -> tuple[float, float]:
     """(mean loss, accuracy in percent) over all images, each rank taking a contiguous part."""
-    xp = model.backend.xp
+    xp, dtype = model.backend.xp, model.dtype
     part = share(len(images), comm.rank, comm.size)
-    sums = xp.zeros(2, np.float64)
-    for start in range(part.start, part.stop, BATCH):
-        indices = xp.arange(start, min(start + BATCH, part.stop))
-        logits, wanted = logits_of(model, images, indices), labels[indices]
-        sums[0] += LOSSES[loss](logits, wanted, 1)[0]
-        sums[1] += (logits.argmax(1) == wanted).sum()
+    sums, zero, own, tail = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
+    for start in range(part.start, part.stop, batch_size(model)):
+        logits, wanted = infer(model, images, labels, start, min(start + batch_size(model), part.stop))
+        unused = model.ws.keep("dlogits", logits.shape, str(dtype))
+        loss_and_gradient(logits, wanted, zero, unused, own, tail, loss=loss, count=1)
+        sums += tail[:2]
     comm.all_reduce(sums).wait()
     total, correct = model.backend.to_host(sums)
     return float(total) / len(images), 100 * float(correct) / len(images)

@@ -16,21 +16,23 @@ from distrib.errors import EXIT_CRASH, UserError
 
 
 class Watchdog:
-    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds.
+    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check fails.
 
-    A thread looks twice a second, so it works while the main thread is stuck in a collective.
+    A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are calls
+    that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous errors.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.rank, self.timeout, self.step = rank, timeout, 0
-        self._wait: tuple[str, float] | None = None
+        self._wait: tuple[str, float, float] | None = None
         self.on_expiry: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Mark a wait that must end within the timeout."""
-        self._wait = (what, time.monotonic())
+    def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
+        """Mark a wait that must end within `patience` timeouts."""
+        self._wait = (what, time.monotonic(), patience * self.timeout)
         try:
             yield
         finally:
@@ -40,16 +42,18 @@ class Watchdog:
         while True:
             time.sleep(0.5)
             wait = self._wait
-            if wait and time.monotonic() - wait[1] > self.timeout:
-                self._expire(wait[0])
+            if wait and time.monotonic() - wait[1] > wait[2]:
+                self._expire(f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
+                             " too slow; see its log, or raise --timeout")  # fmt: skip
+            for check in self.checks.copy():
+                try:
+                    check()
+                except Exception as error:
+                    self._expire(f"found at step {self.step}: {error}: another rank or a link has failed; see the logs"
+                                 " of all ranks, with NCCL_DEBUG=INFO for NCCL's own")  # fmt: skip
 
     def _expire(self, what: str) -> None:
-        print(
-            f"distrib: rank {self.rank} on {socket.gethostname()} waited {self.timeout:.0f} s in {what} at step"
-            f" {self.step}: another rank has stopped or is too slow; see its log, or raise --timeout",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)
         for callback in self.on_expiry:
             threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on

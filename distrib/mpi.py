@@ -28,7 +28,7 @@ class MpiCommunicator:
     communicators, so that neither waits for the other's matching.
     """
 
-    name = "mpi"
+    name, captures = "mpi", False
 
     def __init__(self, world: Any, watchdog: Watchdog) -> None:
         self._world, self._watchdog = world, watchdog

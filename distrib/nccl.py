@@ -11,7 +11,7 @@ from typing import Any
 
 from distrib.comm import DONE, Handle
 from distrib.failure import Watchdog
-from nn.backend import Array
+from nn.backend import Array, Branch
 
 DTYPE_CODES = {
     "int32": "NCCL_INT32",
@@ -19,6 +19,7 @@ DTYPE_CODES = {
     "float16": "NCCL_FLOAT16",
     "float32": "NCCL_FLOAT32",
     "float64": "NCCL_FLOAT64",
+    "uint16": "NCCL_BFLOAT16",  # NumPy has no bfloat16: its bits travel as uint16
 }
 
 
@@ -40,19 +41,21 @@ class NcclCommunicator:
     in which ranks issue collectives is the same everywhere.
     """
 
-    name = "nccl"
+    name, captures = "nccl", True
 
     def __init__(self, control: Any, cuda: Any, nccl: Any, device: int, watchdog: Watchdog,
-                 new_zero: Callable[[], Array]) -> None:  # fmt: skip
+                 new_zero: Callable[[], Array], branch: Branch | None = None) -> None:  # fmt: skip
         """Join `control`'s ranks (mpi4py) into one NCCL communicator.
 
         In this order: the watchdog is armed, the device is chosen (NCCL binds to the current one), rank 0
         makes the unique id, it is broadcast, a barrier, the init, and one warm-up all-reduce of the array
-        that `new_zero` makes, in which NCCL connects its channels.
+        that `new_zero` makes, in which NCCL connects its channels. What `branch` computes is waited for too
+        before it is summed.
         """
         self.rank, self.size = int(control.Get_rank()), int(control.Get_size())
-        self._control, self._cuda, self._nccl = control, cuda, nccl
+        self._control, self._cuda, self._nccl, self._branch = control, cuda, nccl, branch
         self._comm: Any = None
+        self._watchdog = watchdog
         watchdog.on_expiry.append(self._abort_nccl)
         with watchdog.waiting("the set-up of NCCL"):
             cuda.Device(device).use()
@@ -63,6 +66,7 @@ class NcclCommunicator:
             self._ready = cuda.Event(disable_timing=True)
             self.all_reduce(new_zero())
             cuda.get_current_stream().synchronize()
+        watchdog.checks.append(self._comm.check_async_error)
 
     def _code(self, x: Array) -> int:
         try:
@@ -82,6 +86,8 @@ class NcclCommunicator:
             return DONE
         compute.record(self._ready)
         self._beside.wait_event(self._ready)
+        if self._branch:
+            self._branch.join(self._beside)
         self._sum(x, self._beside)
         done = self._cuda.Event(disable_timing=True)
         self._beside.record(done)
@@ -105,4 +111,5 @@ class NcclCommunicator:
         self._control.Abort(1)
 
     def close(self) -> None:
+        self._watchdog.checks.clear()
         self._comm.destroy()

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from distrib import checkpoint as ckpt
 from distrib import mnist
 from distrib.errors import UserError
-from distrib.evaluate import BATCH, logits_of
+from distrib.evaluate import HOST_BATCH, infer
 from nn.resnet9 import ResNet9
 
 
@@ -51,9 +51,9 @@ def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for path in paths:
         for name, images, inverted in _read(path):
-            for start in range(0, len(images), BATCH):
-                part = np.arange(start, min(start + BATCH, len(images)))
-                for i, p in zip(part, _probabilities(loaded, images, part), strict=True):
+            for start in range(0, len(images), HOST_BATCH):
+                stop = min(start + HOST_BATCH, len(images))
+                for i, p in enumerate(_probabilities(loaded, images, start, stop), start):
                     results.append({
                         "image": f"{name}[{i}]" if len(images) > 1 else name,
                         "digit": int(p.argmax()), "probability": float(p.max()),
@@ -62,8 +62,9 @@ def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def _probabilities(loaded: Loaded, images: np.ndarray, part: np.ndarray) -> np.ndarray:
-    logits = logits_of(loaded.model, images, part).astype(np.float64)
+def _probabilities(loaded: Loaded, images: np.ndarray, start: int, stop: int) -> np.ndarray:
+    logits, _ = infer(loaded.model, images, np.zeros(len(images), np.uint8), start, stop)
+    logits = logits.astype(np.float64)
     if loaded.loss == "bce":
         return 1 / (1 + np.exp(-logits))
     exp = np.exp(logits - logits.max(1, keepdims=True))

@@ -16,6 +16,7 @@ from distrib import __version__
 from distrib import checkpoint as ckpt
 from distrib.config import Config
 from distrib.errors import UserError
+from nn.backend import Backend
 
 
 def new_folder(config: Config) -> Path:
@@ -110,6 +111,15 @@ class Run:
         except (ValueError, KeyError, TypeError):
             return False
 
+    def plans(self, about: dict[str, str]) -> dict[str, str]:
+        """The convolution plans chosen for this run on the same GPU model and libraries, by operation."""
+        stored = self._read_json("plans.json") or {}
+        return dict(stored["plans"]) if stored.get("about") == about else {}
+
+    def keep_plans(self, about: dict[str, str], plans: dict[str, str]) -> None:
+        """Write plans.json."""
+        ckpt.write_atomically(self.path / "plans.json", json.dumps({"about": about, "plans": plans}, indent=2).encode())
+
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         try:
@@ -124,7 +134,7 @@ class Run:
         ckpt.write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode())
 
 
-def environment(threads: int, backend: str) -> dict[str, Any]:
+def environment(threads: int, backend: Backend) -> dict[str, Any]:
     """What besides the configuration must be the same for a resumed run to agree to the bit."""
     blas = next((f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
                  for p in threadpool_info() if p["user_api"] == "blas"), "unknown")  # fmt: skip
@@ -135,7 +145,8 @@ def environment(threads: int, backend: str) -> dict[str, Any]:
         "blas": blas,
         "processor": _processor(),
         "threads": threads,
-        "backend": backend,
+        "backend": backend.name,
+        **backend.describe(),
     }
 
 

@@ -7,17 +7,19 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distrib import mnist, sampler
+from distrib import mnist
 from distrib.config import Config
 from distrib.console import Screen
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.run import Run, new_folder
 from distrib.trainer import HISTORY, Trainer, blas_threads
+from distrib.warmup import warm_up
 from distrib.world import World, connect
 
 FEWEST_IMAGES = 4
@@ -47,24 +49,24 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
 def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> None:
     """The steps of `epoch` (from 0) that are not done yet."""
     config, world, at = trainer.config, trainer.world, trainer.at
-    order = sampler.permutation(config.seed, epoch, len(trainer.images))
     meter = Meter(trainer)
     for s in range(at.step - epoch * trainer.steps_per_epoch, trainer.steps_per_epoch):
-        own, count = sampler.batch_indices(order, s, config.batch_size, world.rank, world.size)
         world.watchdog.step = at.step + 1
         lr = trainer.lr()
-        trainer.step(world.backend.asarray(own), count)
+        trainer.step()
+        meter.count(trainer.unread[-1])
 
         last, end = s == trainer.steps_per_epoch - 1, at.step >= trainer.limit
         log = at.step % config.log_every == 0 or last
         save = at.step % config.checkpoint_every == 0 and not (last or end)
-        if world.backend.on_host or log or save or end or len(trainer.unread) == HISTORY:
-            trainer.read_results()
-        meter.count(count)
+        now = world.backend.on_host or last or save or end  # else a device is not waited for
+        if log:
+            line = {"step": at.step, "epoch": epoch + 1, "lr": lr, **meter.read()}
+            trainer.read_results(now, partial(log_line, run, world, line))
+        elif now or len(trainer.unread) == HISTORY:
+            trainer.read_results(now)
         if screen.due():
             screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
-        if log:
-            log_line(run, world, {"step": at.step, "epoch": epoch + 1, **trainer.results, "lr": lr, **meter.read()})
         if save and not trainer.stopped:
             meter.pause()
             trainer.save(run)
@@ -113,11 +115,11 @@ class Meter:
         return {"images_per_second": rate, **{name: value if on_host else None for name, value in parts.items()}}
 
 
-def log_line(run: Run | None, world: World, values: dict[str, Any]) -> None:
+def log_line(run: Run | None, world: World, values: dict[str, Any], results: dict[str, float]) -> None:
     """A line of metrics.jsonl, written by rank 0; all ranks learn whether that worked."""
     with world.agree():
         if run:
-            run.log(values)
+            run.log({**values, **results})
 
 
 def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> dict[str, float]:
@@ -126,7 +128,7 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     at.last_epoch = trainer.running()
     at.loss_sum, at.correct, at.images = 0.0, 0.0, 0
     result = {**at.last_epoch, **trainer.test()}
-    log_line(run, trainer.world, {"step": at.step, "epoch": epoch + 1, **result})
+    log_line(run, trainer.world, {"step": at.step, "epoch": epoch + 1}, result)
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
         f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy {result['test_accuracy']:.2f} %"
@@ -201,7 +203,7 @@ def train(config: Config) -> int:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size})
     if run:
         start_table(screen, config, data, trainer, run.path)
-        for note in [*run.notes, advice(world, config)]:
+        for note in [*run.notes, *world.backend.notes, advice(world, config)]:
             if note:
                 screen.say(f"note: {note}")
         if saved:
@@ -209,6 +211,7 @@ def train(config: Config) -> int:
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
     listen(trainer)
+    warm_up(trainer, run)
     summary = fit(trainer, run, screen)
     with world.agree():
         if run:

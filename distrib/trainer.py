@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -15,12 +17,14 @@ from distrib import checkpoint as ckpt
 from distrib import mnist, sampler
 from distrib.config import Config
 from distrib.errors import UserError
-from distrib.evaluate import evaluate, load_batch
+from distrib.evaluate import evaluate
+from distrib.graph import Graphs
 from distrib.reducer import Reducer
 from distrib.run import Run, environment
 from distrib.world import World
-from nn.functional import LOSSES
+from nn import functional as F
 from nn.layers import Pass
+from nn.losses import loss_and_gradient
 from nn.optim import SGD, Adam, Optimizer
 from nn.resnet9 import ResNet9
 
@@ -77,24 +81,34 @@ class Trainer:
         backend = world.backend
         self.images, self.labels = backend.asarray(data.train_images), backend.asarray(data.train_labels)
         self.test_images, self.test_labels = backend.asarray(data.test_images), backend.asarray(data.test_labels)
-        self.model = ResNet9(config.variant, config.width, seed=config.seed, backend=backend, dtype=config.dtype)
+        self.model = ResNet9(config.variant, config.width, seed=config.seed, backend=backend, dtype=config.dtype,
+                             activations="uint16" if config.precision == "bf16" else None)  # fmt: skip
         self.params = self.model.params
         self.optimizer: Optimizer = (
             Adam(self.params, config.weight_decay)
             if config.optimizer == "adam"
             else SGD(self.params, config.weight_decay, config.momentum, config.nesterov)
         )
-        self.reducer = Reducer(self.params, world.comm)
-        smoothing = {"smoothing": config.label_smoothing} if config.label_smoothing else {}
-        self.loss: Any = partial(LOSSES[config.loss], **smoothing)
+        if config.gradients == "bf16" and world.size > 1 and world.comm.name != "nccl":
+            raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
+        self.reducer = Reducer(self.params, world.comm, config.gradients if world.size > 1 else "float32")
+        # what a step reads and counts on the device; see `begin_epoch`
+        xp, dtype = backend.xp, self.params.dtype
+        self.stop, self.own, self.cursor = xp.zeros(1, dtype), xp.zeros(1, dtype), xp.zeros(1, np.int64)
+        self.order = xp.zeros(len(data.train_images), np.int32)
         self.at = Position(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.limit = min(self.steps, config.max_steps or self.steps)
         self.stop_requested = self.stopped = False
-        # [this rank's part of the loss, then the summed TAIL] of steps whose results were not read yet
-        self.history = backend.xp.zeros((HISTORY, 4), self.params.dtype)
-        self.unread: list[int] = []  # global image counts of those steps
+        self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
+        # a ring: [this rank's part of the loss, then the summed TAIL] of the last steps
+        self.history = xp.zeros((HISTORY, 4), dtype)
+        self.unread: list[int] = []  # global image counts of steps whose results are on the device only
+        self.copies: deque[Any] = deque()  # results on their way to the host
+        self.sums = self.sum_over_ranks if world.size > 1 else None
+        graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
+        self.graphs = Graphs(backend.cuda, lambda: self.model.ws.generation, self.capturable) if graph else None
         self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
@@ -107,51 +121,109 @@ class Trainer:
         self.world.comm.all_reduce(x).wait()
         self.laps.sums(begin)
 
-    def step(self, indices: Any, count: int) -> None:
-        """One synchronised training step on this rank's `indices` of a global batch of `count` images."""
-        sync = self.config.batch_norm == "sync"
-        own = max(1, len(indices))  # a rank without an image has sums of zero, not 0/0
-        this = Pass(True, count if sync else own, self.sum_over_ranks if sync else None)
-        laps = self.laps
+    def begin_epoch(self, epoch: int, order: np.ndarray | None = None) -> None:
+        """Put what the steps of `epoch` (from 0) read on the device: the order of images, the learning rates.
+
+        `order` instead of the sampler's is for tests.
+        """
+        if self.unread:
+            self.read_results()
+        backend, first = self.world.backend, epoch * self.steps_per_epoch
+        if order is None:
+            order = sampler.permutation(self.config.seed, epoch, len(self.images))
+        lrs = [self.config.rate(first + s, self.steps_per_epoch) for s in range(self.steps_per_epoch)]
+        self.order[...] = backend.asarray(order.astype(np.int32))
+        self.rates[...] = backend.asarray(self.optimizer.rates(lrs, first))
+        self.cursor.fill(self.at.step - first)
+        self.epoch = epoch
+
+    def step(self) -> None:
+        """The next synchronised training step: this rank's part of the batch, forward, backward, update."""
+        epoch, s = divmod(self.at.step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.begin_epoch(epoch)
+        batch = self.config.batch_size
+        count = min(batch, len(self.images) - s * batch)
+        part = sampler.share(count, self.world.rank, self.world.size)
+        if self.stop_requested:
+            self.stop.fill(1)
+        tracked = self.model.batches_tracked
+        self.queue(part.start, part.stop - part.start, count)
+        self.model.batches_tracked = tracked + 1  # a replay runs no Python
+        self.evaluated = None
+        self.unread.append(count)
+        self.at.step += 1
+        self.optimizer.steps += 1
+        self.at.images_per_rank[self.world.rank] += part.stop - part.start
+
+    def queue(self, *kind: int) -> None:
+        """`compute`, as a graph where that can be."""
+        if self.graphs:
+            self.graphs.run(kind, partial(self.compute, *kind))
+        else:
+            self.compute(*kind)
+
+    def compute(self, start: int, n: int, count: int) -> None:
+        """The work of a step: images start … start + n of a global batch of `count`.
+
+        All that changes from step to step is read from the device's memory, so that a CUDA graph can hold it.
+        """
+        config, model, ws, laps = self.config, self.model, self.model.ws, self.laps
+        # a rank without an image has sums of zero, not 0/0
+        this = Pass(True, count, self.sums) if config.batch_norm == "sync" else Pass(True, max(1, n))
         laps.start()
-        x, labels = load_batch(self.model, self.images, indices), self.labels[indices]
+        x, labels = ws.image("input", (n, mnist.SIDE, mnist.SIDE, 1)), ws.keep("labels", (n,), "uint8")
+        F.take_batch(self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels)
         laps.lap("data")
-        logits = self.model.forward(x, this)
-        loss, dlogits = self.loss(logits, labels, count)
-        row, tail = self.history[len(self.unread)], self.params.tail
-        row[0] = tail[0] = loss
-        tail[1] = (logits.argmax(1) == labels).sum()
-        tail[2] = float(self.stop_requested)
+        logits = model.forward(x, this)
+        dlogits = ws.keep("dlogits", logits.shape, str(model.dtype))
+        loss_and_gradient(logits, labels, self.stop, dlogits, self.own, self.params.tail, loss=config.loss,
+                          count=count, smoothing=config.label_smoothing)  # fmt: skip
         laps.lap("forward")
-        self.model.backward(dlogits, this, self.reducer.ready)
+        model.backward(dlogits, this, self.reducer.ready)
         laps.lap("backward")
         self.reducer.wait()
         laps.lap("gradients")
-        self.optimizer.step(self.lr())
+        self.optimizer.update(self.rates, self.cursor)
+        F.end_step(self.history, self.own, self.params.tail, self.cursor)
         laps.lap("optimizer")
 
-        self.evaluated = None
-        row[1:] = tail
-        self.unread.append(count)
-        self.at.step += 1
-        self.at.images_per_rank[self.world.rank] += len(indices)
+    def capturable(self) -> bool:
+        """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
+        return all(conv.saved[1] in self.world.backend.forms for conv in self.model.convs())
 
     def lr(self) -> float:
         """Learning rate of the coming step."""
         return self.config.rate(self.at.step, self.steps_per_epoch)
 
-    def read_results(self) -> None:
-        """Wait for the device and take in the results of the steps since the last call."""
-        rows = self.model.backend.to_host(self.history[: len(self.unread)])
-        for i, ((own, loss, correct, stop), count) in enumerate(zip(rows.tolist(), self.unread, strict=True)):
+    def read_results(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
+        """Take in the results of all steps so far; `then` is called with the last one's.
+
+        Without `wait` the device is not waited for: what is taken in are the steps up to the last call; those since
+        are on their way to the host until the next.
+        """
+        first = (self.at.step - len(self.unread)) % self.steps_per_epoch
+        self.copies.append((self.world.backend.start_copy(self.history), first, self.at.step, self.unread, then))
+        self.unread = []
+        while len(self.copies) > (0 if wait else 1):
+            self._take_in(*self.copies.popleft())
+
+    def _take_in(self, copy: Callable[[], np.ndarray], first: int, step: int, counts: list[int],
+                 then: Callable[[dict[str, float]], None] | None) -> None:  # fmt: skip
+        """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its epoch."""
+        with self.world.watchdog.waiting("the steps before"):
+            rows = copy()
+        for i, count in enumerate(counts):
+            own, loss, correct, stop = rows[(first + i) % HISTORY].tolist()
             if not np.isfinite(loss):
-                self.stop_at_non_finite(self.at.step - len(self.unread) + i + 1, own, loss)
+                self.stop_at_non_finite(step - len(counts) + i + 1, own, loss)
             self.at.loss_sum += loss * count
             self.at.correct += correct
             self.at.images += count
             self.results = {"loss": loss, "accuracy": 100 * correct / count}
             self.stopped = self.stopped or stop > 0
-        self.unread.clear()
+        if then:
+            then(self.results)
 
     def stop_at_non_finite(self, step: int, own: float, loss: float) -> None:
         """All ranks come here together: the loss they read is the same sum."""
@@ -218,7 +290,7 @@ class Trainer:
 
     def environment(self) -> dict[str, Any]:
         """What must be the same for a resumed run to agree to the bit."""
-        return environment(blas_threads(), self.world.backend.name)
+        return environment(blas_threads(), self.world.backend)
 
     def images_per_rank(self) -> list[int]:
         """Training images that each rank computed, earlier parts of the run included. Collective."""

@@ -41,9 +41,9 @@ class World:
         """Context in which a UserError of one rank becomes the same UserError on all."""
         return Agreement(self.rank, lambda value: self.allgather(value, "an agreement"))()
 
-    def broadcast(self, value: Any, what: str) -> Any:
-        """Rank 0's `value`, on every rank."""
-        with self.watchdog.waiting(what):
+    def broadcast(self, value: Any, what: str, patience: float = 1) -> Any:
+        """Rank 0's `value`, on every rank; it may take `patience` timeouts to come."""
+        with self.watchdog.waiting(what, patience):
             return self.control.bcast(value, root=0)
 
     def allgather(self, value: Any, what: str) -> list[Any]:
@@ -86,12 +86,18 @@ def _control(comm: str) -> tuple[Any, str]:
     return world, f"{world.Get_size()} ranks over MPI"
 
 
+def _local_rank(control: Any) -> int:
+    """How many lower ranks are on this host."""
+    hosts = control.allgather(socket.gethostname())
+    return int(hosts[: control.rank].count(hosts[control.rank]))
+
+
 def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, str]:
     """The backend that all ranks can have, and why."""
     missing = None
     if name != "numpy":
         try:
-            cupy = backends.cupy_backend(tf32=precision == "tf32")
+            cupy = backends.cupy_backend(precision, _local_rank(control))
         except RuntimeError as error:
             missing = str(error)
     everyone = control.allgather(missing)
@@ -107,21 +113,17 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
-    if precision == "bf16":
-        raise UserError("--precision bf16 needs the cuDNN path, which this version does not have: use tf32 or float32")
+    if precision == "bf16" and "cudnn" not in chosen.forms:
+        raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why
 
 
 def _devices(control: Any, backend: Backend) -> tuple[int, int]:
-    """(local rank, most ranks on any one GPU), the GPU chosen as local rank modulo visible devices."""
-    hosts = control.allgather(socket.gethostname())
-    rank = control.Get_rank()
-    local = hosts[:rank].count(hosts[rank])
+    """(this rank's device, most ranks on any one GPU)."""
     runtime = backend.xp.cuda.runtime
-    device = local % runtime.getDeviceCount()
-    runtime.setDevice(device)
+    device = int(runtime.getDevice())
     identity = str(runtime.getDeviceProperties(device)["uuid"])
-    places = control.allgather((hosts[rank], identity))
+    places = control.allgather((socket.gethostname(), identity))
     return device, max(places.count(place) for place in places)
 
 
@@ -151,7 +153,7 @@ def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Wa
     from distrib.nccl import NcclCommunicator
 
     return NcclCommunicator(
-        control, backend.xp.cuda, nccl, device, watchdog, lambda: backend.xp.zeros(1, "float32")
+        control, backend.xp.cuda, nccl, device, watchdog, lambda: backend.xp.zeros(1, "float32"), backend.branch
     )
 
 

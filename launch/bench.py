@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from launch.bench_allreduce import allreduce
+from launch.bench_kernels import kernels
 from launch.bench_ops import ops
 from launch.bench_run import run
 from launch.bench_step import step
@@ -11,6 +13,8 @@ from launch.bench_step import step
 app = typer.Typer(help="Measure speed, against PyTorch in the same run.", no_args_is_help=True)
 app.command()(step)
 app.command()(ops)
+app.command()(allreduce)
+app.command()(kernels)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
 
 

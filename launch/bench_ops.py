@@ -25,9 +25,11 @@ from launch.measure import (
     spread,
 )
 from nn import functional as F
-from nn.backend import Array
+from nn import losses
+from nn.backend import NUMPY, Array
 from nn.conv import Geometry, choose_form, conv_backward, conv_forward
-from nn.layers import EPS, ConvBN, Pass, Residual
+from nn.functional import EPS
+from nn.layers import ConvBN, Pass, Residual
 from nn.optim import Adam
 from nn.resnet9 import CLASSES, ResNet9
 from nn.workspace import Workspace
@@ -92,7 +94,7 @@ def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) 
         jobs |= {f"{form} forward": forward, f"{form} backward": backward}
     if torch:
         jobs |= torch_convolution(x_shape, w, conv.c_in > 1)
-    chosen = choose_form(x_shape, w_shape, SAME, "HWNC")
+    chosen = choose_form(x_shape, w_shape, SAME, NUMPY)
     return {"ms": take_turns(jobs, repeats), "chosen": chosen, "gflop": 2 * batch * side**2 * w.size / 1e9,
             "error": error_of(chosen, w, side)}  # fmt: skip
 
@@ -183,7 +185,7 @@ def head(model: ResNet9, batch: int, repeats: int, torch: bool) -> Times:
     step = Pass(train=True, images=batch)
 
     def both() -> None:
-        _, dy = F.softmax_cross_entropy(ours.forward(x, step), labels, batch)
+        _, dy = losses.softmax_cross_entropy(ours.forward(x, step), labels, batch)
         ours.backward(dy, lambda _: None)
 
     jobs: dict[str, Callable[[], Any]] = {"distrib": both}

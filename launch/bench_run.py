@@ -23,7 +23,7 @@ from distrib.config import Config
 from distrib.errors import EXIT_USAGE, UserError
 from launch import torch_bench
 from launch.measure import AsJson, child_environment, machine, refuse_launcher, require_torch, spread
-from launch.torch_bench import LAYOUTS
+from launch.torch_bench import kinds
 
 FIXED = ("seed", "run_dir", "resume", "max_steps")
 
@@ -59,9 +59,9 @@ def ours(options: list[str], ranks: int, threads: int) -> dict[str, float]:
     return {"process_seconds": seconds, **{name: summary[name] for name in ("wall_seconds", "test_accuracy")}}
 
 
-def theirs(config: Config, layout: str, threads: int) -> dict[str, float]:
+def theirs(config: Config, kind: str, threads: int) -> dict[str, float]:
     """The same recipe in PyTorch, in one process."""
-    out, seconds = timed(torch_bench.command("train", config, layout, threads), threads)
+    out, seconds = timed(torch_bench.command("train", config, kind, threads), threads)
     return {"process_seconds": seconds, **json.loads(out.strip().splitlines()[-1])}
 
 
@@ -74,7 +74,7 @@ def run(
 ) -> None:
     """Whole training runs: seconds from the first step to the end of the last evaluation, and test accuracy.
 
-    All options of `distrib train` may be given, but for those of the run folder, --seed and --max-steps.
+    On a GPU give --backend cupy and --ranks 1. All options of `distrib train` may be given, but for those of the run folder, --seed and --max-steps.
     Example: distrib bench run --recipe demo --against torch
     """
     if against not in (None, "torch"):
@@ -90,9 +90,10 @@ def run(
     config = config.resolve(ranks, len(data.train_images), len(data.test_images))
     if against:
         require_torch("--against torch")
-        if config.loss != "ce" or config.precision != "float32" or config.batch_norm != "sync":
-            raise UserError("--against torch: compares --loss ce, --precision float32 and --batch-norm sync only")
-    sides = ["distrib", *(f"torch {layout}" for layout in (LAYOUTS if against else ()))]
+        if config.loss != "ce" or config.precision == "float64" or config.batch_norm != "sync":
+            raise UserError("--against torch: compares --loss ce and --batch-norm sync, and not in float64")
+    gpu = config.backend == "cupy"
+    sides = ["distrib", *(f"torch {kind}" for kind in (kinds(gpu) if against else ()))]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     with Console(stderr=True).status("") as status:
         for seed in range(repeats):

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +14,9 @@ import typer
 from distrib import mnist, sampler
 from distrib.config import Config, build
 from distrib.errors import UserError
-from distrib.evaluate import load_batch
-from distrib.trainer import PHASES, Trainer, blas_threads
+from distrib.evaluate import infer
+from distrib.trainer import HISTORY, PHASES, Trainer, blas_threads
+from distrib.warmup import warm_up
 from distrib.world import World, connect
 from launch.measure import (
     AsJson,
@@ -24,31 +26,38 @@ from launch.measure import (
     machine,
     matrix_peak,
     peak_bytes,
+    pool_bytes,
     require_torch,
     spread,
 )
-from launch.torch_bench import LAYOUTS, Worker
-from nn.layers import Pass
+from launch.torch_bench import Worker, kinds
 
 
-def ours(trainer: Trainer, steps: int, order: Any, evaluate: bool) -> Callable[[], dict[str, Any]]:
+def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str, Any]]:
     """A function that trains (or evaluates) `steps` batches and says how long that took, by phase."""
     batch, world = trainer.config.batch_size, trainer.world
-    whole = len(order) // batch  # steps with a whole batch
+    whole = len(trainer.images) // batch  # steps with a whole batch
+
+    def train() -> None:
+        for _ in range(steps):
+            if trainer.at.step % trainer.steps_per_epoch == whole:  # not the smaller last one
+                trainer.at.step += trainer.steps_per_epoch - whole
+            trainer.step()
+            if world.backend.on_host or len(trainer.unread) == HISTORY:
+                trainer.read_results(wait=world.backend.on_host)
+        trainer.read_results()
+
+    def infer_only() -> None:
+        for step in range(steps):
+            part = sampler.share(batch, world.rank, world.size)
+            first = step % whole * batch
+            world.backend.to_host(infer(trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop)[0])
 
     def measure() -> dict[str, Any]:
         before = trainer.laps.seconds.copy()
         world.comm.barrier()
         begin = time.perf_counter()
-        for step in range(steps):
-            own, count = sampler.batch_indices(order, step % whole, batch, world.rank, world.size)
-            indices = world.backend.asarray(own)
-            if evaluate:
-                x = load_batch(trainer.model, trainer.images, indices)
-                world.backend.to_host(trainer.loss(trainer.model.forward(x, Pass(train=False)), trainer.labels[indices], 1)[0])
-            else:
-                trainer.step(indices, count)
-                trainer.read_results()
+        infer_only() if evaluate else train()
         world.comm.barrier()
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "phases": {name: trainer.laps.seconds[name] - before[name] for name in PHASES}}
@@ -85,12 +94,17 @@ def step(
     width: Width = 1.0,
     variant: Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")] = "baseline",
     optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
+    precision: Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")] = "float32",
+    backend: Annotated[str, typer.Option(help="numpy, cupy, or auto.")] = "auto",
+    comm: Annotated[str, typer.Option(help="none, mpi, nccl, or auto.")] = "auto",
+    graph: Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, whole steps as CUDA graphs.")] = True,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Forward passes of evaluation instead of training.")] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of one measurement; without it, about a second's.")] = None,
     repeats: Repeats = 7,
     against: Annotated[
         str | None,
-        typer.Option(help="torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads;"
+        typer.Option(help="torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU"
+                          " eagerly and compiled with CUDA graphs;"
                           " loop: this network with its convolutions as plain loops (slow)."),
     ] = None,
     as_json: AsJson = False,
@@ -107,20 +121,23 @@ def step(
         raise UserError("--batch-size, --steps and --repeats: give 1 or more")
     if batch_size > 60000:
         raise UserError(f"--batch-size {batch_size}: the data has only 60000 images")
-    world = connect(timeout=600)
-    config = build({"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer, "limit_test": 1})
+    if against == "torch" and precision == "float64":
+        raise UserError("--against torch: not in float64")
+    config = build({"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer, "limit_test": 1,
+                    "precision": precision, "backend": backend, "comm": comm, "cuda_graph": graph})  # fmt: skip
+    world = connect(comm, backend, precision, timeout=600)
     with world.agree():
         config = config.resolve(world.size, 60000, 1)
         data = mnist.load(None, None, 1)
     trainer = Trainer(config, world, data)
-    order = sampler.permutation(0, 0, len(data.train_images))
-    one = ours(trainer, 1, order, evaluate)
+    warm_up(trainer, None)
+    one = ours(trainer, 1, evaluate)
     one()
     steps = steps or world.broadcast(max(1, round(1.0 / one()["seconds"])), "the number of steps")
-    measure = ours(trainer, steps, order, evaluate)
+    measure = ours(trainer, steps, evaluate)
     held = trainer.model.ws.nbytes()
     threads = world.size * blas_threads()
-    slow = plain_loop(config, world, data, steps, order) if against == "loop" else None
+    slow = plain_loop(config, world, data, steps) if against == "loop" else None
     workers = torch_workers(config, world, threads, steps, evaluate) if against == "torch" else {}
     rows: dict[str, list[dict[str, Any]]] = {}
     peaks: list[float] = []
@@ -130,22 +147,24 @@ def step(
             done["plain loop"] = slow()
         for name, worker in workers.items():
             done[name] = wait_quietly(world, worker)
-        peak = sum(world.allgather(matrix_peak(), "the peak"))
+        peak = sum(world.allgather(matrix_peak(world.backend), "the peak"))
         if repeat:
             peaks.append(peak)
             for name, row in done.items():
                 rows.setdefault(name, []).append(row)
     grown = trainer.model.ws.nbytes() - held
     alone = reduce_alone(trainer) if world.size > 1 and not evaluate else None
-    memory = world.allgather(peak_bytes(), "peak memory")
+    memory = world.allgather(peak_bytes() if world.backend.on_host else pool_bytes(world.backend), "peak memory")
+    show_phases = world.backend.on_host and not evaluate  # a device works behind the host's clock
     phases = world.allgather([row["phases"] for row in rows["distrib"]], "the phases")
     if world.rank == 0:
         images = steps * batch_size
         result: dict[str, Any] = {
             "machine": machine(), "backend": world.backend.name, "ranks": world.size, "threads": threads,
+            "precision": precision, "device": world.backend.describe(), "graph": bool(trainer.graphs and trainer.graphs.replays),
             "batch_size": batch_size, "width": width, "variant": variant, "evaluate": evaluate, "steps": steps,
             "images_per_second": {name: [images / row["seconds"] for row in found if row] for name, found in rows.items()},
-            "phases_ms": {} if evaluate else {
+            "phases_ms": {} if not show_phases else {
                 name: statistics.median(1e3 * statistics.mean(rank[i][name] for rank in phases) / steps for i in range(repeats))
                 for name in PHASES
             },
@@ -164,20 +183,21 @@ def step(
     world.comm.close()
 
 
-def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int, order: Any) -> Callable[[], dict[str, Any]]:
+def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int) -> Callable[[], dict[str, Any]]:
     """A measurement of one step with every convolution as a plain loop, scaled to `steps`."""
     trainer = Trainer(config, world, data)
     for conv in trainer.model.convs():
         conv.form = "loop"
-    one = ours(trainer, 1, order, evaluate=False)
+    one = ours(trainer, 1, evaluate=False)
     return lambda: {"seconds": one()["seconds"] * steps}
 
 
 def torch_workers(config: Config, world: World, threads: int, steps: int, evaluate: bool) -> dict[str, Worker | None]:
     """PyTorch in each memory layout, started by rank 0."""
     require_torch("--against torch")
-    return {f"torch {layout}": Worker(config, layout, threads, steps, evaluate) if world.rank == 0 else None
-            for layout in LAYOUTS}  # fmt: skip
+    config = replace(config, backend=world.backend.name)
+    return {f"torch {kind}": Worker(config, kind, threads, steps, evaluate) if world.rank == 0 else None
+            for kind in kinds(not world.backend.on_host)}  # fmt: skip
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +207,8 @@ def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
     others = [name for name in rates if name != "distrib"]
     if others:
         best = max(others, key=lambda name: statistics.median(rates[name]))
-        result |= {"against": best, "ratio": [a / b for a, b in zip(mine, rates[best], strict=True)]}
+        ratios = {name: [a / b for a, b in zip(mine, rates[name], strict=True)] for name in others}
+        result |= {"against": best, "ratio": ratios[best], "ratios": ratios}
     result["gflops"] = [rate * result["flops_per_image"] / 1e9 for rate in mine]
     return result
 
@@ -196,21 +217,23 @@ def show(result: dict[str, Any]) -> None:
     """The report of `bench step`."""
     r = result
     kind = "evaluation" if r["evaluate"] else "training"
-    print(f"{r['machine']}\n{kind}, {r['ranks']} rank(s), {r['threads']} thread(s) in total, batch {r['batch_size']},"
-          f" width {r['width']}, {r['variant']}, float32, {r['steps']} steps a measurement")  # fmt: skip
+    device = ", ".join(f"{name} {value}" for name, value in r["device"].items())
+    print(f"{r['machine']}{f'; {device}' if device else ''}\n{kind}, {r['ranks']} rank(s), "
+          f"{'whole steps as CUDA graphs' if r['graph'] else str(r['threads']) + ' thread(s) in total'}, batch"
+          f" {r['batch_size']}, width {r['width']}, {r['variant']}, {r['precision']}, {r['steps']} steps a measurement")  # fmt: skip
     for name, rates in r["images_per_second"].items():
         memory = r["peak_bytes"].get(name)
         peak = f"   peak memory {max(memory) / 2**20:.0f} MiB" + (" a rank" if len(memory) > 1 else "") if memory else ""
-        print(f"  {name:20} {spread(rates)} images/s{peak}")
-    if "ratio" in r:
-        print(f"  ratio to {r['against']}: {spread(r['ratio'])}")
+        print(f"  {name:26} {spread(rates)} images/s{peak}")
+    for name, ratio in r.get("ratios", {}).items():
+        print(f"  ratio to {name}: {spread(ratio)}{'  (the best of them)' if name == r['against'] else ''}")
     share = [100 * a / b for a, b in zip(r["gflops"], r["matrix_peak_gflops"], strict=True)]
     print(f"  direct convolution's work done at {spread(r['gflops'])} GFLOP/s; matrix product"
           f" {spread(r['matrix_peak_gflops'])} GFLOP/s: {spread(share, 3)} %")  # fmt: skip
     print(f"  workspace after warm-up grew by {r['workspace_grown_bytes']} bytes")
     if r["phases_ms"]:
         print("  ms a step: " + ", ".join(f"{name} {ms:.3g}" for name, ms in r["phases_ms"].items()))
-    if r["all_reduce_alone_ms"] is not None:
+    if r["all_reduce_alone_ms"] is not None and r["phases_ms"]:
         waited, alone = r["phases_ms"]["gradients"], r["all_reduce_alone_ms"]
         print(f"  gradients: {r['gradient_buckets']} bucket(s) take {alone:.3g} ms alone; {waited:.3g} ms of waiting (for the"
               f" slower rank too) remain after the backward: {max(0.0, 100 * (1 - waited / alone)):.0f} % hidden")  # fmt: skip

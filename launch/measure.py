@@ -19,6 +19,7 @@ import typer
 
 from distrib import THREAD_VARIABLES, launched_ranks
 from distrib.errors import UserError
+from nn.backend import NUMPY, Backend
 
 BatchSize = Annotated[int, typer.Option(help="Global batch.")]
 Width = Annotated[float, typer.Option(help="Multiplier of all channel counts.")]
@@ -41,16 +42,19 @@ def spread(values: list[float], digits: int = 4) -> str:
     return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}–{max(values):.{digits}g})"
 
 
-def matrix_peak() -> float:
-    """GFLOP/s of this process's product of two 1024×1024 float32 matrices."""
-    a = np.ones((1024, 1024), np.float32)
-    out = np.empty_like(a)
+def matrix_peak(backend: Backend = NUMPY) -> float:
+    """GFLOP/s of this process's product of two float32 matrices: 1024×1024, on a GPU 8192×8192 (TF32 where that is chosen)."""
+    side = 1024 if backend.on_host else 8192
+    a = backend.xp.ones((side, side), np.float32)
+    out = backend.xp.empty_like(a)
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        np.matmul(a, a, out=out)
+        backend.xp.matmul(a, a, out=out)
+        if not backend.on_host:
+            backend.stream.synchronize()
         seconds.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / statistics.median(seconds) / 1e9
+    return float(2 * side**3 / statistics.median(seconds) / 1e9)
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -75,6 +79,11 @@ def peak_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def pool_bytes(backend: Backend) -> int:
+    """Memory of the GPU that this process holds through CuPy."""
+    return int(backend.xp.get_default_memory_pool().total_bytes())
 
 
 def require_torch(option: str) -> None:

@@ -22,18 +22,23 @@ from launch.measure import child_environment, peak_bytes
 LAYOUTS = ("channels-last", "contiguous")
 
 
-def command(what: str, config: Config, layout: str, threads: int, **more: Any) -> list[str]:
+def kinds(gpu: bool) -> tuple[str, ...]:
+    """Ways to run PyTorch: both memory layouts, on a GPU eagerly and compiled with CUDA graphs."""
+    return tuple(f"{mode} {layout}" for mode in ("eager", "compile") for layout in LAYOUTS) if gpu else LAYOUTS
+
+
+def command(what: str, config: Config, kind: str, threads: int, **more: Any) -> list[str]:
     """The command line of such a process."""
-    job = {"config": asdict(config), "layout": layout, "threads": threads, **more}
+    job = {"config": asdict(config), "kind": kind, "threads": threads, **more}
     return [sys.executable, "-m", "launch.torch_bench", what, json.dumps(job)]
 
 
 class Worker:
     """The other end: a child process that trains steps in PyTorch on request; calling it makes one measurement."""
 
-    def __init__(self, config: Config, layout: str, threads: int, steps: int, evaluate: bool) -> None:
+    def __init__(self, config: Config, kind: str, threads: int, steps: int, evaluate: bool) -> None:
         self._process = subprocess.Popen(
-            command("step", config, layout, threads, steps=steps, evaluate=evaluate),
+            command("step", config, kind, threads, steps=steps, evaluate=evaluate),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(threads), text=True,
         )  # fmt: skip
         self._ask("ready")
@@ -65,74 +70,107 @@ class Worker:
 
 
 class TorchSide:
-    """Model, optimizer and data of a configuration in PyTorch."""
+    """Model, optimizer and data of a configuration in PyTorch, of one of `kinds`; on the GPU with --backend cupy."""
 
-    def __init__(self, config: Config, layout: str, threads: int) -> None:
+    def __init__(self, config: Config, kind: str, threads: int) -> None:
         import torch
 
         from launch.torch_resnet9 import TorchResNet9
 
         torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
-        self.torch, self.config = torch, config
+        mode, _, layout = kind.rpartition(" ")
+        self.torch, self.config, self.gpu = torch, config, config.backend == "cupy"
+        self.device = torch.device("cuda" if self.gpu else "cpu")
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         self.layout = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-        self.model = TorchResNet9(config.variant, config.width).to(memory_format=self.layout)
+        model = TorchResNet9(config.variant, config.width).to(self.device, memory_format=self.layout)
+        self.model: Any = model
+        if mode == "compile":  # forward and backward as CUDA graphs
+            self.model = torch.compile(model, mode="reduce-overhead", dynamic=False)
         data = mnist.load(config.data, config.limit_train, config.limit_test)
-        self.images, self.test = (torch.tensor(a[:, None]) for a in (data.train_images, data.test_images))
-        self.labels, self.wanted = (torch.tensor(a).long() for a in (data.train_labels, data.test_labels))
-        parameters: Any = self.model.parameters()
+        self.images, self.test = (torch.tensor(a[:, None], device=self.device) for a in (data.train_images, data.test_images))
+        self.labels, self.wanted = (torch.tensor(a, device=self.device).long() for a in (data.train_labels, data.test_labels))
+        parameters: Any = model.parameters()
+        fused = {"fused": True} if self.gpu else {}
         self.optimizer: Any = (
-            torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+            torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, **fused)
             if config.optimizer == "adam"
             else torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
-                                 nesterov=config.nesterov)
+                                 nesterov=config.nesterov, **fused)
         )  # fmt: skip
 
     def scaled(self, images: Any) -> Any:
         """Images (uint8) as the network's input, scaled to [0, 1]."""
         return (images.to(self.torch.float32) / 255).contiguous(memory_format=self.layout)
 
+    def precision(self) -> Any:
+        """Context of the forward pass: autocast in bf16."""
+        if self.config.precision == "bf16":
+            return self.torch.autocast(self.device.type, dtype=self.torch.bfloat16)
+        return contextlib.nullcontext()
+
     def batch(self, indices: Any, train: bool = True) -> None:
-        """One step on these training images, or with `train` false their loss alone."""
-        logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
-        loss = self.torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        """One step on these training images, or with `train` false their loss alone. A GPU is not waited for."""
+        if self.config.backend == "cupy":
+            self.torch.compiler.cudagraph_mark_step_begin()
+        with self.precision():
+            logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
+        loss = self.torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         if train:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        loss.item()
+        if not self.gpu:
+            loss.item()
+
+    def order(self, epoch: int) -> Any:
+        """The permutation of `epoch`, where the images are."""
+        return self.torch.tensor(sampler.permutation(self.config.seed, epoch, len(self.images)), device=self.device)
+
+    def wait(self) -> None:
+        """Until all work queued is done."""
+        if self.gpu:
+            self.torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int:
+        """Most memory held so far: of the GPU by PyTorch, else of the process."""
+        return int(self.torch.cuda.max_memory_reserved()) if self.gpu else peak_bytes()
 
     def accuracy(self) -> float:
         """Test accuracy in percent."""
         self.model.eval()
-        with self.torch.no_grad():
-            logits = [self.model(self.scaled(part)) for part in self.test.split(500)]
+        with self.torch.no_grad(), self.precision():
+            logits = [self.model(self.scaled(part)).clone() for part in self.test.split(1000 if self.gpu else 500)]
         return float(100 * (self.torch.cat(logits).argmax(1) == self.wanted).double().mean())
 
 
 def serve_steps(side: TorchSide, steps: int, evaluate: bool) -> None:
     """Train (or evaluate) `steps` batches for every line on stdin."""
-    order, size = sampler.permutation(0, 0, len(side.images)), side.config.batch_size
+    size = side.config.batch_size
+    batches = side.order(0)[: len(side.images) // size * size].split(size)  # whole batches only
     side.model.train(not evaluate)
     side.torch.set_grad_enabled(not evaluate)
     for line in sys.stdin:
+        side.wait()
         begin = time.perf_counter()
         for step in range(0 if line.strip() == "ready" else steps):
-            start = step % (len(order) // size) * size  # whole batches only
-            side.batch(side.torch.tensor(order[start : start + size]), not evaluate)
+            side.batch(batches[step % len(batches)], not evaluate)
+        side.wait()
         seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": side.peak_bytes()}), flush=True)
 
 
 def train(side: TorchSide) -> dict[str, float]:
     """A whole run: seconds from the first step to the end of the last evaluation, accuracy."""
     config, accuracy = side.config, 0.0
     per_epoch = sampler.steps_per_epoch(len(side.images), config.batch_size)
+    side.wait()
     begin = time.perf_counter()
     for epoch in range(config.epochs):
         side.model.train()
-        order = side.torch.tensor(sampler.permutation(config.seed, epoch, len(side.images)))
-        for step, indices in enumerate(order.split(config.batch_size)):
+        for step, indices in enumerate(side.order(epoch).split(config.batch_size)):
             for group in side.optimizer.param_groups:
                 group["lr"] = config.rate(epoch * per_epoch + step, per_epoch)
             side.batch(indices)
@@ -142,7 +180,7 @@ def train(side: TorchSide) -> dict[str, float]:
 
 if __name__ == "__main__":
     what, job = sys.argv[1], json.loads(sys.argv[2])
-    side = TorchSide(Config(**job.pop("config")), job.pop("layout"), job.pop("threads"))
+    side = TorchSide(Config(**job.pop("config")), job.pop("kind"), job.pop("threads"))
     if what == "step":
         serve_steps(side, **job)
     else:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ Blocks that fit the L2 cache lose more to the cost of a NumPy call (about 1.5 µ
 """
 
 _NAMESPACES: dict[type, Any] = {np.ndarray: np}
+_DROP_INS: dict[type, Mapping[str, Callable[..., Any]]] = {np.ndarray: {}}
 
 
 def namespace(x: Array) -> Any:
@@ -32,9 +34,65 @@ def namespace(x: Array) -> Any:
     return _NAMESPACES[type(x)]
 
 
-def register(array_type: type, module: Any) -> None:
-    """Let arrays of `array_type` pass through `nn`; `module` offers NumPy's functions for them."""
+def register(array_type: type, module: Any, drop_ins: Mapping[str, Callable[..., Any]] | None = None) -> None:
+    """Let arrays of `array_type` pass through `nn`; `module` offers NumPy's functions for them.
+
+    `drop_ins`, by name, replace operations marked `replaceable`.
+    """
     _NAMESPACES[array_type] = module
+    _DROP_INS[array_type] = drop_ins or {}
+
+
+REPLACEABLE: dict[str, Callable[..., Any]] = {}
+"""The plain version of every replaceable operation, by name."""
+
+
+def replaceable(plain: Callable[..., Any]) -> Any:
+    """Make `plain` an operation that the library of its first argument's arrays may bring a faster version of.
+
+    Here alone it is decided which of them runs. A drop-in has the plain version's arguments and its exact effects,
+    on the arguments too, up to rounding. `operation.plain` is the plain version.
+    """
+    name = plain.__name__
+    REPLACEABLE[name] = plain
+
+    @functools.wraps(plain)
+    def operation(first: Array, *arguments: Any, **more: Any) -> Any:
+        return _DROP_INS[type(first)].get(name, plain)(first, *arguments, **more)
+
+    operation.plain = plain  # type: ignore[attr-defined]
+    return operation
+
+
+class Branch:
+    """A second stream beside the compute stream, for work whose result is not needed at once.
+
+    Forked from the compute stream and joined to it by events, so that a CUDA graph holds both as parallel paths.
+    """
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self.stream = cuda.Stream(non_blocking=True)
+        self._forked, self._joined = (cuda.Event(disable_timing=True) for _ in range(2))
+        self._open = False  # whether something was queued since the last `close`
+
+    def fork(self) -> Any:
+        """Context in which work is queued on this branch, after all that the compute stream has queued so far."""
+        self._cuda.get_current_stream().record(self._forked)
+        self.stream.wait_event(self._forked)
+        self._open = True
+        return self.stream
+
+    def join(self, stream: Any) -> None:
+        """Let `stream` wait for what the branch has queued."""
+        if self._open:
+            self.stream.record(self._joined)
+            stream.wait_event(self._joined)
+
+    def close(self) -> None:
+        """Let the compute stream wait; the next fork begins a new branch."""
+        self.join(self._cuda.get_current_stream())
+        self._open = False
 
 
 @dataclass(frozen=True)
@@ -43,16 +101,34 @@ class Backend:
 
     `order` is the memory order of activations. On the host "HWNC": all pixels at one position lie
     together, so that shifted, strided and pooled views are contiguous runs of N·C elements. On a
-    GPU "NHWC", which cuDNN's tensor-core kernels expect.
+    GPU "NHWC", which cuDNN's tensor-core kernels expect. `forms` are the device's own forms of
+    convolution (see `nn.conv`), tried in this order; `notes` say what a person should know of what is missing. `cuda` is the
+    module `cupy.cuda` where a training step can be captured in a CUDA graph, else None; `stream` is
+    CuPy's current stream, kept alive here, and `branch`, beside it, is where weight gradients are computed.
     """
 
     name: str
     xp: Any
     order: str = "NHWC"
+    forms: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    cuda: Any = None
+    stream: Any = None
+    branch: Branch | None = None
 
     @property
     def on_host(self) -> bool:
         return self.name == "numpy"
+
+    def describe(self) -> dict[str, str]:
+        """What besides the host must be the same for two runs to agree to the bit."""
+        if self.cuda is None:
+            return {}
+        runtime = self.cuda.runtime
+        gpu = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+        convolutions = self.forms.get("cudnn")
+        return {"gpu": gpu, "cupy": self.xp.__version__, "cuda": str(runtime.runtimeGetVersion()),
+                "cudnn": convolutions.version if convolutions else "none"}  # fmt: skip
 
     def asarray(self, x: np.ndarray) -> Array:
         """Copy of the host array `x` on the device (on the host: `x` itself)."""
@@ -61,6 +137,23 @@ class Backend:
     def to_host(self, x: Array) -> np.ndarray:
         """`x` as a NumPy array; waits for the device."""
         return x if self.on_host else self.xp.asnumpy(x)
+
+    def start_copy(self, x: Array) -> Callable[[], np.ndarray]:
+        """Begin to copy `x`, as it is now, to the host; the function returned waits for the copy and gives it."""
+        if self.cuda is None:
+            host = self.to_host(x)
+            return lambda: host
+        pinned = self.cuda.alloc_pinned_memory(x.nbytes)
+        host = np.frombuffer(pinned, x.dtype, x.size).reshape(x.shape)
+        stream = self.cuda.get_current_stream()
+        x.get(stream, out=host, blocking=False)
+        copied = stream.record()
+
+        def wait() -> np.ndarray:
+            copied.synchronize()
+            return host
+
+        return wait
 
 
 NUMPY = Backend("numpy", np, "HWNC")
@@ -79,18 +172,35 @@ def import_cupy() -> ModuleType:
         raise RuntimeError(f"CuPy {cupy.__version__} sees no GPU ({error})") from None
     if devices == 0:
         raise RuntimeError(f"CuPy {cupy.__version__} sees no GPU")
-    register(cupy.ndarray, cupy)
     return cupy
 
 
-def cupy_backend(tf32: bool = False) -> Backend:
-    """CuPy on the current device; RuntimeError where it cannot be had.
+def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
+    """CuPy on device `local_rank` modulo the visible ones; RuntimeError where it cannot be had.
 
-    `tf32` lets matrix products round their inputs to 10 bits of mantissa; it must be decided before
-    CuPy is first imported.
+    From then on all work goes to a stream of its own: the default one cannot be captured. With precision "tf32" matrix products too round their inputs to 10 bits of mantissa; that must be decided
+    before CuPy is first imported. Where cuDNN is missing, a note says so and convolutions are patches.
     """
-    os.environ["CUPY_TF32"] = "1" if tf32 else "0"
-    return Backend("cupy", import_cupy(), "NHWC")
+    from nn import cudnn  # here, as they need this module
+    from nn.kernels import Kernels
+    from nn.kernels.dropins import DropIns, Stem
+
+    os.environ["CUPY_TF32"] = "1" if precision == "tf32" else "0"
+    cupy = import_cupy()
+    cupy.cuda.runtime.setDevice(local_rank % cupy.cuda.runtime.getDeviceCount())  # before anything lives on it
+    stream = cupy.cuda.Stream(non_blocking=True)
+    stream.use()
+    kernels = Kernels(lambda code: cupy.RawModule(code=code, options=("--std=c++17",)))
+    drop_ins, branch = DropIns(kernels), Branch(cupy.cuda)
+    register(cupy.ndarray, cupy, drop_ins.operations())
+    forms: dict[str, Any] = {"stem": Stem(kernels)}
+    notes: tuple[str, ...] = ()
+    if precision != "float64":
+        try:
+            forms["cudnn"] = cudnn.load(precision, drop_ins.widen, branch)
+        except RuntimeError as error:
+            notes = (f"convolutions without cuDNN, and no CUDA graph: {error}",)
+    return Backend("cupy", cupy, "NHWC", forms, notes, cupy.cuda, stream, branch)
 
 
 def cupy_version() -> str | None:

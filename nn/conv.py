@@ -19,7 +19,7 @@ import functools
 from typing import Any, NamedTuple
 
 from nn import winograd
-from nn.backend import Array, memory_axes, namespace, pixels
+from nn.backend import Array, Backend, memory_axes, namespace, pixels
 from nn.workspace import Workspace
 
 PATCH_ELEMENTS = 1 << 20
@@ -157,7 +157,7 @@ class Patches:
     @staticmethod
     def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
         xp = namespace(x)
-        matrix = w.reshape(-1, w.shape[3])
+        matrix = _as_matrix(w)
         for images in Patches._chunks(x, w, g):
             cols, rows = Patches._gather(x[images], y, w, g, ws)
             if len(cols) == len(x):
@@ -172,7 +172,7 @@ class Patches:
     def backward(dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace) -> None:
         xp = namespace(x)
         c = w.shape[2]
-        matrix, dmatrix = w.reshape(-1, w.shape[3]), dw.reshape(-1, w.shape[3])
+        matrix, dmatrix = _as_matrix(w), _as_matrix(dw)
         partial = ws.scratch("conv.dw", dmatrix.shape)
         dmatrix[...] = 0
         if dx is not None:
@@ -193,22 +193,38 @@ class Patches:
                 dx_part[inside] += cols[(*out, slice(k * c, k * c + c))]
 
 
+def _as_matrix(w: Array) -> Array:
+    """View of weights (kh, kw, C, O) as a matrix (kh·kw·C, O), whichever way they lie in memory (see `Parameter`)."""
+    if w.flags.c_contiguous:
+        return w.reshape(-1, w.shape[3])
+    return w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1).T
+
+
 FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
 
 
-def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, order: str) -> str:
-    """The faster form on the host; a pure function of shape and memory order.
+def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, backend: Backend) -> str:
+    """The fastest form: a pure function of shape and backend. On a device, the first of its own that takes this shape.
 
-    Counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
+    On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
     planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8 more
     images' worth of tiles: where measured, both forms were then within 20 % of each other (BENCHMARKS.md).
     """
+    for name, form in backend.forms.items():
+        if form.supports(x_shape, w_shape, geometry):
+            return name
     n, h, w, c = x_shape
-    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or order != "HWNC":
+    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or backend.order != "HWNC":
         return "patches"
     (rows, a_h), (cols, a_w) = winograd.extent(h), winograd.extent(w)
     overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 8
     return "winograd" if n * rows * cols + overhead < 9 * n * h * w else "patches"
+
+
+def _form(name: str, ws: Workspace) -> Any:
+    if name in FORMS and ws.dtype == "uint16":
+        raise ValueError("bfloat16 convolutions need cuDNN, which has none for these channels: use another width or precision")
+    return FORMS.get(name) or ws.backend.forms[name]
 
 
 def conv_forward(
@@ -216,13 +232,13 @@ def conv_forward(
 ) -> Any:
     """Write the convolution of x (N, H, W, C) with w (kh, kw, C, O) into y (N, P, Q, O).
 
-    Returns what `conv_backward` needs, None unless `keep`. `form` names one of FORMS.
+    Returns what `conv_backward` needs, None unless `keep`. `form` names one of FORMS or of the backend's own.
     """
-    return FORMS[form].forward(x, w, geometry, y, ws, keep)
+    return _form(form, ws).forward(x, w, geometry, y, ws, keep)
 
 
 def conv_backward(
     dy: Array, saved: Any, w: Array, geometry: Geometry, dw: Array, dx: Array | None, ws: Workspace, form: str
 ) -> None:
     """Write dL/dw into dw and dL/dx into dx (skipped where dx is None) for dy = dL/dy (N, P, Q, O)."""
-    FORMS[form].backward(dy, saved, w, geometry, dw, dx, ws)
+    _form(form, ws).backward(dy, saved, w, geometry, dw, dx, ws)

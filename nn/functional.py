@@ -1,6 +1,7 @@
-"""Pure pairs x_forward / x_backward on activations (N, H, W, C), and the two losses.
+"""Pure pairs x_forward / x_backward on activations (N, H, W, C), and the two ends of a step.
 
 Outputs and scratch are arguments or come from the workspace `ws`; nothing is remembered between calls.
+Operations marked `replaceable` are the ones that a training step calls: on a GPU each is one or two kernels.
 Sums over images that training depends on (batch norm's here, the gradients' in `distrib.reducer`) pass
 through `_add_lines` and a sum over ranks, so there is one place each to make them reproducible.
 """
@@ -12,8 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nn.backend import Array, blocks, memory_axes, namespace
+from nn.backend import Array, blocks, memory_axes, namespace, replaceable
 from nn.workspace import Workspace
+
+EPS, MOMENTUM = 1e-5, 0.1
+"""Of batch norm."""
 
 SumOverRanks = Callable[[Array], Any]
 """Sums an array over all ranks, in place."""
@@ -219,6 +223,61 @@ def _input_gradient_through_pool(g: Array, x: Array, factors: tuple[Array, ...],
             view += product
 
 
+@replaceable
+def norm_forward(
+    z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace, *,
+    count: int, sum_over_ranks: SumOverRanks | None, residual: Array | None = None, relu: bool = True,
+    pool: bool = False,
+) -> Any:  # fmt: skip
+    """y = pool(relu(γ·x̂ + β + residual)), x̂ normalised over `count` values a channel; running statistics move on.
+
+    Returns what `norm_backward` needs. z belongs to it from then on: its contents are undefined. With a residual,
+    y too must keep its contents. The running variance takes in that of `count − 1` (see `activate` for the rest).
+    """
+    n, h, w, c = z.shape
+    mean, var = batch_norm_statistics(z, count, ws, sum_over_ranks)
+    running_mean += MOMENTUM * (mean - running_mean)
+    running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - running_var)
+    inverse_std = (var + EPS) ** -0.5
+    gate = None
+    if pool:
+        out = (n, h // 2, w // 2, c)
+        gate = Gate(ws.image("passed", z.shape, "bool"), ws.image("top", out), ws.image("open", out, "bool"))
+    elif relu:
+        gate = Gate(ws.image("passed", z.shape, "bool"))
+    activate(z, inverse_std, gamma, beta, y, ws, residual=residual, relu=relu, pool=pool, gate=gate)
+    return z, inverse_std, gate, residual is not None
+
+
+@replaceable
+def norm_backward(
+    dy: Array, saved: Any, gamma: Array, beta: Array, d_gamma: Array, d_beta: Array, ws: Workspace, *, count: int,  # noqa: ARG001
+    sum_over_ranks: SumOverRanks | None,
+) -> Array:  # fmt: skip
+    """Writes this rank's d_gamma and d_beta; returns dz, in memory that lasts at least until the next operation.
+
+    `saved` comes from `norm_forward`, in the same step. dy is overwritten: with a residual, by the gradient of
+    the residual; else its contents are undefined.
+    """
+    z, inverse_std, gate, with_residual = saved
+    dz = z if with_residual or gate is None or gate.top is not None else dy
+    d_gamma[...], d_beta[...] = batch_norm_backward(
+        dy, z, inverse_std, gamma, count, ws, sum_over_ranks, dz, gate=gate
+    )
+    return dz
+
+
+@replaceable
+def norm_inference(
+    z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace, *,
+    residual: Array | None = None, relu: bool = True, pool: bool = False,
+) -> None:  # fmt: skip
+    """As `norm_forward` with the running statistics, which stay as they are. Without pooling, y may be z."""
+    inverse_std = (running_var.astype(np.float64) + EPS) ** -0.5
+    shift = beta - running_mean * inverse_std * gamma
+    activate(z, inverse_std, gamma, shift, y, ws, residual=residual, relu=relu, pool=pool)
+
+
 def pool_views(x: Array, size: int, first: int = 1) -> list[Array]:
     """The size² strided views of x, in row-major order, that make up its windows.
 
@@ -280,6 +339,32 @@ def avg_pool_backward(dy: Array, size: int, dx: Array) -> None:
         namespace(dy).multiply(dy, 1.0 / size**2, out=view)
 
 
+@replaceable
+def head_forward(x: Array, w: Array, b: Array, pooled: Array, logits: Array, average: bool) -> None:
+    """`pooled` (N, 1, 1, C): the largest value, or the mean, of each image x (N, H, H, C); logits (N, K) = pooled wᵀ + b."""
+    (avg_pool_forward if average else max_pool_forward)(x, x.shape[1], pooled)
+    logits[...] = linear_forward(pooled.reshape(len(x), x.shape[-1]), w, b)
+
+
+@replaceable
+def head_backward(
+    dlogits: Array, x: Array, pooled: Array, w: Array, dw: Array, db: Array, dx: Array, ws: Workspace, average: bool
+) -> None:
+    """Writes dw (K, C), db (K,) and dx (N, H, H, C) for dlogits (N, K) and what `head_forward` took and wrote."""
+    grid = ws.image("dpooled", pooled.shape)
+    grid[...] = linear_backward(dlogits, pooled.reshape(len(x), x.shape[-1]), w, dw, db).reshape(pooled.shape)
+    if average:
+        avg_pool_backward(grid, x.shape[1], dx)
+    else:
+        max_pool_backward(grid, x, pooled, x.shape[1], dx, ws)
+
+
+@replaceable
+def add(x: Array, y: Array) -> None:
+    """x += y, both dense and of one shape and memory order."""
+    x += y
+
+
 def linear_forward(x: Array, w: Array, b: Array) -> Array:
     """x (N, C) → x wᵀ + b (N, K), with w (K, C) as PyTorch keeps it."""
     return x @ w.T + b
@@ -292,39 +377,22 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, db: Array) -> Arra
     return dy @ w
 
 
-def softmax_cross_entropy(
-    logits: Array, labels: Array, count: int, smoothing: float = 0.0
-) -> tuple[Array, Array]:
-    """−Σ t · log softmax(logits) / count over these images, and its gradient (softmax − t) / count.
+@replaceable
+def take_batch(images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array) -> None:
+    """x (n, H, W, 1) and y (n,): images / 255 and labels number order[at·batch + start + i] for i < n.
 
-    t = (1 − s)·onehot(label) + s/K, with s the label smoothing (Szegedy et al. 2016, section 7). `count` is the
-    number of images of the global batch, of which these may be a part. Logits (N, K), labels (N,) integers.
-    Each row is shifted by its own maximum, so nothing overflows.
+    `at` (1,) is this rank's step in the epoch, in memory of the device, so that a captured step needs no new argument.
     """
-    xp, classes = namespace(logits), logits.shape[1]
-    shifted = logits - logits.max(1, keepdims=True)
-    exp = xp.exp(shifted)
-    total = exp.sum(1, keepdims=True)
-    target = (labels[:, None] == xp.arange(classes)).astype(logits.dtype)
-    if smoothing:
-        target = target * (1 - smoothing) + smoothing / classes
-    loss = ((xp.log(total) - shifted) * target).sum() / count
-    return loss, (exp / total - target) / count
+    indices = order[at * batch + namespace(order).arange(start, start + len(x))]
+    x[..., 0] = images[indices]
+    x /= 255
+    y[...] = labels[indices]
 
 
-def binary_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Array, Array]:
-    """Sigmoid with binary cross-entropy from logits z against one-hot t, the mean over images and classes.
-
-    Σ [max(z, 0) − z·t + log(1 + exp(−|z|))] / (count · K), which neither overflows nor takes log 0, and its
-    gradient (sigmoid(z) − t) / (count · K).
-    """
-    xp = namespace(logits)
-    t = (labels[:, None] == xp.arange(logits.shape[1])).astype(logits.dtype)
-    decay = xp.exp(-xp.abs(logits))
-    terms = xp.maximum(logits, 0) - logits * t + xp.log1p(decay)
-    sigmoid = xp.where(logits >= 0, 1 / (1 + decay), decay / (1 + decay))
-    scale = count * logits.shape[1]
-    return terms.sum() / scale, (sigmoid - t) / scale
-
-
-LOSSES: dict[str, Callable[..., tuple[Array, Array]]] = {"ce": softmax_cross_entropy, "bce": binary_cross_entropy}
+@replaceable
+def end_step(history: Array, own: Array, tail: Array, at: Array) -> None:
+    """Row at mod H of `history` (H, 4) becomes own, tail; then at += 1."""
+    row = at % len(history)
+    history[row, 0] = own[0]
+    history[row, 1:] = tail
+    at += 1

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from nn import functional as F
 from nn.backend import Array
 from nn.conv import Geometry, choose_form, conv_backward, conv_forward
@@ -16,9 +14,6 @@ from nn.workspace import Workspace
 
 OnGrad = Callable[[Parameter], Any]
 """Called with a parameter as soon as its gradient is complete."""
-
-EPS, MOMENTUM = 1e-5, 0.1
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -64,46 +59,30 @@ class ConvBN:
         ws, shape = self.ws, self.geometry.out_shape(x.shape, self.w.value.shape)
         n, h, w, c = shape
         out = (n, h // 2, w // 2, c) if self.pool else shape
-        form = self.form or choose_form(x.shape, self.w.value.shape, self.geometry, ws.backend.order)
+        form = self.form or choose_form(x.shape, self.w.value.shape, self.geometry, ws.backend)
+        norm = self.gamma.value, self.beta.value, self.running_mean, self.running_var
         if not step.train:
             z = ws.ring(shape)
-            conv_forward(x, self.w.value, self.geometry, z, ws, form, keep=False)
-            inverse_std = (self.running_var.astype(np.float64) + EPS) ** -0.5
-            shift = self.beta.value - self.running_mean * inverse_std * self.gamma.value
+            conv_forward(x, self.w.compute, self.geometry, z, ws, form, keep=False)
             y = ws.ring(out) if self.pool else z
-            F.activate(z, inverse_std, self.gamma.value, shift, y, ws,
-                       residual=residual, relu=self.relu, pool=self.pool)  # fmt: skip
+            F.norm_inference(z, *norm, y, ws, residual=residual, relu=self.relu, pool=self.pool)
             return y
         z = ws.image("z", shape)
-        saved = conv_forward(x, self.w.value, self.geometry, z, ws, form)
-        count = step.images * h * w
-        mean, var = F.batch_norm_statistics(z, count, ws, step.sum_over_ranks)
-        self.running_mean += MOMENTUM * (mean - self.running_mean)
-        self.running_var += MOMENTUM * (var * (count / max(count - 1, 1)) - self.running_var)
-        inverse_std = (var + EPS) ** -0.5
-        gate = None
-        if self.pool:
-            gate = F.Gate(ws.image("passed", shape, "bool"), ws.image("top", out), ws.image("open", out, "bool"))
-        elif self.relu:
-            gate = F.Gate(ws.image("passed", shape, "bool"))
+        saved = conv_forward(x, self.w.compute, self.geometry, z, ws, form)
         y = ws.passing(out)
-        F.activate(z, inverse_std, self.gamma.value, self.beta.value, y, ws,
-                   residual=residual, relu=self.relu, pool=self.pool, gate=gate)  # fmt: skip
-        self.saved = x.shape, form, saved, z, inverse_std, gate, residual is not None
+        after = F.norm_forward(z, *norm, y, ws, count=step.images * h * w, sum_over_ranks=step.sum_over_ranks,
+                               residual=residual, relu=self.relu, pool=self.pool)  # fmt: skip
+        self.saved = x.shape, form, saved, after, step.images * h * w
         return y
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad, need_dx: bool = True) -> Array | None:
-        """dL/dx in a ring buffer, once for each forward. dy is overwritten: with a residual, by the residual's gradient."""
+        """dL/dx; dy is overwritten: with a residual, by the residual's gradient."""
         ws = self.ws
-        x_shape, form, saved, z, inverse_std, gate, with_residual = self.saved
-        dz = z if self.pool or with_residual or not self.relu else dy
-        d_gamma, d_beta = F.batch_norm_backward(
-            dy, z, inverse_std, self.gamma.value, step.images * z.shape[1] * z.shape[2], ws, step.sum_over_ranks,
-            dz, gate=gate,
-        )  # fmt: skip
-        self.gamma.grad[...], self.beta.grad[...] = d_gamma, d_beta
+        x_shape, form, saved, after, count = self.saved
+        dz = F.norm_backward(dy, after, self.gamma.value, self.beta.value, self.gamma.grad, self.beta.grad, ws,
+                             count=count, sum_over_ranks=step.sum_over_ranks)  # fmt: skip
         dx = ws.ring(x_shape) if need_dx else None
-        conv_backward(dz, saved, self.w.value, self.geometry, self.w.grad, dx, ws, form)
+        conv_backward(dz, saved, self.w.compute, self.geometry, self.w.grad, dx, ws, form)
         for parameter in (self.beta, self.gamma, self.w):
             on_grad(parameter)
         return dx
@@ -126,7 +105,7 @@ class Residual:
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad) -> Array:
         dx: Array = self.first.backward(self.second.backward(dy, step, on_grad), step, on_grad)
-        dx += self.shortcut.backward(dy, step, on_grad) if self.shortcut else dy
+        F.add(dx, self.shortcut.backward(dy, step, on_grad) if self.shortcut else dy)
         return dx
 
 
@@ -144,30 +123,21 @@ class Head:
 
     def bind(self, params: Parameters, ws: Workspace) -> None:
         self.w, self.b = params["fc.weight"], params["fc.bias"]
-        self.ws = ws.scope("fc")
+        self.ws, self.dtype = ws.scope("fc"), str(params.dtype)
 
     def forward(self, x: Array, step: Pass) -> Array:
-        n, h, _, c = x.shape
-        pooled = self.ws.image("pooled", (n, 1, 1, c))
-        if self.average:
-            F.avg_pool_forward(x, h, pooled)
-        else:
-            F.max_pool_forward(x, h, pooled)
+        n, _, _, c = x.shape
+        pooled = self.ws.image("pooled", (n, 1, 1, c), self.dtype)
+        logits = self.ws.keep("logits", (n, len(self.b.value)), self.dtype)
+        F.head_forward(x, self.w.value, self.b.value, pooled, logits, self.average)
         if step.train:
             self.saved = self.ws.hold(x), pooled
-        return F.linear_forward(pooled.reshape(n, c), self.w.value, self.b.value)
+        return logits
 
     def backward(self, dy: Array, on_grad: OnGrad) -> Array:
         x, pooled = self.saved
-        n, h, _, c = x.shape
-        dpooled = F.linear_backward(dy, pooled.reshape(n, c), self.w.value, self.w.grad, self.b.grad)
+        dx = self.ws.ring(x.shape)
+        F.head_backward(dy, x, pooled, self.w.value, self.w.grad, self.b.grad, dx, self.ws, self.average)
         for parameter in (self.b, self.w):
             on_grad(parameter)
-        dx = self.ws.ring(x.shape)
-        grid = self.ws.image("dpooled", (n, 1, 1, c))
-        grid[...] = dpooled.reshape(n, 1, 1, c)
-        if self.average:
-            F.avg_pool_backward(grid, h, dx)
-        else:
-            F.max_pool_backward(grid, x, pooled, h, dx, self.ws)
         return dx

@@ -6,49 +6,55 @@ The host's passes run block by block, so that the six vectors an Adam step touch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import cos, pi
+from typing import Any
 
-from nn.backend import HOST_BLOCK, Array
-from nn.params import Parameters
+import numpy as np
+
+from nn.backend import HOST_BLOCK, Array, namespace, replaceable
+from nn.params import Parameters, narrow
 
 BETA1, BETA2, EPS_HAT = 0.9, 0.999, 1e-7
 SCHEDULES = ("constant", "cosine", "onecycle")
 
 
 class Optimizer(ABC):
-    """State vectors beside the parameters; `step(lr)` updates `params.values` from `params.grads`."""
+    """State vectors beside the parameters; updates `params.values` from `params.grads`.
+
+    `steps` counts the updates whose rates were asked for with `step`; who calls `update` counts for itself.
+    """
 
     moments: tuple[str, ...] = ()
 
     def __init__(self, params: Parameters, weight_decay: float = 0.0) -> None:
         self.params, self.weight_decay, self.steps = params, weight_decay, 0
-        self.xp = params.backend.xp
-        self.state: dict[str, Array] = {name: self.xp.zeros_like(params.values) for name in self.moments}
+        xp = params.backend.xp
+        self.state: dict[str, Array] = {name: xp.zeros_like(params.values) for name in self.moments}
         size = params.values.size
-        self._block = min(size, HOST_BLOCK) if params.backend.on_host else size
-        self._scratch = self.xp.empty((2, self._block), params.dtype)
+        self._scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else size), params.dtype)
+        self._first = xp.zeros(1, np.int64)
 
-    def _blocks(self) -> Iterator[tuple[Array, ...]]:
-        """(values, grads, two scratch arrays, *state) block by block."""
-        size = self.params.values.size
-        vectors = (self.params.values, self.params.grads)
-        for start in range(0, size, self._block):
-            block = slice(start, min(start + self._block, size))
-            length = block.stop - block.start
-            yield (*(v[block] for v in vectors), self._scratch[0, :length], self._scratch[1, :length],
-                   *(v[block] for v in self.state.values()))  # fmt: skip
+    def rates(self, lrs: Sequence[float], done: int) -> np.ndarray:
+        """(len(lrs), 2), float64: each step's learning rate and the step size that it makes, after `done` steps."""
+        return np.array([(lr, self.step_size(lr, done + i + 1)) for i, lr in enumerate(lrs)])
 
-    @abstractmethod
+    def step_size(self, lr: float, step: int) -> float:
+        """What the update of step number `step`, from 1, is multiplied by."""
+        return lr
+
     def step(self, lr: float) -> None:
         """One update with learning rate `lr`."""
+        self.update(self.params.backend.asarray(self.rates([lr], self.steps)), self._first)
+        self.steps += 1
+
+    @abstractmethod
+    def update(self, rates: Array, at: Array) -> None:
+        """One update with row at[0] of `rates`, a table on the device."""
 
 
 class SGD(Optimizer):
-    """g += λθ; v = μv + g; θ −= lr·v, or with Nesterov θ −= lr·(g + μv), as `torch.optim.SGD`.
-
-    v starts as the first gradient, which v = μ·0 + g gives.
-    """
+    """Stochastic gradient descent, with momentum where it is not 0 (see `sgd`)."""
 
     def __init__(self, params: Parameters, weight_decay: float = 0.0, momentum: float = 0.0,
                  nesterov: bool = False) -> None:  # fmt: skip
@@ -56,53 +62,98 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
-    def step(self, lr: float) -> None:
-        self.steps += 1
-        xp = self.xp
-        for values, grads, update, scratch, *state in self._blocks():
-            xp.multiply(values, self.weight_decay, out=update)
-            update += grads
-            if state:
-                v = state[0]
-                v *= self.momentum
-                v += update
-                if self.nesterov:
-                    xp.multiply(v, self.momentum, out=scratch)
-                    update += scratch
-                else:
-                    update[...] = v
-            update *= lr
-            values -= update
+    def update(self, rates: Array, at: Array) -> None:
+        p = self.params
+        sgd(p.values, p.grads, self.state.get("momentum"), rates, at, p.compute, self._scratch,
+            weight_decay=self.weight_decay, momentum=self.momentum, nesterov=self.nesterov)  # fmt: skip
 
 
 class Adam(Optimizer):
-    """m += (1−β1)(g − m); v += (1−β2)(g² − v); θ −= lr_t·m/(√v + ε̂), lr_t = lr·√(1−β2^t)/(1−β1^t).
-
-    Kingma and Ba (2015), the efficient form at the end of section 2, with ε̂ = 1e-7. Weight decay is
-    decoupled: θ −= lr·λ·θ first (Loshchilov and Hutter, 2019).
-    """
+    """Adam (see `adam`)."""
 
     moments = ("m", "v")
 
-    def step(self, lr: float) -> None:
-        self.steps += 1
-        xp = self.xp
-        lr_t = lr * (1 - BETA2**self.steps) ** 0.5 / (1 - BETA1**self.steps)
-        for values, grads, update, scratch, m, v in self._blocks():
-            xp.subtract(grads, m, out=update)
-            update *= 1 - BETA1
-            m += update
-            xp.multiply(grads, grads, out=update)
-            update -= v
-            update *= 1 - BETA2
+    def step_size(self, lr: float, step: int) -> float:
+        return lr * (1 - BETA2**step) ** 0.5 / (1 - BETA1**step)
+
+    def update(self, rates: Array, at: Array) -> None:
+        p = self.params
+        adam(p.values, p.grads, self.state["m"], self.state["v"], rates, at, p.compute, self._scratch,
+             weight_decay=self.weight_decay)  # fmt: skip
+
+
+def _row(rates: Array, at: Array) -> Any:
+    """The two numbers of row at[0]: on the host as floats, on a device without waiting for it."""
+    row = rates[at[0]]
+    return row.tolist() if isinstance(row, np.ndarray) else row
+
+
+def _blocks(scratch: Array, *vectors: Array) -> Iterator[tuple[Array, ...]]:
+    """Two scratch arrays and all vectors, block by block."""
+    size, block = vectors[0].size, scratch.shape[1]
+    for start in range(0, size, block):
+        part = slice(start, min(start + block, size))
+        length = part.stop - part.start
+        yield scratch[0, :length], scratch[1, :length], *(v[part] for v in vectors)
+
+
+@replaceable
+def sgd(
+    values: Array, grads: Array, velocity: Array | None, rates: Array, at: Array, compute: Array | None,
+    scratch: Array, *, weight_decay: float, momentum: float, nesterov: bool,
+) -> None:  # fmt: skip
+    """g += λθ; v = μv + g; θ −= lr·v, or with Nesterov θ −= lr·(g + μv), as `torch.optim.SGD`; without v, θ −= lr·g.
+
+    v starts as the first gradient, which v = μ·0 + g gives. lr is rates[at[0], 0]; `compute`, where given, is
+    `values` narrowed; `scratch` (2, B) is for blocks of B elements.
+    """
+    xp, (lr, _) = namespace(values), _row(rates, at)
+    for update, other, θ, g, *state in _blocks(scratch, values, grads, *([] if velocity is None else [velocity])):
+        xp.multiply(θ, weight_decay, out=update)
+        update += g
+        for v in state:
+            v *= momentum
             v += update
-            xp.sqrt(v, out=scratch)
-            scratch += EPS_HAT
-            xp.divide(m, scratch, out=update)
-            update *= lr_t
-            if self.weight_decay:
-                values *= 1 - lr * self.weight_decay
-            values -= update
+            if nesterov:
+                xp.multiply(v, momentum, out=other)
+                update += other
+            else:
+                update[...] = v
+        update *= lr
+        θ -= update
+    if compute is not None:
+        narrow(values, compute)
+
+
+@replaceable
+def adam(
+    values: Array, grads: Array, m: Array, v: Array, rates: Array, at: Array, compute: Array | None, scratch: Array, *,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """m += (1−β1)(g − m); v += (1−β2)(g² − v); θ −= lr_t·m/(√v + ε̂), lr_t = lr·√(1−β2^t)/(1−β1^t).
+
+    Kingma and Ba (2015), the efficient form at the end of section 2, with ε̂ = 1e-7. Weight decay is
+    decoupled: θ −= lr·λ·θ first (Loshchilov and Hutter, 2019). lr and lr_t are rates[at[0]]; `compute` and
+    `scratch` as in `sgd`.
+    """
+    xp, (lr, lr_t) = namespace(values), _row(rates, at)
+    for update, other, θ, g, m_part, v_part in _blocks(scratch, values, grads, m, v):
+        xp.subtract(g, m_part, out=update)
+        update *= 1 - BETA1
+        m_part += update
+        xp.multiply(g, g, out=update)
+        update -= v_part
+        update *= 1 - BETA2
+        v_part += update
+        xp.sqrt(v_part, out=other)
+        other += EPS_HAT
+        xp.divide(m_part, other, out=update)
+        update *= lr_t
+        if weight_decay:
+            θ *= 1 - lr * weight_decay
+        θ -= update
+    if compute is not None:
+        narrow(values, compute)
 
 
 def learning_rate(schedule: str, peak: float, step: int, steps: int, warmup: int = 0) -> float:

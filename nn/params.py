@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from nn.backend import Array, Backend
+from nn.backend import Array, Backend, namespace, replaceable
 
 ALIGN = 16
 """Parameters start at multiples of this many elements (64 bytes of float32)."""
@@ -29,23 +29,40 @@ class Spec:
 
 @dataclass
 class Parameter:
-    """A named slice [start, stop) of the flat vectors; convolutions lie as (kh, kw, C, O) in memory."""
+    """A named slice [start, stop) of the flat vectors.
+
+    A convolution's is indexed as (kh, kw, C, O). In memory it lies so on the host, and as (O, kh, kw, C) on a GPU,
+    as cuDNN's tensor-core kernels expect; other shapes are what they are. `compute` is what convolutions read:
+    `value` itself, or its copy in another type.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    value: Array = field(repr=False)
-    grad: Array = field(repr=False)
+    order: str
+    value: Array = field(init=False, repr=False)
+    grad: Array = field(init=False, repr=False)
+    compute: Array = field(init=False, repr=False)
+
+    def view(self, flat: Array) -> Array:
+        """This parameter's part of a flat vector."""
+        part = flat[self.start : self.stop]
+        if len(self.shape) != 4:
+            return part.reshape(self.shape)
+        o, c, kh, kw = self.shape
+        if self.order == "NHWC":
+            return part.reshape(o, kh, kw, c).transpose(1, 2, 3, 0)
+        return part.reshape(kh, kw, c, o)
 
     def to_checkpoint(self, flat: np.ndarray) -> np.ndarray:
         """This parameter's part of a flat host vector, in PyTorch's layout: a copy."""
-        part = flat[self.start : self.stop].reshape(self.value.shape)
+        part = self.view(flat)
         return np.array(part.transpose(3, 2, 0, 1) if part.ndim == 4 else part, order="C")
 
     def from_checkpoint(self, tensor: np.ndarray, flat: np.ndarray) -> None:
         """The reverse: write `tensor` (PyTorch's layout) into this parameter's part of `flat`."""
-        part = flat[self.start : self.stop].reshape(self.value.shape)
+        part = self.view(flat)
         part[...] = tensor.transpose(2, 3, 1, 0) if part.ndim == 4 else tensor
 
 
@@ -53,10 +70,11 @@ class Parameters:
     """The flat vectors `values` and `grads` and their named views.
 
     `grads` is followed in memory by one element for each name in TAIL; `wire` is both together, the
-    vector that travels between ranks. Padding between parameters is and stays zero.
+    vector that travels between ranks. Padding between parameters is and stays zero. With `narrow`, a dtype
+    other than `dtype`, `compute` is a copy of the values in it, which the optimizer keeps up to date; else None.
     """
 
-    def __init__(self, specs: list[Spec], backend: Backend, dtype: str) -> None:
+    def __init__(self, specs: list[Spec], backend: Backend, dtype: str, narrow: str | None = None) -> None:
         self.backend, self.dtype = backend, np.dtype(dtype)
         starts, size = [], 0
         for spec in specs:
@@ -65,16 +83,17 @@ class Parameters:
         self.values = backend.xp.zeros(size, self.dtype)
         self.wire = backend.xp.zeros(size + len(TAIL), self.dtype)
         self.grads, self.tail = self.wire[:size], self.wire[size:]
+        self.compute: Array | None = backend.xp.zeros(size, narrow) if narrow and narrow != dtype else None
         self._specs = specs
         self._named = {
             spec.name: self._view(spec, start) for spec, start in zip(specs, starts, strict=True)
         }
 
     def _view(self, spec: Spec, start: int) -> Parameter:
-        stop = start + prod(spec.shape)
-        shape = tuple(spec.shape[i] for i in (2, 3, 1, 0)) if len(spec.shape) == 4 else spec.shape
-        value, grad = (flat[start:stop].reshape(shape) for flat in (self.values, self.grads))
-        return Parameter(spec.name, spec.shape, start, stop, value, grad)
+        made = Parameter(spec.name, spec.shape, start, start + prod(spec.shape), self.backend.order)
+        made.value, made.grad = made.view(self.values), made.view(self.grads)
+        made.compute = made.value if self.compute is None else made.view(self.compute)
+        return made
 
     def initialise(self, rng: np.random.Generator) -> None:
         """PyTorch's defaults, U(−1/√fan_in, 1/√fan_in), drawn in float64 in a fixed order and layout."""
@@ -84,6 +103,7 @@ class Parameters:
             drawn = rng.uniform(-bound, bound, spec.shape) if spec.fan_in else np.full(spec.shape, spec.fill)
             parameter.from_checkpoint(drawn, flat)
         self.values[...] = self.backend.asarray(flat)
+        self.refresh()
 
     def __getitem__(self, name: str) -> Parameter:
         return self._named[name]
@@ -107,3 +127,26 @@ class Parameters:
         for parameter in self:
             parameter.from_checkpoint(tensors[parameter.name], host)
         flat[...] = self.backend.asarray(host)
+        if flat is self.values:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the values to `compute`, where there is one."""
+        if self.compute is not None:
+            narrow(self.values, self.compute)
+
+
+@replaceable
+def narrow(x: Array, y: Array) -> None:
+    """y, uint16 holding the bits of bfloat16, = x (float32), rounded to nearest, ties to even; NaN stays NaN."""
+    xp = namespace(x)
+    bits = x.view(np.uint32)
+    rounded = xp.where(xp.isnan(x), bits | 0x400000, bits + (0x7FFF + ((bits >> 16) & 1)))
+    y[...] = (rounded >> 16).astype(np.uint16)
+
+
+@replaceable
+def widen(x: Array, y: Array) -> None:
+    """The reverse: y (float32) = x (uint16 holding the bits of bfloat16)."""
+    y.view(np.uint32)[...] = x
+    y.view(np.uint32)[...] <<= 16

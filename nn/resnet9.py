@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nn.backend import NUMPY, Array, Backend
+from nn.conv import choose_form, conv_backward, conv_forward
 from nn.layers import ConvBN, Head, OnGrad, Pass, Residual
 from nn.params import Parameters, Spec
 from nn.workspace import Workspace
@@ -37,10 +38,11 @@ class ResNet9:
     """The network: parameters, running statistics, forward and backward.
 
     `variant` is one of VARIANTS, `width` multiplies all channel counts; weights come from `seed` alone.
+    `activations` is their dtype where it is not the parameters': uint16, which holds the bits of bfloat16.
     """
 
     def __init__(self, variant: str = "baseline", width: float = 1.0, *, seed: int = 0,
-                 backend: Backend = NUMPY, dtype: str = "float32") -> None:  # fmt: skip
+                 backend: Backend = NUMPY, dtype: str = "float32", activations: str | None = None) -> None:  # fmt: skip
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
         c1, c2, c3 = channels(width)
@@ -57,8 +59,8 @@ class ResNet9:
             Residual("res2", c3, "shortcut2" if shortcut else None),
         ]
         self.head = Head(c3, CLASSES, average=variant == "avgpool")
-        self.ws = Workspace(backend, dtype)
-        self.params = Parameters(self._specs(), backend, dtype)
+        self.ws = Workspace(backend, activations or dtype)
+        self.params = Parameters(self._specs(), backend, dtype, narrow=activations)
         self.buffers: dict[str, Array] = {}
         self.batches_tracked = 0
         for conv in self.convs():
@@ -83,13 +85,33 @@ class ResNet9:
         return self.head.forward(x, step)
 
     def backward(self, dy: Array, step: Pass, on_grad: OnGrad = lambda _: None) -> None:
-        """Fill the flat gradient for dy = dL/dlogits; `on_grad` hears of each parameter as it is done."""
+        """Fill the flat gradient for dy = dL/dlogits; `on_grad` hears of each parameter as its gradient is queued.
+
+        On a GPU gradients of weights come from `backend.branch`, which is joined at the end.
+        """
         dx = self.head.backward(dy, on_grad)
         for stage in reversed(self.stages[1:]):
             dx = stage.backward(dx, step, on_grad)
         stem = self.stages[0]
         assert isinstance(stem, ConvBN)
         stem.backward(dx, step, on_grad, need_dx=False)
+        if self.backend.branch:
+            self.backend.branch.close()
+
+    def rehearse(self, n: int, train: bool) -> None:
+        """Run each convolution once for a batch of n, on whatever memory holds: plans are chosen by it.
+
+        Gradients are overwritten, and with `train` the buffers of a step's activations.
+        """
+        for conv, side in self.sides():
+            x = self.ws.ring((n, side, side, conv.c_in))
+            y, form = self.ws.ring((n, side, side, conv.c_out)), choose_form(x.shape, conv.w.value.shape, conv.geometry, self.backend)
+            saved = conv_forward(x, conv.w.compute, conv.geometry, y, self.ws, form, keep=train)
+            if train:
+                dx = self.ws.ring(x.shape) if conv is not self.stages[0] else None
+                conv_backward(y, saved, conv.w.compute, conv.geometry, conv.w.grad, dx, self.ws, form)
+        if self.backend.branch:
+            self.backend.branch.close()
 
     def sides(self) -> Iterator[tuple[ConvBN, int]]:
         """All convolutions with the side of their input, in the order of their parameters."""

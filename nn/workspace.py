@@ -35,7 +35,12 @@ class Workspace:
         self._flat: dict[str, Array] = {}
         self._views: dict[tuple[Any, ...], Array] = {}  # the same request gets the same object
         self._plans: dict[str, tuple[Any, ...]] = {}
-        self._prefix, self._turn, self._slab = "", [0], [np.empty(0, np.uint8)]
+        self._prefix, self._turn, self._slab, self._moves = "", [0], [np.empty(0, np.uint8)], [0]
+
+    @property
+    def generation(self) -> int:
+        """Goes up whenever a buffer grows and so moves: what was captured with the old address is void."""
+        return self._moves[0]
 
     def scope(self, prefix: str) -> Workspace:
         """The same buffers, with `keep` names under `prefix`."""
@@ -57,6 +62,7 @@ class Workspace:
             for old in [old for old in self._views if old[0] == name]:
                 del self._views[old]
             self._plans.clear()  # they may hold the old buffer
+            self._moves[0] += 1
         view = self._views[key] = flat[:size].reshape(shape)
         return view
 
@@ -123,6 +129,13 @@ class Workspace:
         held = self.image("x", x.shape)
         held[...] = x
         return held
+
+    def zeros(self, name: str, size: int, dtype: str) -> Array:
+        """A vector of zeros which those who write to it leave at zero."""
+        flat = self._flat.get(name)
+        if flat is None or flat.size < size:
+            self.scratch(name, (size,), dtype).fill(0)
+        return self.scratch(name, (size,), dtype)
 
     def ones(self, length: int) -> Array:
         """A vector of ones: `ones @ x` sums over rows several times faster than `x.sum(0)`."""

@@ -27,7 +27,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DTYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]  # by code
+DTYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "uint16"]  # by code
 REDUCERS = [np.add, np.multiply, np.maximum, np.minimum, np.add]  # by code: sum, prod, max, min, avg
 RESULTS = ("success", "unhandled CUDA error", "system error", "internal error", "invalid argument",
            "invalid usage", "remote error")
@@ -194,6 +194,15 @@ class Cuda:
         self.device = device
 
 
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
 class Call(NamedTuple):
     """One NCCL call, as logged: a tuple, name first. `root` is also the peer of a send or recv."""
 
@@ -303,8 +312,6 @@ class _NcclCommunicator:
         self.nccl.log.append(call)
         if call.elements < 0:
             raise OverflowError("can't convert negative value to size_t")
-        if call.datatype == Nccl.NCCL_BFLOAT16:
-            raise NotImplementedError("NumPy has no bfloat16")
         valid = (call.datatype in range(len(DTYPES)) and call.op in range(len(REDUCERS))
                  and call.root in range(self._size) and call.stream in self.nccl.cuda.streams)
         if not self._live_value(valid):
@@ -341,6 +348,11 @@ class _NcclCommunicator:
         mpi.Allgather(host_view(call.sendbuf, elements, call.datatype).view(np.uint8), rows.view(np.uint8))
         if call.name == "allGather":
             return rows.ravel()
+        if call.datatype == Nccl.NCCL_BFLOAT16 and call.op == Nccl.NCCL_SUM:  # one rounding after another, in rank order
+            total = rows[0]
+            for row in rows[1:]:
+                total = _to_bfloat16(_from_bfloat16(total) + _from_bfloat16(row))
+            return total
         total = REDUCERS[call.op].reduce(rows, axis=0, dtype=rows.dtype)
         if call.op == Nccl.NCCL_AVG:
             total = total / mpi.size if rows.dtype.kind == "f" else total // mpi.size

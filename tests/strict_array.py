@@ -28,11 +28,31 @@ TRUTH_ARRAYS = {"allclose", "array_equal", "array_equiv"}  # a bool in NumPy, a 
 ARITHMETIC = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor"]
 COMPARISONS_AND_UNARY = ["lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert"]
 
-_syncs = {"depth": 0, "count": 0}
+_syncs = {"depth": 0, "count": 0, "capturing": False}
+VIEWS = {"reshape", "transpose", "view"}  # what a capture allows: nothing is queued or allocated
 
 
 class SyncError(RuntimeError):
     """The host would wait for the device outside `synchronisation()`."""
+
+
+class CaptureError(RuntimeError):
+    """An array operation while a CUDA graph is captured: CuPy would allocate memory that the graph does not own."""
+
+
+@contextlib.contextmanager
+def only_views():
+    """Refuse array operations, as while a CUDA graph is captured."""
+    _syncs["capturing"] = True
+    try:
+        yield
+    finally:
+        _syncs["capturing"] = False
+
+
+def _require_no_capture(what):
+    if _syncs["capturing"]:
+        raise CaptureError(f"{what} during a capture")
 
 
 @contextlib.contextmanager
@@ -102,6 +122,8 @@ def _device(value, seen):
 
 def _call(function, *args, **kwargs):
     """Call a NumPy function on the memory of the device arrays among its arguments."""
+    if getattr(function, "__name__", "") not in VIEWS:
+        _require_no_capture(getattr(function, "__name__", str(function)))
     seen = {}
     args = [_host(item, seen) for item in args]
     kwargs = {key: _host(item, seen) for key, item in kwargs.items() if key != "where" or item is not None}
@@ -224,9 +246,12 @@ class StrictArray:
 
     def __getitem__(self, key):
         index, advanced = self._index(key)
+        if advanced:
+            _require_no_capture("an index that copies")
         return StrictArray(self._a[index].copy() if advanced else self._a[index])
 
     def __setitem__(self, key, value):
+        _require_no_capture("setitem")
         _check_operands("setitem", [value])
         self._a[self._index(key)[0]] = _host(value, {})
 
@@ -308,6 +333,7 @@ def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocki
             return [bare(item) for item in value]
         return value._a if isinstance(value, StrictArray) else value
 
+    _require_no_capture("array()")
     copy = True if copy or not isinstance(obj, StrictArray) else None
     host = np.array(bare(obj), dtype=dtype, copy=copy, order=order, ndmin=ndmin)
     return obj if host is getattr(obj, "_a", None) else StrictArray(host)

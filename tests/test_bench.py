@@ -66,7 +66,7 @@ def test_every_step_has_a_whole_batch(evaluate: bool) -> None:
     trainer, seen = Trainer(Config(batch_size=4, width=1 / 16), connect("none"), data), []
     forward = trainer.model.forward
     trainer.model.forward = lambda x, this: [seen.append(len(x)), forward(x, this)][1]  # type: ignore[method-assign]
-    ours(trainer, 7, np.arange(10), evaluate)()
+    ours(trainer, 7, evaluate)()
     assert seen == [4] * 7
 
 
@@ -164,10 +164,10 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (batch, 28, 28), np.uint8), rng.integers(0, 10, batch, np.uint8)
     data = mnist.Dataset("random", images, labels, images, labels)
-    trainer, indices = Trainer(Config(batch_size=batch, width=width), connect("none"), data), np.arange(batch)
+    trainer = Trainer(Config(batch_size=batch, width=width), connect("none"), data)
 
     def step() -> None:
-        trainer.step(indices, batch)
+        trainer.step()
         trainer.read_results()
 
     for _ in range(3):

@@ -10,7 +10,7 @@ import pytest
 from test_torch_parity import import_torch
 
 from nn import conv, winograd
-from nn.backend import Backend
+from nn.backend import NUMPY, Backend
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
 
@@ -123,7 +123,7 @@ def test_winograd_refuses_another_memory_order() -> None:
     x = activations(ws, np.ones((2, 4, 4, 3)), "x")
     with pytest.raises(ValueError, match="H,W,N,C order"):
         conv_forward(x, np.ones((3, 3, 3, 3)), Geometry(1, 1, 1), x, ws, "winograd")
-    assert conv.choose_form(x.shape, (3, 3, 3, 3), Geometry(1, 1, 1), "NHWC") == "patches"
+    assert conv.choose_form(x.shape, (3, 3, 3, 3), Geometry(1, 1, 1), Backend("test", np)) == "patches"
 
 
 @pytest.mark.parametrize("form", ["loop", "patches"])
@@ -197,6 +197,6 @@ def test_chosen_form() -> None:
     for kernel, c, g in ((3, 2, Geometry(1, 1, 1)), (3, 1, Geometry(1, 1, 1)), (1, 2, Geometry()),
                          (3, 2, Geometry(2, 1, 1)), (3, 2, Geometry(1, 0, 1))):  # fmt: skip
         form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
-        assert conv.choose_form((64, 7, 7, c), (kernel, kernel, c, 3), g, "HWNC") == form
+        assert conv.choose_form((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == form
     deep = (3, 3, 256, 256)  # where reading the kernel counts
-    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), "HWNC") for n in (14, 15)] == ["patches", "winograd"]
+    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == ["patches", "winograd"]

@@ -25,8 +25,9 @@ def ours(dtype: str, data: mnist.Dataset, order: np.ndarray) -> tuple[np.ndarray
     trainer = Trainer(Config(width=WIDTH, precision=dtype), world, data)
     initial = trainer.model.state_dict()
     found = []
-    for step in range(STEPS):
-        trainer.step(*sampler.batch_indices(order, step, 8, 0, 1))
+    trainer.begin_epoch(0, order)
+    for _ in range(STEPS):
+        trainer.step()
         trainer.read_results()
         found.append(trainer.results["loss"])
     return np.array(found), initial

@@ -12,7 +12,7 @@ import pytest
 from test_conv import activations, both_orders, each_seed, unwritten, workspace
 from test_torch_parity import import_torch
 
-from nn import backend
+from nn import backend, losses
 from nn import functional as F
 from nn.layers import Pass
 from nn.resnet9 import VARIANTS, ResNet9
@@ -97,7 +97,7 @@ def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pyt
         assert sum(part[k] for part in parts) == pytest.approx(whole[k], rel=1e-13)
 
 
-@pytest.mark.parametrize("loss", F.LOSSES)
+@pytest.mark.parametrize("loss", losses.LOSSES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", [(4, 0, 2), (1, 5)])
 def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> None:
@@ -108,7 +108,7 @@ def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> No
     def work(images: slice, sums: F.SumOverRanks | None) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
         model, this = ResNet9(variant, 1 / 32, seed=2, dtype="float64"), Pass(True, 6, sums)
         logits = model.forward(activations(model.ws, x[images], "x"), this)
-        value, dlogits = F.LOSSES[loss](logits, labels[images], 6)
+        value, dlogits = losses.LOSSES[loss](logits, labels[images], 6)
         model.backward(dlogits, this)
         return model.params.grads, value, model.buffers
 
@@ -206,7 +206,7 @@ def test_losses(loss: str, smoothing: float, scale: float, images: int, count: i
     logits, labels = scale * rng.choice([-1.0, 1.0, 0.3, 0.0], (images, 10)), rng.integers(0, 10, images)
     with np.errstate(all="raise", under="ignore"):
         more = {"smoothing": smoothing} if smoothing else {}
-        value, gradient = F.LOSSES[loss](logits, labels, count, **more)
+        value, gradient = losses.LOSSES[loss](logits, labels, count, **more)
     z, target = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
     functional = torch.nn.functional
     if loss == "ce":

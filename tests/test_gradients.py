@@ -15,9 +15,11 @@ import pytest
 from test_conv import activations, both_orders, each_seed, unwritten, workspace
 
 from nn import functional as F
+from nn import losses
 from nn.backend import Backend
 from nn.conv import Geometry, conv_backward, conv_forward
-from nn.layers import EPS, ConvBN, Pass
+from nn.functional import EPS
+from nn.layers import ConvBN, Pass
 from nn.params import Parameters
 from nn.resnet9 import VARIANTS, ResNet9
 
@@ -117,9 +119,9 @@ def test_pooling(kind: str, size: int, order: str, seed: int) -> None:
 
 
 @each_seed
-@pytest.mark.parametrize("loss", F.LOSSES)
+@pytest.mark.parametrize("loss", losses.LOSSES)
 def test_linear_and_losses(loss: str, seed: int) -> None:
-    rng, function = np.random.default_rng(seed), F.LOSSES[loss]
+    rng, function = np.random.default_rng(seed), losses.LOSSES[loss]
     x, w, b, r = (rng.standard_normal(shape) for shape in ((4, 5), (3, 5), (3,), (4, 3)))
     dw, db = np.full(w.shape, np.nan), np.full(b.shape, np.nan)
     dx = F.linear_backward(r, x, w, dw, db)
@@ -160,7 +162,7 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
 
 
 @both_orders
-@pytest.mark.parametrize("loss", F.LOSSES)
+@pytest.mark.parametrize("loss", losses.LOSSES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whole_network(variant: str, loss: str, order: str) -> None:
     """All parameters at once, along one random direction in the flat vector."""
@@ -171,7 +173,7 @@ def test_whole_network(variant: str, loss: str, order: str) -> None:
 
     def forward(flat: np.ndarray) -> tuple[float, np.ndarray]:
         model.params.values[...] = flat
-        return F.LOSSES[loss](model.forward(activations(model.ws, x, "x"), step), labels, 2)
+        return losses.LOSSES[loss](model.forward(activations(model.ws, x, "x"), step), labels, 2)
 
     model.backward(forward(flat)[1], step)
     check(lambda flat: forward(flat)[0], [flat], [model.params.grads.copy()], NETWORK, rng)

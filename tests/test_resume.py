@@ -98,11 +98,11 @@ def test_a_signal_stops_with_a_checkpoint_and_85(whole: tuple[Path, tuple], tmp_
 import sys, time
 from distrib import train
 plain = train.Trainer.step
-def step(self, indices, count):
+def step(self):
     if self.at.step == 4:
         open({str(tmp_path / "ready")!r}, "w")
         time.sleep(2)
-    plain(self, indices, count)
+    plain(self)
 train.Trainer.step = step
 from distrib.command import main
 sys.exit(main())
@@ -127,10 +127,10 @@ def test_killed_without_a_word(whole: tuple[Path, tuple], tmp_path: Path) -> Non
 import os, signal, sys
 from distrib import train
 plain = train.Trainer.step
-def step(self, indices, count):
+def step(self):
     if self.at.step == 11:
         os.kill(os.getpid(), signal.SIGKILL)
-    plain(self, indices, count)
+    plain(self)
 train.Trainer.step = step
 from distrib.command import main
 sys.exit(main())

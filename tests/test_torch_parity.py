@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nn.functional import LOSSES
 from nn.layers import Pass
+from nn.losses import LOSSES
 from nn.optim import SGD, Adam, Optimizer
 from nn.resnet9 import VARIANTS, ResNet9
 

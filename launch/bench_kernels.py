@@ -1,0 +1,117 @@
+"""`distrib bench kernels`: every kernel of a training step on a GPU, its time, and what the step takes beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distrib import mnist
+from distrib.config import build
+from distrib.errors import UserError
+from distrib.trainer import Trainer
+from distrib.warmup import counts, warm_up
+from distrib.world import connect
+from launch.measure import AsJson, BatchSize, Width, machine, refuse_launcher
+
+COPIES, ROUNDS = 50, 7
+"""A kernel's time is that of a graph with COPIES of it, divided by them: the median of ROUNDS."""
+
+Launch = tuple[str, Callable[[], None]]
+
+
+def launches(trainer: Trainer, kind: tuple[int, ...]) -> list[Launch]:
+    """(name, call that queues it again) of everything that an eager step queues."""
+    found: list[Launch] = []
+    forms = trainer.world.backend.forms
+    kernels, convolutions = forms["stem"].kernels, forms.get("cudnn")
+
+    def record(target: Any, method: str, name: Callable[..., str]) -> None:
+        plain = getattr(target, method)
+
+        def recording(*arguments: Any) -> None:
+            found.append((name(*arguments), partial(plain, *arguments)))
+            plain(*arguments)
+
+        setattr(target, method, recording)
+
+    record(kernels, "launch", lambda _, name, *__: name)
+    if convolutions:
+        record(convolutions, "_run", lambda operation, *_: f"cuDNN {operation}")
+    try:
+        trainer.compute(*kind)
+    finally:
+        del kernels.launch
+        if convolutions:
+            del convolutions._run
+    return found
+
+
+def microseconds(cuda: Any, work: Callable[[], None], copies: int) -> float:
+    """Device time of `work`, from a graph of `copies` of it."""
+    stream = cuda.get_current_stream()
+    work()  # whatever is made at a first call
+    stream.begin_capture()
+    for _ in range(copies):
+        work()
+    graph, times = stream.end_capture(), []
+    for _ in range(ROUNDS + 1):  # the first warms up
+        start, stop = cuda.Event(), cuda.Event()
+        start.record(stream)
+        graph.launch(stream)
+        stop.record(stream)
+        stop.synchronize()
+        times.append(1e3 * cuda.get_elapsed_time(start, stop) / copies)
+    return median(times[1:])
+
+
+def kernels(
+    batch_size: BatchSize = 8,
+    width: Width = 1.0,
+    variant: Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")] = "baseline",
+    precision: Annotated[str, typer.Option(help="float32, tf32 or bf16.")] = "tf32",
+    as_json: AsJson = False,
+) -> None:
+    """Every kernel of a training step on one GPU: microseconds each, their sum, and the step's time as one graph.
+
+    Kernels are timed alone, one after another, with warm caches; in the step weight gradients run beside the rest, so
+    that their sum may exceed it. Example: distrib bench kernels --batch-size 8
+    """
+    refuse_launcher("kernels")
+    options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision, "limit_test": 1}
+    config = build({**options, "backend": "cupy", "comm": "none"})
+    world = connect("none", "cupy", precision)
+    data = mnist.load(None, None, 1)
+    trainer = Trainer(config.resolve(1, len(data.train_images), 1), world, data)
+    warm_up(trainer, None)
+    kind = (0, counts(trainer)[0], counts(trainer)[0])
+    trainer.begin_epoch(0)
+    found = launches(trainer, kind)
+    if not trainer.capturable():
+        raise UserError(f"--precision {precision}: its steps cannot be graphs: use tf32, bf16 or float32, with cuDNN")
+    rows: list[dict[str, Any]] = []
+    for name, call in found:
+        trainer.cursor.fill(0)
+        rows.append({"name": name, "microseconds": microseconds(world.backend.cuda, call, COPIES)})
+    trainer.cursor.fill(0)
+    whole = microseconds(world.backend.cuda, partial(trainer.compute, *kind), 1)
+    total = sum(row["microseconds"] for row in rows)
+    result = {
+        "machine": machine(), "device": world.backend.describe(), **options, "kernels": rows, "launches": len(rows),
+        "sum_microseconds": total, "step_microseconds": whole, "outside_percent": max(0.0, 100 * (1 - total / whole)),
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table("kernel", "µs", "%", title=f"{result['device'].get('gpu')}: batch {batch_size}, {precision}, width {width}")
+    for row in rows:
+        table.add_row(row["name"], f"{row['microseconds']:.2f}", f"{100 * row['microseconds'] / total:.1f}")
+    Console().print(table)
+    print(f"{len(rows)} launches, {total:.1f} µs one after another; the step as a graph {whole:.1f} µs:"
+          f" {result['outside_percent']:.0f} % outside kernels")  # fmt: skip

@@ -1,0 +1,192 @@
+"""A whole GPU on the CPU: CuPy's arrays, streams and graphs, this project's kernels, cuDNN and NCCL, as doubles.
+
+With DISTRIB_TEST_GPU=1 in the environment `device` gives the real GPU instead, and the same tests run on it.
+What is queued on the compute stream runs at once, what is queued on another when that is waited for; while a stream
+captures it goes into the graph and runs when that is launched, and operations on arrays are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_double import HostModule
+from cudnn_double import Cuda as _Cuda
+from cudnn_double import Cudnn, _pygraph
+from nccl_double import Nccl, _bound, _Stream
+from strict_array import StrictArray, only_views, strict, synchronisation
+
+from nn.backend import Backend, Branch, cupy_backend, register
+from nn.cudnn import Convolutions
+from nn.kernels import Kernels
+from nn.kernels.dropins import DropIns, Stem
+
+REAL = os.environ.get("DISTRIB_TEST_GPU") == "1"
+double_only = pytest.mark.skipif(REAL, reason="looks into the double")
+
+
+class Graph:
+    """What was queued during a capture."""
+
+    def __init__(self, cuda: Cuda, work: list[Callable[[], None]]) -> None:
+        self.cuda, self.work = cuda, work
+
+    def launch(self, stream: Any = None) -> None:
+        assert self.cuda.captured is None, "a graph is not launched into a capture"
+        for call in self.work:
+            call()
+
+
+class _CapturingStream(_Stream):
+    cuda: Cuda
+    _views: Any = None
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        assert self is self.cuda.current is not self.null, "the default stream cannot be captured"
+        self.cuda.captured, self._views = [], only_views()
+        self._views.__enter__()
+
+    def end_capture(self) -> Graph:
+        work, self.cuda.captured = self.cuda.captured, None
+        self._views.__exit__(None, None, None)
+        assert work is not None, "no capture was begun"
+        return Graph(self.cuda, work)
+
+    def synchronize(self) -> None:
+        assert self.cuda.captured is None, "a capture cannot be waited for"
+        super().synchronize()
+
+    def wait_event(self, event: Any) -> None:
+        if self.cuda.captured is None:
+            super().wait_event(event)
+        else:  # in a graph the order of queueing stands for the events
+            self.seen = max(self.seen, event.seen)
+
+
+class Cuda(_Cuda):
+    """`cupy.cuda` with captures. `captured` is what the capture under way holds, None outside one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: list[Callable[[], None]] | None = None
+        self.Stream = _bound(_CapturingStream, cuda=self)
+        self.current = self.compute = self.Stream.null = self.Stream(null=True)
+        self.stream = self.Stream(non_blocking=True)
+        self.stream.use()
+
+    def queue(self, work: Callable[[], None]) -> None:
+        """Run `work`, let the capture have it, or on another stream than the compute stream leave it until awaited.
+
+        So a graph runs a branch as early as can be and an eager step as late: where both give the same bits, nothing
+        that the branch reads or writes was touched in between.
+        """
+        work = partial(self._run_on, self.current, work)
+        if self.captured is not None:
+            self.captured.append(work)
+        elif self.current is self.compute:
+            work()
+        else:
+            self.current.work.append(work)
+
+    def _run_on(self, stream: Any, work: Callable[[], None]) -> None:
+        """Run `work` with `stream` as the current one, as it was when the work was queued."""
+        outer, self.current = self.current, stream
+        try:
+            work()
+        finally:
+            self.current = outer
+
+    def alloc(self, size: int) -> Any:
+        assert self.captured is None, "an allocation during a capture"
+        return super().alloc(size)
+
+    def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
+        self.queue(partial(super().memsetAsync, ptr, value, size, stream))
+
+
+class _CapturedPygraph(_pygraph):
+    def execute(self, tensor_dict: dict, workspace: Any = None, handle: Any = None) -> None:
+        self.cudnn.check(handle)
+        self.cudnn.cuda.queue(partial(super().execute, tensor_dict, workspace, handle))
+
+
+class CapturedNccl(Nccl):
+    """NCCL's double whose collectives go into captures too."""
+
+    cuda: Cuda
+
+    def _enqueue(self) -> None:
+        if self.cuda.captured is None:
+            streams = {call.stream for _, call in self._group}
+            super()._enqueue()
+            for stream in streams:  # as early as can be: what it should have waited for is not there yet
+                self.cuda.streams[stream].run()
+            return
+        batch, self._group = self._group, []
+        for comm, call in batch:
+            stream = self.cuda.streams[call.stream]
+            assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, "a branch of the graph is not joined"
+            self.cuda.queue(partial(self._run, [(comm, call)]))
+
+
+class _Module:
+    """The kernels of one source; launches pass through `Cuda.queue`."""
+
+    def __init__(self, cuda: Cuda, code: str, launched: list[str]) -> None:
+        self.cuda, self.module, self.launched = cuda, HostModule(code), launched
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        function = self.module.get_function(name)
+
+        def launch(grid: tuple, block: tuple, arguments: tuple) -> None:
+            self.launched.append(name)
+            self.cuda.queue(partial(function, grid, block, arguments))
+
+        return launch
+
+
+@dataclass(frozen=True)
+class DoubleBackend(Backend):
+    """The one place where the device is waited for is `to_host`."""
+
+    launched: Any = None
+
+    def describe(self) -> dict[str, str]:
+        return {"gpu": "double"}
+
+    def to_host(self, x: StrictArray) -> np.ndarray:
+        with synchronisation():
+            return self.xp.asnumpy(x)
+
+    def start_copy(self, x: StrictArray) -> Callable[[], np.ndarray]:
+        with synchronisation():
+            host = x.get()
+        return lambda: host
+
+
+@contextlib.contextmanager
+def device(precision: str = "float64") -> Iterator[Any]:
+    """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the real GPU."""
+    if REAL:
+        yield cupy_backend(precision)
+        return
+    cuda, launched = Cuda(), []  # type: ignore[var-annotated]
+    kernels = Kernels(lambda code: _Module(cuda, code, launched))
+    drop_ins = DropIns(kernels)
+    register(StrictArray, strict, drop_ins.operations())
+    branch = Branch(cuda)
+    forms: dict[str, Any] = {"stem": Stem(kernels)}
+    if precision != "float64":
+        cudnn = Cudnn(cuda)
+        cudnn.pygraph = type("pygraph", (_CapturedPygraph,), {"cudnn": cudnn})
+        forms["cudnn"] = Convolutions(cudnn, cuda, precision, drop_ins.widen, branch)
+    try:
+        yield DoubleBackend("double", strict, "NHWC", forms, (), cuda, cuda.stream, branch, launched)
+    finally:
+        register(StrictArray, strict)

@@ -1,0 +1,407 @@
+"""The cuDNN form of convolution on a double of the library: results, choice of plans, streams, refusals.
+
+The double cannot tell whether the real library behaves as it does: the last test compares names and parameters with
+the real package, and the tests on a GPU compare results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from cudnn_double import Cuda, Cudnn, Offer, _pygraph, from_bf16, parameters, to_bf16
+from strict_array import StrictArray, strict
+
+import nn.cudnn
+from nn.backend import Backend, register
+from nn.conv import Geometry, conv_backward, conv_forward
+from nn.cudnn import KINDS, Convolutions, NoPlan, load
+from nn.workspace import Workspace
+
+register(StrictArray, strict)
+DEVICE = Backend("strict", strict, "NHWC")
+
+SHAPES = [  # x (N, H, W, C), w (kh, kw, C, O), stride, padding, dilation
+    ((3, 7, 5, 4), (3, 3, 4, 6), (1, 1, 1)),
+    ((2, 6, 6, 1), (3, 3, 1, 8), (1, 1, 1)),
+    ((1, 3, 3, 8), (3, 3, 8, 5), (1, 1, 1)),
+    ((2, 9, 8, 3), (3, 2, 3, 4), (2, 1, 1)),
+    ((2, 9, 9, 2), (3, 3, 2, 3), (1, 2, 2)),
+    ((4, 5, 5, 8), (1, 1, 8, 4), (1, 0, 1)),
+    ((2, 8, 7, 3), (4, 4, 3, 2), (3, 0, 1)),
+]
+X, W, G = (2, 6, 5, 4), (3, 3, 4, 8), Geometry(1, 1, 1)
+BOUND = {"float32": 1e-6, "tf32": 1e-6, "bf16": 2**-8}  # the double rounds once, at the end
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of memory that begins at a multiple of 16, filled with NaN or 0x7FC0, which is bfloat16's."""
+    itemsize = np.dtype(dtype).itemsize
+    size = int(np.prod(shape)) * itemsize
+    raw = np.empty(size + 16, np.uint8)
+    start = -raw.ctypes.data % 16
+    array = raw[start : start + size].view(dtype).reshape(shape)
+    array[...] = 0x7FC0 if dtype == "uint16" else np.nan
+    return array
+
+
+def widen(bits: StrictArray, out: StrictArray) -> None:
+    """bfloat16 bits to float32, as a kernel does it on a device."""
+    out._a[...] = from_bf16(bits._a)
+
+
+class Case:
+    """Arrays of one convolution on the "device", with the float64 values of the inputs."""
+
+    def __init__(self, x: tuple[int, ...], w: tuple[int, ...], g: Geometry, precision: str, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.g, self.bf16 = g, precision == "bf16"
+        self.dtype = "uint16" if self.bf16 else "float32"
+        self.ws = Workspace(DEVICE, "float32")
+        y = g.out_shape(x, w)
+        self.x, self.dy = self.put(rng.standard_normal(x)), self.put(rng.standard_normal(y))
+        self.w = self.put(rng.standard_normal((w[3], *w[:3]))).transpose(1, 2, 3, 0)
+        self.y, self.dx = StrictArray(aligned(y, self.dtype)), StrictArray(aligned(x, self.dtype))
+        self.dw = StrictArray(aligned((w[3], *w[:3]), "float32")).transpose(1, 2, 3, 0)
+
+    def put(self, values: np.ndarray) -> StrictArray:
+        array = aligned(values.shape, self.dtype)
+        array[...] = to_bf16(values.astype(np.float32)) if self.bf16 else values
+        return StrictArray(array)
+
+    def values(self, array: StrictArray) -> np.ndarray:
+        host = array._a
+        return (from_bf16(host) if host.dtype == np.uint16 else host).astype(np.float64)
+
+    def run(self, form: Convolutions) -> list[np.ndarray]:
+        """y, dx and dw."""
+        saved = form.forward(self.x, self.w, self.g, self.y, self.ws, True)
+        form.backward(self.dy, saved, self.w, self.g, self.dw, self.dx, self.ws)
+        return [self.values(a) for a in (self.y, self.dx, self.dw)]
+
+    def reference(self) -> list[np.ndarray]:
+        """The same from patches, in float64."""
+        ws = Workspace(Backend("numpy", np, "NHWC"), "float64")
+        x, w, dy = (np.ascontiguousarray(self.values(a)) for a in (self.x, self.w, self.dy))
+        y, dx, dw = np.empty(self.y.shape), np.empty(x.shape), np.empty(w.shape)
+        conv_backward(dy, conv_forward(x, w, self.g, y, ws, "patches"), w, self.g, dw, dx, ws, "patches")
+        return [y, dx, dw]
+
+
+def a_form(*offers: Offer, precision: str = "float32") -> tuple[Convolutions, Cudnn, Cuda]:
+    cuda = Cuda()
+    cudnn = Cudnn(cuda, list(offers) or None)
+    return Convolutions(cudnn, cuda, precision, widen if precision == "bf16" else None), cudnn, cuda
+
+
+def builds(cudnn: Cudnn) -> list[str]:
+    return [entry[2] for entry in cudnn.log if entry[0] == "build"]
+
+
+def executed(cudnn: Cudnn) -> list[tuple]:
+    return [entry for entry in cudnn.log if entry[0] == "execute"]
+
+
+@pytest.mark.parametrize("precision", BOUND)
+@pytest.mark.parametrize(("x", "w", "g"), SHAPES, ids=str)
+def test_agrees_with_patches(x: tuple, w: tuple, g: tuple, precision: str) -> None:
+    form, _, _ = a_form(Offer("eng1", workspace=64), precision=precision)
+    case = Case(x, w, Geometry(*g), precision)
+    for name, ours, theirs in zip(("y", "dx", "dw"), case.run(form), case.reference(), strict=True):
+        assert np.abs(ours - theirs).max() <= BOUND[precision] * np.abs(theirs).max(), name
+
+
+def test_interface_of_a_form() -> None:
+    form, cudnn, _ = a_form()
+    case = Case(X, W, G, "float32")
+    assert form.forward(case.x, case.w, G, case.y, case.ws, keep=False) is None
+    assert form.forward(case.x, case.w, G, case.y, case.ws, keep=True) is case.x
+    form.backward(case.dy, case.x, case.w, G, case.dw, None, case.ws)
+    assert {entry[1] for entry in executed(cudnn)} == {"conv_fprop", "conv_wgrad"}, "dx is not wanted"
+
+
+@pytest.mark.parametrize("precision", BOUND)
+def test_rank_without_images(precision: str) -> None:
+    form, cudnn, _ = a_form(precision=precision)
+    case = Case((0, *X[1:]), W, G, precision)
+    y, dx, dw = case.run(form)
+    assert (len(y), len(dx)) == (0, 0)
+    assert not dw.any()
+    assert not executed(cudnn)
+    assert form.supports((0, *X[1:]), W, G)
+
+
+def test_fastest_plan_is_taken_and_named() -> None:
+    form, cudnn, cuda = a_form(
+        Offer("slow", milliseconds=3), Offer("fast", milliseconds=1, workspace=1024), Offer("middling", milliseconds=2)
+    )
+    case = Case(X, W, G, "float32")
+    case.run(form)
+    assert form.plans == {f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "fast" for kind in KINDS}
+    log = len(cudnn.log)
+    before = cuda.clock
+    case.run(form)
+    assert {entry[:3] for entry in cudnn.log[log:]} == {("execute", node, "fast") for node, _, _ in KINDS.values()}
+    assert len(cudnn.log) == log + 3
+    assert cuda.clock == before + 3, "nothing else runs, nothing is built after the first call"
+    assert cuda.allocations == [1024], "one workspace for all operations of a stream"
+
+
+def test_only_the_first_plans_that_build_are_timed() -> None:
+    many = [Offer(f"eng{i}", milliseconds=20 - i, builds=i % 2 == 0) for i in range(20)]
+    form, cudnn, _ = a_form(*many)
+    case = Case(X, W, G, "float32")
+    form.forward(case.x, case.w, G, case.y, case.ws, False)
+    assert builds(cudnn) == [f"eng{i}" for i in range(0, 16, 2)] + ["eng14"]
+
+
+def test_stored_plan_is_built_without_timing() -> None:
+    offers = [Offer("slow", milliseconds=3), Offer("fast", milliseconds=1)]
+    form, cudnn, cuda = a_form(*offers)
+    form.plans.update({f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "slow" for kind in KINDS})
+    stored = dict(form.plans)
+    Case(X, W, G, "float32").run(form)
+    assert (builds(cudnn), form.plans, cuda.clock) == (["slow"] * 3, stored, 9)
+
+
+@pytest.mark.parametrize(
+    ("offer", "why"),
+    [
+        (Offer("eng1"), "not offered"),
+        (Offer("old", notes=("NONDETERMINISTIC",)), "Deselecting execution plan"),
+        (Offer("old", builds=False), "CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED"),
+    ],
+)
+def test_stored_plan_that_cannot_be_had(offer: Offer, why: str) -> None:
+    form, _, _ = a_form(offer)
+    form.plans["forward 2x6x5x4 3x3x4x8 s1p1d1 float32"] = "old"
+    case = Case(X, W, G, "float32")
+    message = (f"cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32' ({why}): "
+               "remove plans.json")  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        form.forward(case.x, case.w, G, case.y, case.ws, False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "chosen"),
+    [("float32", "plain"), ("tf32", "tensor"), ("bf16", "converting")],
+)
+def test_what_each_precision_excludes(precision: str, chosen: str) -> None:
+    form, cudnn, _ = a_form(
+        Offer("atomics", ("NONDETERMINISTIC", "TENSOR_CORE"), milliseconds=1),
+        Offer("sloppy", ("TENSOR_CORE", "REDUCED_PRECISION_REDUCTION"), milliseconds=2),
+        Offer("converting", ("TENSOR_CORE", "DOWN_CONVERT_INPUTS"), milliseconds=3),
+        Offer("tensor", ("TENSOR_CORE",), milliseconds=4),
+        Offer("plain", milliseconds=5),
+        precision=precision,
+    )
+    Case(X, W, G, precision).run(form)
+    assert set(form.plans.values()) == {chosen}
+    assert not {"atomics", "sloppy"} & set(builds(cudnn))
+
+
+def test_fallbacks_and_large_workspaces() -> None:
+    form, _, _ = a_form(
+        Offer("tensor", ("TENSOR_CORE",)),
+        Offer("huge", workspace=nn.cudnn.WORKSPACE_LIMIT + 1),
+        Offer("fallback", milliseconds=9, mode="FALLBACK"),
+    )
+    Case(X, W, G, "float32").run(form)
+    assert set(form.plans.values()) == {"fallback"}
+
+
+def test_supports() -> None:
+    form, cudnn, _ = a_form(Offer("eng0"))
+    assert form.supports(X, W, G)
+    log = len(cudnn.log)
+    assert form.supports(X, W, G)
+    assert len(cudnn.log) == log, "asked once"
+    assert not form.plans
+    assert not executed(cudnn)
+    for offer in (Offer("eng0", nodes=("conv_fprop", "conv_dgrad")), Offer("eng0", ("NONDETERMINISTIC",))):
+        assert not a_form(offer)[0].supports(X, W, G)
+
+
+@pytest.mark.parametrize("offers", [[Offer("eng0", mode="B")], [Offer("eng0", builds=False)]])
+def test_no_plan(offers: list[Offer]) -> None:
+    form, _, _ = a_form(*offers)
+    case = Case(X, W, G, "float32")
+    with pytest.raises(NoPlan, match=r"^cuDNN 9\.28\.0 has no plan for forward 2x6x5x4 3x3x4x8 s1p1d1 float32.*$"):
+        form.forward(case.x, case.w, G, case.y, case.ws, False)
+
+
+def test_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, cudnn, _ = a_form()
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR\n{a dump}")
+
+    monkeypatch.setattr(cudnn.pygraph, "build_operation_graph", fail)
+    message = r"^cuDNN 9\.28\.0, forward 2x6x5x4 3x3x4x8 s1p1d1 float32: CUDNN_STATUS_INTERNAL_ERROR$"
+    with pytest.raises(RuntimeError, match=message):
+        form.supports(X, W, G)
+
+
+def test_each_stream_has_its_handle_and_workspace() -> None:
+    form, cudnn, cuda = a_form(Offer("eng0", workspace=256))
+    beside = cuda.Stream(non_blocking=True)
+    case = Case(X, W, G, "float32")
+    for _ in range(2):
+        form.forward(case.x, case.w, G, case.y, case.ws, False)
+        form.input_gradient(case.dy, case.w, G, case.dx)
+        with beside:
+            form.weight_gradient(case.dy, case.x, G, case.dw, case.ws)
+    streams = {node: {entry[3] for entry in executed(cudnn) if entry[1] == node} for node, _, _ in KINDS.values()}
+    assert streams == {"conv_fprop": {0}, "conv_dgrad": {0}, "conv_wgrad": {beside.ptr}}
+    assert cudnn.log.count(("create_handle",)) == 2
+    assert cuda.allocations == [256, 256]
+    for ours, theirs in zip((case.y, case.dx, case.dw), case.reference(), strict=True):
+        assert np.abs(case.values(ours) - theirs).max() <= 1e-6 * np.abs(theirs).max()
+
+
+def test_outgrown_workspace_is_kept() -> None:
+    """A graph captured for one batch size still writes into it."""
+    form, cudnn, cuda = a_form(Offer("eng0", workspace=256))
+    Case(X, W, G, "float32").run(form)
+    cudnn.offers = [Offer("eng0", workspace=512)]
+    Case((1, *X[1:]), W, G, "float32").run(form)
+    cudnn.offers = [Offer("eng0", workspace=128)]
+    Case((3, *X[1:]), W, G, "float32").run(form)
+    assert cuda.allocations == [256, 512]
+    assert [size for size, _ in form._lanes[0].workspaces] == [256, 512]
+
+
+def test_arrays_in_another_layout_or_type_are_refused() -> None:
+    form, _, _ = a_form()
+    case = Case(X, W, G, "float32")
+    c_order = StrictArray(aligned(W, "float32"))
+    with pytest.raises(AssertionError, match="not dense"):
+        form.forward(case.x, c_order, G, case.y, case.ws, False)
+    with pytest.raises(AssertionError, match="dense as"):
+        form.weight_gradient(case.dy, case.x, G, c_order, case.ws)
+    with pytest.raises(AssertionError, match="uint16 at"):
+        form.forward(StrictArray(aligned(X, "uint16")), case.w, G, case.y, case.ws, False)
+    off = StrictArray(aligned((int(np.prod(X)) + 1,), "float32")[1:].reshape(X))
+    with pytest.raises(AssertionError, match="float32 at"):
+        form.forward(off, case.w, G, case.y, case.ws, False)
+
+
+def test_wrong_precision() -> None:
+    cuda = Cuda()
+    with pytest.raises(ValueError, match="'half' is none of float32, tf32, bf16"):
+        Convolutions(Cudnn(cuda), cuda, "half")
+    with pytest.raises(ValueError, match="widen"):
+        Convolutions(Cudnn(cuda), cuda, "bf16")
+
+
+def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    cudnn: Any = Cudnn(cuda)
+    monkeypatch.setattr(nn.cudnn, "import_cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    with pytest.raises(RuntimeError, match=r"^cuDNN's Python frontend cannot be imported .*pip install nvidia-cudnn-frontend"):
+        load("float32")
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    assert load("tf32").precision == "tf32"
+
+    def fail() -> None:
+        raise RuntimeError("cudnnHandle Create failed\nand more")
+
+    monkeypatch.setattr(cudnn, "create_handle", fail)
+    with pytest.raises(RuntimeError, match=r"^cuDNN cannot be used \(cudnnHandle Create failed\): pip install .*$"):
+        load("float32")
+
+
+def a_graph(cudnn: Cudnn, cuda: Cuda) -> Any:
+    """A described graph of the double, one step at a time from there."""
+    kinds, handle = cudnn.data_type, cudnn.create_handle()
+    graph = cudnn.pygraph(io_data_type=kinds.FLOAT, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
+                          handle=handle)  # fmt: skip
+    x = graph.tensor(name="x", dim=[1, 1, 3, 3], stride=[9, 1, 3, 1], data_type=kinds.FLOAT, uid=1)
+    w = graph.tensor(name="w", dim=[1, 1, 3, 3], stride=[9, 1, 3, 1], data_type=kinds.FLOAT, uid=2)
+    y = graph.conv_fprop(image=x, weight=w, padding=[1, 1], stride=[1, 1], dilation=[1, 1])
+    y.set_output(True).set_dim([1, 1, 3, 3]).set_stride([9, 1, 3, 1]).set_uid(3).set_data_type(kinds.FLOAT)
+    return graph, handle, y
+
+
+def test_double_refuses_what_cudnn_refuses() -> None:
+    cuda = Cuda()
+    cudnn = Cudnn(cuda, [Offer("eng0", workspace=16), Offer("eng1", ("NONDETERMINISTIC",))])
+    graph, handle, y = a_graph(cudnn, cuda)
+    with pytest.raises(RuntimeError, match="not validated"):
+        graph.build_operation_graph()
+    graph.validate()
+    with pytest.raises(RuntimeError, match="not described"):
+        y.set_dim([1, 1, 3, 2])
+    with pytest.raises(RuntimeError, match="not lowered"):
+        graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    with pytest.raises(RuntimeError, match="not lowered"):
+        graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.deselect_numeric_notes([cudnn.numerical_note.NONDETERMINISTIC])
+    with pytest.raises(RuntimeError, match="build"):
+        graph.execute({1: 16, 2: 16, 3: 16}, 16, handle=handle)
+    with pytest.raises(IndexError):
+        graph.build_plan_at_index(2)
+    with pytest.raises(cudnn.cudnnGraphNotSupportedError):
+        graph.build_plan_at_index(1)
+    graph.build_plan_at_index(0)
+    with pytest.raises(ValueError, match="uid 3"):
+        graph.execute({1: 16, 2: 16}, 16, handle=handle)
+    with pytest.raises(ValueError, match="workspace"):
+        graph.execute({1: 16, 2: 16, 3: 16}, 0, handle=handle)
+    with pytest.raises(TypeError):
+        graph.execute({1: 16, 2: 16, 3: 16}, 16, handle=7)
+    wrong, _, y = a_graph(cudnn, cuda)
+    y.set_dim([1, 1, 3, 2])
+    wrong.validate()
+    with pytest.raises(RuntimeError, match="BAD_PARAM"):
+        wrong.build_operation_graph()
+    mixed, _, y = a_graph(cudnn, cuda)
+    y.set_data_type(cudnn.data_type.BFLOAT16)
+    mixed.validate()
+    mixed.build_operation_graph()
+    with pytest.raises(cudnn.cudnnGraphNotSupportedError):
+        mixed.create_execution_plans([cudnn.heur_mode.A])
+
+
+def resolve(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def test_double_has_the_listed_parameters() -> None:
+    cudnn = Cudnn(Cuda())
+    for name, expected in parameters().items():
+        function = resolve(cudnn, name)
+        found = [p for p in inspect.signature(function).parameters if p != "self"]
+        assert found == expected, name
+    public = {name for name in vars(_pygraph) if not name.startswith("_")} - {"cudnn", "require", "roles"}
+    assert public == {name.split(".")[1] for name in parameters() if name.startswith("pygraph.")}
+
+
+def test_listed_parameters_are_the_real_ones() -> None:
+    """Needs the package nvidia-cudnn-frontend, but no GPU and no cuDNN."""
+    cudnn = importlib.import_module("cudnn")
+    compiled = importlib.import_module("cudnn._compiled_module").backend_graph
+    for name, expected in parameters().items():
+        function: Any = resolve(cudnn, name)
+        found = list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
+        if isinstance(function, type):
+            found = list(inspect.signature(function.__init__).parameters)
+        if "args" in found:  # the builders of nodes: their parameters are in the text of the compiled function
+            text = getattr(compiled, name.split(".")[1]).__doc__
+            found = re.findall(r"(\w+): ", text.split("\n")[0])
+        assert [p for p in found if p in expected] == expected, f"{name}({', '.join(found)})"
+    for enum, members in {"data_type": ("FLOAT", "BFLOAT16"), "heur_mode": ("A", "FALLBACK"),
+                          "numerical_note": sorted(set().union(*nn.cudnn.NOTES.values()))}.items():  # fmt: skip
+        assert all(hasattr(getattr(cudnn, enum), member) for member in members), enum
+    assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception)

@@ -1,0 +1,297 @@
+"""A whole training run on the double of a GPU: kernels, cuDNN, CUDA graphs; alone and over NCCL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import run
+from device_double import REAL, DoubleBackend, device, double_only
+from strict_array import CaptureError, reset_syncs, sync_count
+from test_nccl import PATH
+from test_strict import apart
+
+import distrib.train
+from distrib import mnist
+from distrib.comm import SingleCommunicator, SingleControl
+from distrib.config import Config
+from distrib.console import Screen
+from distrib.errors import UserError
+from distrib.failure import Watchdog
+from distrib.run import Run
+from distrib.trainer import Trainer
+from distrib.warmup import warm_up
+from distrib.world import World
+from nn import functional as F
+from nn.backend import NUMPY, Backend
+from nn.resnet9 import VARIANTS
+
+OPTIONS: dict[str, Any] = {"batch_size": 8, "width": 0.125 if REAL else 0.0625, "epochs": 3, "schedule": "onecycle", "lr": 1e-2}
+
+
+def a_trainer(backend: Backend, images: int = 20, **options: Any) -> Trainer:
+    rng = np.random.default_rng(1)
+    data = mnist.Dataset("random", *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2)
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+    return Trainer(Config(**{**OPTIONS, **options}), world, data)
+
+
+def steps(trainer: Trainer, count: int) -> list[float]:
+    """Losses of `count` steps, read with as little waiting as possible."""
+    losses: list[float] = []
+    for _ in range(count):
+        trainer.step()
+        trainer.read_results(wait=False, then=lambda results: losses.append(results["loss"]))
+    trainer.read_results()
+    return losses[:count]
+
+
+SGD = {"optimizer": "sgd", "momentum": 0.9, "loss": "bce"}
+
+
+@pytest.mark.parametrize(("variant", "precision", "optimizer"), [
+    ("baseline", "float32", {"label_smoothing": 0.1}), ("avgpool", "tf32", SGD), ("conv-shortcut", "bf16", SGD),
+    ("three-blocks", "bf16", {"weight_decay": 0.1}), ("three-blocks", "float32", SGD),
+])  # fmt: skip
+def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, optimizer: dict) -> None:
+    """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a graph."""
+    found = []
+    for graph in (True, False):
+        with device(precision) as backend:
+            trainer = a_trainer(backend, variant=variant, precision=precision, cuda_graph=graph, **optimizer)
+            losses = []
+            for _ in range(3):
+                losses += steps(trainer, 3)
+                losses.append(trainer.test()["test_loss"])
+            found.append((losses, backend.to_host(trainer.params.values), trainer.model.state_dict(), trainer.lr()))
+            assert (trainer.graphs is not None) == graph
+            if trainer.graphs:
+                # eager: one of each kind, and after the evaluation moved buffers once more
+                assert trainer.graphs.replays == 9 - 4
+    (losses, values, state, lr), (expected, expected_values, expected_state, expected_lr) = found
+    assert losses == expected
+    assert (values == expected_values).all()
+    assert all((state[name] == expected_state[name]).all() for name in expected_state)
+    assert state["stem.1.num_batches_tracked"] == 9
+    assert lr == expected_lr
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 2e-4), ("bf16", 0.1)])
+def test_losses_follow_the_host(variant: str, precision: str, bound: float) -> None:
+    """The fused path in float32 against the plain one in float64 over a few steps; bf16 as far as it goes."""
+    with device(precision) as backend:
+        ours = steps(a_trainer(backend, variant=variant, precision=precision), 4)
+    theirs = steps(a_trainer(NUMPY, variant=variant, precision="float64"), 4)
+    np.testing.assert_allclose(ours, theirs, rtol=bound)
+
+
+def test_float64_is_eager_and_exact() -> None:
+    """cuDNN does no float64: patches, which cannot be captured, with the kernels around them."""
+    with device("float64") as backend:
+        ours, theirs = (a_trainer(b, precision="float64") for b in (backend, NUMPY))
+        np.testing.assert_allclose(steps(ours, 5), steps(theirs, 5), rtol=1e-9)
+        assert apart(ours.params, theirs.params, "values") < 1e-9
+        assert ours.graphs is not None
+        assert ours.graphs.replays == 0
+
+
+@double_only
+def test_the_host_waits_for_nothing() -> None:
+    with device("float32") as backend:
+        trainer = a_trainer(backend, images=64)
+        reset_syncs()
+        for _ in range(6):
+            trainer.step()
+        assert sync_count() == 0
+        assert trainer.graphs is not None
+        assert trainer.graphs.replays == 5
+        trainer.read_results()
+        assert sync_count() == 1
+
+
+@pytest.mark.parametrize("precision", ["float64", "tf32", "bf16"])
+def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
+    """Plans, graphs and buffers are there before the first step, and every bit is as without."""
+    found = []
+    for warm in (True, False):
+        with device(precision) as backend:
+            trainer, run_folder = a_trainer(backend, precision=precision), Run(tmp_path / str(warm))
+            run_folder.path.mkdir()
+            steps(trainer, 2)
+            if warm:
+                warm_up(trainer, run_folder)
+                held, built = trainer.model.ws.nbytes(), len(getattr(backend, "launched", ()))
+            found.append((steps(trainer, 4), trainer.test(), trainer.model.state_dict(), trainer.optimizer.steps))
+            if warm and precision != "float64":
+                assert trainer.graphs is not None
+                assert trainer.graphs.replays >= 6, "two captures of the warm-up, and every step after it"
+                assert trainer.model.ws.nbytes() == held, "a buffer grew after the warm-up"
+                assert REAL or "adam" not in backend.launched[built:], "a step was queued by Python after the warm-up"
+                stored = json.loads((run_folder.path / "plans.json").read_text())
+                assert stored["about"] == backend.describe()
+                assert len(stored["plans"]) == 5 * 3 * 2 + 5, "three operations of five shapes for 8 and 4 images; forward for 20"
+    (losses, test, state, done), (expected, expected_test, expected_state, expected_done) = found
+    assert (losses, test, done) == (expected, expected_test, expected_done)
+    assert all((state[name] == expected_state[name]).all() for name in state)
+
+
+@double_only
+def test_stored_plans_are_taken_and_those_of_another_gpu_are_not(tmp_path: Path) -> None:
+    folder = Run(tmp_path)
+    for about, taken in (("double", True), ("another", False)):
+        with device("tf32") as backend:
+            folder.keep_plans({"gpu": about}, {"forward 8x28x28x4 3x3x4x8 s1p1d1 tf32": "lost"})
+            if taken:
+                with pytest.raises(UserError, match=r"'lost' stored for 'forward 8x28x28x4 .* remove plans.json"):
+                    warm_up(a_trainer(backend, precision="tf32"), folder)
+            else:
+                warm_up(a_trainer(backend, precision="tf32"), folder)
+                assert "lost" not in folder.plans({"gpu": "double"}).values()
+
+
+def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training loop, which reads results late there: the same lines of metrics.jsonl as on the host."""
+    lines, summaries = [], []
+    for name in ("device", "host"):
+        options = Config(**OPTIONS | {"epochs": 2, "log_every": 2, "checkpoint_every": 5, "lr": 1e-3},
+                         limit_train=44, limit_test=30, run_dir=str(tmp_path / name), comm="none")  # fmt: skip
+        with device("float32") as backend:
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+            if name == "device":
+                monkeypatch.setattr(distrib.train, "connect", lambda *_, world=world: world)
+            assert distrib.train.train(options) == 0
+            monkeypatch.undo()
+        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    assert [line.get("step") for line in lines[0]] == [line.get("step") for line in lines[1]]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ("loss", "train_loss", "test_loss"):
+            assert key not in ours or ours[key] == pytest.approx(theirs[key], rel=2e-2)
+        assert ours.get("compute_seconds") is None
+    assert summaries[0]["steps"] == summaries[1]["steps"] == 12
+    assert summaries[0]["finished"]
+    assert summaries[0]["backend"] == ("cupy" if REAL else "double")
+
+
+def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    with device("float32") as backend:
+        trainer = a_trainer(backend, images=400, log_every=2)
+        screen = Screen(active=False)
+        step = trainer.step
+
+        def stop_at_ten() -> None:
+            trainer.stop_requested = trainer.at.step >= 10
+            step()
+
+        monkeypatch.setattr(trainer, "step", stop_at_ten)
+        distrib.train.train_epoch(trainer, 0, None, screen)
+        assert trainer.stopped
+        assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
+
+
+def captured(backend: DoubleBackend, **options: Any) -> list[Any]:
+    """What the graph of a step holds."""
+    trainer = a_trainer(backend, images=64, **options)
+    steps(trainer, 2)
+    assert trainer.graphs is not None
+    ((_, graph),) = trainer.graphs._graphs.values()
+    return list(graph.work)
+
+
+@double_only
+def test_number_of_kernels() -> None:
+    """At batch 8 a step of the baseline is at most 60 launches; every convolution of cuDNN's counts as one here."""
+    with device("float32") as backend:
+        assert len(captured(backend)) == 51
+
+
+@double_only
+def test_an_operation_outside_the_kernels_cannot_hide_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    with device("float32") as backend:
+        trainer = a_trainer(backend, images=64)
+        trainer.step()
+        monkeypatch.setattr(F, "add", F.add.plain)
+        with pytest.raises(CaptureError):
+            trainer.step()
+
+
+RANKS = """
+import sys
+from mpi4py import MPI
+from device_double import CapturedNccl, device
+from distrib.comm import SingleCommunicator, SingleControl
+from distrib.failure import Watchdog
+from distrib.nccl import NcclCommunicator
+from distrib.reducer import Reducer
+from distrib.trainer import Trainer
+from distrib.world import World
+from test_graph import *
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
+rng = np.random.default_rng(1)
+data = mnist.Dataset("random", *(rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)) * 2)
+
+def train(alone, graph):
+    with device("float32") as backend:
+        if alone:
+            comm, control = SingleCommunicator(), SingleControl()
+        else:
+            nccl = CapturedNccl(world, backend.cuda, [])
+            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"), BRANCH and backend.branch), world
+        options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
+        trainer = Trainer(Config(**options, cuda_graph=graph), World(comm, control, backend, "", watchdog, [""] * comm.size), data)
+        trainer.reducer = Reducer(trainer.params, comm, trainer.config.gradients, bucket_bytes=1 << 12)
+        plain = trainer.reducer.ready
+        trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
+        losses = steps(trainer, 9)
+        return losses, trainer.model.state_dict(), trainer
+
+losses, state, trainer = train(False, True)
+assert trainer.graphs.replays == 7, trainer.graphs.replays  # six full batches, three of 2 images (on four ranks: none on two)
+eager, eager_state, _ = train(False, False)
+assert losses == eager, "a graph and eager steps differ"
+assert all((state[name] == eager_state[name]).all() for name in state)
+one, _, _ = train(True, True)
+np.testing.assert_allclose(losses, one, rtol=BOUND)
+everyone = world.allgather(b"".join(value.tobytes() for value in state.values()))
+assert all(other == everyone[0] for other in everyone)
+"""
+
+
+@double_only
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("gradients", "bound"), [("float32", 1e-3), ("bf16", 5e-2)])
+def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> None:
+    """Collectives in the graph: as eager to the bit, on all ranks alike, and as one rank within rounding."""
+    run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=PATH)
+
+
+@double_only
+def test_a_sum_that_does_not_wait_for_the_weight_gradients_is_found_out() -> None:
+    done = run("-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=PATH, check=False)
+    assert "AssertionError: a graph and eager steps differ" in done.stderr
+
+
+@double_only
+def test_kernels_are_listed_and_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`distrib bench kernels` on the double, whose clock stands still between plans."""
+    from launch import bench_kernels
+
+    with device("tf32") as backend:
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+        monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
+        for name, value in {"COPIES": 2, "ROUNDS": 1}.items():
+            monkeypatch.setattr(bench_kernels, name, value)
+        bench_kernels.kernels(batch_size=2, width=1 / 32, precision="tf32", as_json=True)
+    result = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in result["kernels"]]
+    assert result["launches"] == len(names) == 47
+    assert names[0] == "take_batch"
+    assert names[-2:] == ["adam", "end_step"]
+    assert sum(name.startswith("cuDNN weight gradient") for name in names) == 7
+    assert result["step_microseconds"] > 0

@@ -1,0 +1,361 @@
+"""Every drop-in against the plain operation that it stands for: results, and what it does to its arguments.
+
+The kernels' CUDA sources run on the CPU here; on a GPU `make test-gpu` runs the same cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_double import HostModule
+from cudnn_double import from_bf16, to_bf16
+from device_double import REAL, DoubleBackend, device, double_only
+from test_functional import on_ranks
+
+from nn import functional as F
+from nn import losses, optim, params
+from nn.backend import NUMPY, REPLACEABLE
+from nn.conv import Geometry, conv_backward, conv_forward
+from nn.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
+from nn.kernels.dropins import DropIns, rows_of
+from nn.workspace import Workspace
+
+BOUND = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2**-7}
+"""Of the largest value of an array. bfloat16 rounds to 2^-9 of a value, here up to twice in a row."""
+
+DTYPE = {"float64": "float64", "float32": "float32", "bfloat16": "uint16"}
+PARAMETERS = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
+TESTED: set[str] = set()
+
+
+class Both:
+    """The same arrays twice: float64 on the host for the plain operation, and on the device in the type under test.
+
+    Values are rounded to that type first, so that both sides start from the same numbers.
+    """
+
+    def __init__(self, element: str, backend: DoubleBackend, seed: int = 0) -> None:
+        self.element, self.backend, self.rng = element, backend, np.random.default_rng(seed)
+        self.ws = Workspace(NUMPY, "float64"), Workspace(backend, DTYPE[element])
+        self.pairs: dict[str, tuple[np.ndarray, Any]] = {}
+
+    def add(self, name: str, values: Any, real: bool = False) -> None:
+        """Activations, or with `real` what has the type of parameters."""
+        values = np.asarray(values, "float64")
+        if self.element == "bfloat16" and not real:
+            bits = to_bf16(values.astype("float32"))
+            self.pairs[name] = from_bf16(bits).astype("float64"), self.backend.xp.asarray(bits)
+        else:
+            typed = values.astype(PARAMETERS[self.element])
+            self.pairs[name] = typed.astype("float64"), self.backend.xp.asarray(typed)
+
+    def exact(self, name: str, values: np.ndarray) -> None:
+        """Integers and the like, of one type on both sides."""
+        self.pairs[name] = values.copy(), self.backend.xp.asarray(values)
+
+    def __getitem__(self, side: int) -> Callable[[str], Any]:
+        return lambda name: self.pairs[name][side] if name in self.pairs else None
+
+    def found(self, array: Any) -> np.ndarray:
+        host = self.backend.to_host(array)
+        return (from_bf16(host) if host.dtype == np.uint16 else host).astype("float64")
+
+    def check(self, *names: str, bound: float | None = None) -> None:
+        for name in names:
+            self.near(name, *self.pairs[name], bound)
+
+    def near(self, name: str, expected: np.ndarray, found: Any, bound: float | None = None) -> None:
+        apart = np.abs(self.found(found) - expected).max(initial=0)
+        limit = (BOUND[self.element] if bound is None else bound) * max(np.abs(expected).max(initial=0), 1e-30)
+        assert apart <= limit, f"{name}: {apart:.3g} apart, {limit:.3g} allowed"
+
+
+@pytest.fixture(params=ELEMENTS)
+def both(request: pytest.FixtureRequest) -> Iterator[Both]:
+    with device() as backend:
+        yield Both(request.param, backend)
+
+
+SHAPES = [(2, 6, 6, 8), (3, 7, 5, 5), (1, 3, 3, 40), (5, 2, 4, 1), (2, 28, 28, 3)]
+LARGE = (3, 36, 31, 33)  # 3348 rows: more than one block, and two groups of channels
+
+
+def norm_case(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> tuple[tuple[int, ...], dict]:
+    n, h, w, c = shape
+    out = (n, h // 2, w // 2, c) if pool else shape
+    rng = both.rng
+    both.add("z", rng.normal(1.5, 2, shape))
+    both.add("gamma", rng.normal(0, 1, c), real=True)
+    both.add("beta", rng.normal(0, 1, c), real=True)
+    both.add("mean", rng.normal(0, 1, c), real=True)
+    both.add("var", rng.uniform(0.5, 2, c), real=True)
+    both.add("y", np.full(out, np.nan))
+    both.add("dy", rng.normal(0, 1, out))
+    both.add("dgamma", np.full(c, np.nan), real=True)
+    both.add("dbeta", np.full(c, np.nan), real=True)
+    if residual:
+        both.add("residual", rng.normal(0, 1, shape))
+    return out, {"relu": relu, "pool": pool}
+
+
+KINDS = [(False, True, False), (True, True, False), (False, True, True), (False, False, False), (True, False, False),
+         (False, False, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
+@pytest.mark.parametrize(("pool", "relu", "residual"), KINDS)
+def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> None:
+    """Forward and backward, one launch each for few rows, two for many."""
+    _, kind = norm_case(both, shape, pool, relu, residual)
+    count = shape[0] * shape[1] * shape[2]
+    results = []
+    for side, (forward, backward) in enumerate(((F.norm_forward.plain, F.norm_backward.plain), (F.norm_forward, F.norm_backward))):
+        a, ws = both[side], both.ws[side]
+        saved = forward(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), ws, count=count,
+                        sum_over_ranks=None, residual=a("residual"), **kind)  # fmt: skip
+        results.append(backward(a("dy"), saved, a("gamma"), a("beta"), a("dgamma"), a("dbeta"), ws, count=count,
+                                sum_over_ranks=None))  # fmt: skip
+    both.check("y")
+    both.check("mean", "var", bound=1e-6 if both.element != "float64" else None)
+    expected, found = both.pairs["y"]
+    assert ((expected > 0) == (both.found(found) > 0)).all(), "rounding moved a value across the gate: take another seed"
+    both.check("dgamma", "dbeta", bound={"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-5}[both.element])
+    both.near("dz", *results)
+    if residual:
+        both.check("dy")
+    small = rows_of(both.pairs["z"][0], pool) <= SMALL_ROWS * KEEP[both.element] // (4 if pool else 1)
+    assert REAL or both.backend.launched == (["norm_small_forward", "norm_small_backward"] if small else [
+        "norm_statistics", "norm_apply", "norm_gradient_sums", "norm_input_gradient"])  # fmt: skip
+    assert small or shape != SHAPES[0]
+    TESTED.update({"norm_forward", "norm_backward"})
+
+
+@double_only
+@pytest.mark.parametrize("sizes", [(2, 3), (4, 0, 1)])
+@pytest.mark.parametrize(("pool", "relu", "residual"), KINDS[:3])
+@pytest.mark.parametrize("element", ["float64", "float32"])
+def test_norm_over_ranks(element: str, pool: bool, relu: bool, residual: bool, sizes: tuple[int, ...]) -> None:
+    """Parts of a batch, one of them empty, with sums over ranks, are the whole batch."""
+    whole = (5, 6, 5, 9)
+    with device() as backend:
+        one = Both(element, backend)
+        _, kind = norm_case(one, whole, pool, relu, residual)
+        xp, stops = backend.xp, np.cumsum((0, *sizes))
+        inputs = {name: pair[1] for name, pair in one.pairs.items()}
+        start = {name: inputs[name].copy() for name in inputs}
+
+        def work(images: slice, sums: Any) -> dict[str, np.ndarray]:
+            ws = Workspace(backend, DTYPE[element])
+            part = {name: xp.array(v[images] if v.ndim == 4 else v) for name, v in start.items()}
+            saved = F.norm_forward(part["z"], part["gamma"], part["beta"], part["mean"], part["var"], part["y"], ws,
+                                   count=150, sum_over_ranks=sums, residual=part.get("residual"), **kind)  # fmt: skip
+            dz = F.norm_backward(part["dy"], saved, part["gamma"], part["beta"], part["dgamma"], part["dbeta"], ws,
+                                 count=150, sum_over_ranks=sums)  # fmt: skip
+            return {name: one.found(v) for name, v in {**part, "dz": dz}.items()}
+
+        def on_device(sums: Any) -> Any:
+            def reduce(x: Any) -> None:
+                host = one.found(x)
+                sums(host)
+                x[...] = xp.asarray(host)
+
+            return reduce
+
+        expected = work(slice(0, 5), None)
+        parts = on_ranks(len(sizes), lambda rank, sums: work(slice(stops[rank], stops[rank + 1]), on_device(sums)))
+        bound = 1e-12 if element == "float64" else 1e-5
+        for name in ("y", "dz", *(["dy"] if residual else [])):
+            together = np.concatenate([part[name] for part in parts])
+            assert np.abs(together - expected[name]).max() <= bound * np.abs(expected[name]).max(), name
+        for name in ("dgamma", "dbeta"):
+            assert np.abs(sum(part[name] for part in parts) - expected[name]).max() <= bound * np.abs(expected[name]).max()
+        for name in ("mean", "var"):
+            assert all(np.abs(part[name] - expected[name]).max() <= bound for part in parts), name
+
+
+@double_only
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_no_order_of_threads_changes_a_bit(order: str) -> None:
+    """A missing barrier, or a sum whose order depends on who comes first, would."""
+    found = []
+    for run in ("forward", order):
+        with device() as backend:
+            both = Both("float32", backend)
+            norm_case(both, LARGE, True, True, False)
+            a = both[1]
+            F.norm_inference(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[1], pool=True)  # compiles
+            for module in backend.forms["stem"].kernels._modules.values():
+                module.module.order = run
+            saved = F.norm_forward(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[1], count=3348,
+                                   sum_over_ranks=None, pool=True)  # fmt: skip
+            dz = F.norm_backward(a("dy"), saved, a("gamma"), a("beta"), a("dgamma"), a("dbeta"), both.ws[1], count=3348,
+                                 sum_over_ranks=None)  # fmt: skip
+            found.append([both.found(v) for v in (a("y"), dz, a("mean"), a("var"), a("dgamma"), a("dbeta"))])
+    assert all((x == y).all() for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
+@pytest.mark.parametrize(("pool", "relu", "residual"), KINDS)
+def test_norm_inference(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> None:
+    _, kind = norm_case(both, shape, pool, relu, residual)
+    for side, run in enumerate((F.norm_inference.plain, F.norm_inference)):
+        a = both[side]
+        run(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[side], residual=a("residual"), **kind)
+    both.check("y", "mean", "var")
+    TESTED.add("norm_inference")
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(("n", "side", "c", "k"), [(5, 3, 16, 10), (1, 7, 40, 10), (3, 1, 3, 4)])
+def test_head(both: Both, n: int, side: int, c: int, k: int, average: bool) -> None:
+    rng = both.rng
+    both.add("x", rng.integers(0, 6, (n, side, side, c)))  # many equal maxima
+    for name, shape in {"w": (k, c), "b": (k,), "dlogits": (n, k)}.items():
+        both.add(name, rng.normal(0, 1, shape), real=True)
+    for name, shape in {"pooled": (n, 1, 1, c), "logits": (n, k), "dw": (k, c), "db": (k,)}.items():
+        both.add(name, np.full(shape, np.nan), real=True)
+    both.add("dx", np.full((n, side, side, c), np.nan))
+    for i, (forward, backward) in enumerate(((F.head_forward.plain, F.head_backward.plain), (F.head_forward, F.head_backward))):
+        a = both[i]
+        forward(a("x"), a("w"), a("b"), a("pooled"), a("logits"), average)
+        backward(a("dlogits"), a("x"), a("pooled"), a("w"), a("dw"), a("db"), a("dx"), both.ws[i], average)
+    both.check("pooled", "logits", "dw", "db", "dx", "x", "w", "b", "dlogits")
+    TESTED.update({"head_forward", "head_backward"})
+
+
+@pytest.mark.parametrize(("loss", "smoothing"), [("ce", 0.0), ("ce", 0.1), ("bce", 0.0)])
+@pytest.mark.parametrize("n", [1, 8, 300, 0])
+def test_loss(both: Both, loss: str, smoothing: float, n: int) -> None:
+    rng = both.rng
+    both.add("logits", rng.normal(0, 3, (n, 10)) * np.where(np.arange(n) % 7 == 0, 30, 1)[:, None], real=True)
+    both.exact("labels", rng.integers(0, 10, n, np.uint8))
+    both.add("stop", [1.0], real=True)
+    for name, shape in {"dlogits": (n, 10), "own": (1,), "tail": (3,)}.items():
+        both.add(name, np.full(shape, np.nan), real=True)
+    for side, run in enumerate((losses.loss_and_gradient.plain, losses.loss_and_gradient)):
+        a = both[side]
+        run(a("logits"), a("labels"), a("stop"), a("dlogits"), a("own"), a("tail"), loss=loss, count=512, smoothing=smoothing)
+    both.check("dlogits", "own", "tail", "logits", "stop", bound=1e-12 if both.element == "float64" else 3e-6)
+    TESTED.add("loss_and_gradient")
+
+
+@pytest.mark.parametrize("n", [3, 0])
+def test_take_batch(both: Both, n: int) -> None:
+    both.exact("images", both.rng.integers(0, 256, (20, 28, 28), np.uint8))
+    both.exact("labels", both.rng.integers(0, 10, 20, np.uint8))
+    both.exact("order", both.rng.permutation(20).astype(np.int32))
+    both.exact("at", np.array([2]))
+    both.add("x", np.full((n, 28, 28, 1), np.nan))
+    both.exact("y", np.full(n, 255, np.uint8))
+    for side, run in enumerate((F.take_batch.plain, F.take_batch)):
+        a = both[side]
+        run(a("images"), a("labels"), a("order"), a("at"), 5, 1, a("x"), a("y"))
+    both.check("x")
+    both.check("images", "labels", "order", "at", "y", bound=0)
+    TESTED.add("take_batch")
+
+
+def test_add(both: Both) -> None:
+    for name in ("x", "y"):
+        both.add(name, both.rng.normal(0, 1, (3, 5, 5, 7)))
+    for side, run in enumerate((F.add.plain, F.add)):
+        run(both[side]("x"), both[side]("y"))
+    both.check("x", "y")
+    TESTED.add("add")
+
+
+def test_end_step(both: Both) -> None:
+    both.add("history", both.rng.normal(0, 1, (4, 4)), real=True)
+    both.add("own", [3.0], real=True)
+    both.add("tail", [1.0, 2.0, 0.0], real=True)
+    both.exact("at", np.array([6]))
+    for side, run in enumerate((F.end_step.plain, F.end_step)):
+        a = both[side]
+        run(a("history"), a("own"), a("tail"), a("at"))
+    both.check("history", "own", "tail", "at", bound=0)
+    assert both.pairs["at"][0] == [7]
+    assert (both.pairs["history"][0][2] == [3, 1, 2, 0]).all()
+    TESTED.add("end_step")
+
+
+OPTIMIZERS = {
+    "adam": [{"weight_decay": 0.0}, {"weight_decay": 0.1}],
+    "sgd": [{"weight_decay": wd, "momentum": m, "nesterov": nesterov}
+            for wd, m, nesterov in ((0.0, 0.0, False), (0.1, 0.0, False), (0.0, 0.9, False), (0.1, 0.9, True))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, o) for name, all_of in OPTIMIZERS.items() for o in all_of])
+def test_optimizers(both: Both, name: str, options: dict) -> None:
+    size, rng = 1000, both.rng
+    both.add("values", rng.normal(0, 1, size), real=True)
+    both.add("grads", rng.normal(0, 1, size) * 10.0 ** rng.integers(-9, 1, size), real=True)
+    states = ["m", "v"] if name == "adam" else ["u"] if options["momentum"] else []
+    for state in states:
+        both.add(state, rng.uniform(0, 1, size), real=True)
+    both.exact("rates", np.array([[1.0, 1.0], [1e-2, 3e-3]]))
+    both.exact("at", np.array([1]))
+    compute = both.backend.xp.asarray(np.zeros(size, np.uint16)) if both.element == "bfloat16" else None
+    for side, run in enumerate((getattr(optim, name).plain, getattr(optim, name))):
+        a = both[side]
+        state = [a(s) for s in states] if name == "adam" or states else [None]
+        run(a("values"), a("grads"), *state, a("rates"), a("at"), compute if side else None,
+            np.zeros((2, 300)), **options)  # fmt: skip
+    both.check("values", "grads", *states, "rates", "at", bound=1e-14 if both.element == "float64" else 1e-6)
+    if compute is not None:
+        expected = to_bf16(both.backend.to_host(both.pairs["values"][1]))
+        assert (both.backend.to_host(compute) == expected).all()
+    TESTED.add(name)
+
+
+def test_narrow_and_widen() -> None:
+    """To the bit, the plain versions on the host among them: ties, denormals, infinities, NaN."""
+    bits = np.concatenate([
+        np.random.default_rng(0).integers(0, 1 << 32, 5000, np.uint64).astype(np.uint32),
+        np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 1, 0x80000000, 0x8000], np.uint32),
+    ])  # fmt: skip
+    x = bits.view(np.float32)
+    x = np.where(np.isnan(x), np.float32(np.nan), x)
+    with device() as backend, np.errstate(invalid="ignore"):
+        narrow, back = backend.xp.zeros(len(x), np.uint16), backend.xp.zeros(len(x), np.float32)
+        params.narrow(backend.xp.asarray(x), narrow)
+        params.widen(narrow, back)
+        on_host, back_on_host = np.zeros(len(x), np.uint16), np.zeros(len(x), np.float32)
+        params.narrow.plain(x, on_host)
+        params.widen.plain(on_host, back_on_host)
+        assert (backend.to_host(narrow) == on_host).all()
+        assert (backend.to_host(back).view(np.uint32) == back_on_host.view(np.uint32)).all()
+        finite = np.isfinite(x)
+        assert (on_host[finite] == to_bf16(x[finite])).all()
+        assert (np.isnan(back_on_host) == np.isnan(x)).all()
+    TESTED.update({"narrow", "widen"})
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28, 8), (2, 5, 7, 3), (1, 1, 1, 40), (9, 28, 28, 33), (0, 28, 28, 8)])
+def test_stem(both: Both, shape: tuple[int, ...]) -> None:
+    """The first layer's own convolution against patches, its weight gradient too."""
+    n, h, w, c = shape
+    g = Geometry(1, 1, 1)
+    both.add("x", both.rng.random((n, h, w, 1)))
+    both.add("w", both.rng.normal(0, 1, (c, 3, 3, 1)))
+    both.add("dy", both.rng.normal(0, 1, shape))
+    both.add("y", np.full(shape, np.nan))
+    both.add("dw", np.full((c, 3, 3, 1), np.nan), real=True)
+    for side, form in enumerate(("patches", "stem")):
+        a, ws = both[side], both.ws[side]
+        weights, dw = (a(name).transpose(1, 2, 3, 0) for name in ("w", "dw"))
+        saved = conv_forward(a("x"), weights, g, a("y"), ws, form)
+        conv_backward(a("dy"), saved, weights, g, dw, None, ws, form)
+    both.check("y")
+    both.check("dw", bound={"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-6}[both.element])
+
+
+def test_every_operation_that_can_be_replaced_was_tested() -> None:
+    """Runs last in this file; where it is picked alone there is nothing to say."""
+    names = set(DropIns(Kernels(HostModule)).operations())
+    assert names == set(REPLACEABLE), "a replaceable operation has no drop-in, or the other way round"
+    if TESTED:
+        assert names == TESTED
