@@ -32,6 +32,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.125,
         "log_every": 20,
     },
+    "fast99": {
+        "epochs": 1, "limit_train": 30000, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "momentum": 0.9,
+        "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.25,
+    },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
@@ -80,7 +84,7 @@ class Config:
     keep: int = option(3, "Checkpoints to keep.")
     resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
     max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
-    recipe: str | None = option(None, "A named set of options: demo, reference or reference-sgd; others given win.")
+    recipe: str | None = option(None, "A named set of options: demo, fast99, reference or reference-sgd; others given win.")
     gradients: str = option("float32", "Type in which gradients travel between GPUs: float32 (with float64, float64) or bf16.")
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")

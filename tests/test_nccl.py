@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT, run
@@ -102,6 +103,22 @@ try:
 except OrderError:
     pass
 """, ranks=2)  # fmt: skip
+
+
+def test_an_asynchronous_error_ends_the_job() -> None:
+    """NCCL reports it to nobody who does not ask: the watchdog does, while the main thread is busy elsewhere."""
+    begin = time.monotonic()
+    done = with_ranks("""
+import time
+if rank == 1:
+    nccl.async_status = 6
+time.sleep(60)
+""", ranks=2, check=False)  # fmt: skip
+    assert time.monotonic() - begin < 30
+    assert done.returncode not in (0, 2, 85)
+    assert "distrib: rank 1 on" in done.stderr
+    assert "found at step 0: NCCL_ERROR_REMOTE_ERROR" in done.stderr
+    assert "rank 0 on" not in done.stderr.replace("mpirun", "")
 
 
 TRAINING = """
