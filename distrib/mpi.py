@@ -70,6 +70,8 @@ class StagedCommunicator(MpiCommunicator):
         self._backend = backend
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
+        if self._backend.branch:  # gradients of weights come from there
+            self._backend.branch.join(self._backend.stream)
         host = np.array(self._backend.to_host(x))
         super().all_reduce(host)
         x[...] = self._backend.asarray(host)

@@ -32,9 +32,16 @@ from nn.resnet9 import VARIANTS
 OPTIONS: dict[str, Any] = {"batch_size": 8, "width": 0.125 if REAL else 0.0625, "epochs": 3, "schedule": "onecycle", "lr": 1e-2}
 
 
-def a_trainer(backend: Backend, images: int = 20, **options: Any) -> Trainer:
+def random_data(images: int) -> mnist.Dataset:
     rng = np.random.default_rng(1)
-    data = mnist.Dataset("random", *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2)
+    return mnist.Dataset("random", *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2)
+
+
+DATA = random_data(20)
+
+
+def a_trainer(backend: Backend, images: int = 20, **options: Any) -> Trainer:
+    data = random_data(images)
     world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
     return Trainer(Config(**{**OPTIONS, **options}), world, data)
 
@@ -269,6 +276,31 @@ assert all(other == everyone[0] for other in everyone)
 def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> None:
     """Collectives in the graph: as eager to the bit, on all ranks alike, and as one rank within rounding."""
     run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=PATH)
+
+
+STAGED = """
+from mpi4py import MPI
+from device_double import device
+from distrib.mpi import StagedCommunicator
+from test_graph import *
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
+found = []
+for alone in (False, True):
+    with device("float32") as backend:
+        trainer = a_trainer(backend, lr=1e-3)
+        if not alone:
+            comm = StagedCommunicator(world, watchdog, backend)
+            trainer = Trainer(trainer.config, World(comm, world, backend, "", watchdog, [""] * 2), DATA)
+            assert trainer.graphs is None
+        found.append(steps(trainer, 6))
+np.testing.assert_allclose(*found, rtol=1e-3)
+"""
+
+
+@double_only
+def test_ranks_through_the_host() -> None:
+    """MPI under the device's arrays: the sums wait for the branch of the weight gradients."""
+    run("-c", STAGED, ranks=2, env=PATH)
 
 
 @double_only
