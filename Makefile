@@ -57,6 +57,7 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	OMP_NUM_THREADS=2 distrib bench step --batch-size 8 --steps 1 --repeats 2 --against loop
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --against torch
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --width 0.125 --against torch
+	mpirun -n 2 distrib bench allreduce
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 
