@@ -107,6 +107,7 @@ class Config:
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
         self._require("label_smoothing", self.label_smoothing < 1, "give less than 1")
         self._require("label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only")
+        self._require("gradients", self.gradients == "float32" or self.precision != "float64", "is not for --precision float64")
         self._require("width", self.width <= 64, "give 64 or less")
         self._require("warmup_epochs", not self.warmup_epochs or self.schedule != "onecycle",
                       "onecycle warms up by itself: leave it out")  # fmt: skip

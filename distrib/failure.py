@@ -27,16 +27,23 @@ class Watchdog:
         self._wait: tuple[str, float, float] | None = None
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
+        self._checking = threading.Lock()
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
 
     @contextmanager
     def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
-        """Mark a wait that must end within `patience` timeouts."""
+        """Mark a wait that must end within `patience` timeouts; one inside another counts for itself."""
+        outer = self._wait
         self._wait = (what, time.monotonic(), patience * self.timeout)
         try:
             yield
         finally:
-            self._wait = None
+            self._wait = outer
+
+    def forget_checks(self) -> None:
+        """From the return on, none of `checks` runs any more."""
+        with self._checking:
+            self.checks.clear()
 
     def _run(self) -> None:
         while True:
@@ -45,12 +52,16 @@ class Watchdog:
             if wait and time.monotonic() - wait[1] > wait[2]:
                 self._expire(f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
                              " too slow; see its log, or raise --timeout")  # fmt: skip
-            for check in self.checks.copy():
-                try:
-                    check()
-                except Exception as error:
-                    self._expire(f"found at step {self.step}: {error}: another rank or a link has failed; see the logs"
-                                 " of all ranks, with NCCL_DEBUG=INFO for NCCL's own")  # fmt: skip
+            with self._checking:
+                self._check()
+
+    def _check(self) -> None:
+        for check in self.checks:
+            try:
+                check()
+            except Exception as error:
+                self._expire(f"found at step {self.step}: {error}: another rank or a link has failed; see the logs"
+                             " of all ranks, with NCCL_DEBUG=INFO for NCCL's own")  # fmt: skip
 
     def _expire(self, what: str) -> None:
         print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)

@@ -55,6 +55,7 @@ class NcclCommunicator:
         self.rank, self.size = int(control.Get_rank()), int(control.Get_size())
         self._control, self._cuda, self._nccl, self._branch = control, cuda, nccl, branch
         self._comm: Any = None
+        self.version: int = nccl.get_version()
         self._watchdog = watchdog
         watchdog.on_expiry.append(self._abort_nccl)
         with watchdog.waiting("the set-up of NCCL"):
@@ -107,9 +108,10 @@ class NcclCommunicator:
             self._comm.abort()
 
     def abort(self) -> None:
-        self._abort_nccl()
-        self._control.Abort(1)
+        self._control.Abort(1)  # not NCCL's first: that waits for the CUDA graphs that hold its calls
 
     def close(self) -> None:
-        self._watchdog.checks.clear()
-        self._comm.destroy()
+        """Release the communicator; CUDA graphs that hold its calls must be gone, as NCCL waits for their end."""
+        self._watchdog.forget_checks()
+        with self._watchdog.waiting("the end of NCCL"):
+            self._comm.destroy()

@@ -18,9 +18,12 @@ from distrib.config import Config
 from distrib.console import Screen
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.run import Run, new_folder
-from distrib.trainer import HISTORY, Trainer, blas_threads
+from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
 from distrib.world import World, connect
+
+READ_EVERY = 32
+"""Steps that a device may be ahead before its results are asked for, between logged steps too."""
 
 FEWEST_IMAGES = 4
 """Images of a step that are worth a rank of their own on a host: the smallest share that BENCHMARKS.md measures."""
@@ -61,9 +64,9 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         save = at.step % config.checkpoint_every == 0 and not (last or end)
         now = world.backend.on_host or last or save or end  # else a device is not waited for
         if log:
-            line = {"step": at.step, "epoch": epoch + 1, "lr": lr, **meter.read()}
-            trainer.read_results(now, partial(log_line, run, world, line))
-        elif now or len(trainer.unread) == HISTORY:
+            line = {"step": at.step, "epoch": epoch + 1, "lr": lr}
+            trainer.read_results(now, partial(log_step, run, world, line, meter, meter.take()))
+        elif now or len(trainer.unread) == READ_EVERY:
             trainer.read_results(now)
         if screen.due():
             screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
@@ -73,7 +76,13 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             meter.resume()
         if end or trainer.stopped:
             break
+    trainer.read_results()  # a stop is heard with steps on their way
     meter.pause()
+
+
+def log_step(run: Run | None, world: World, line: dict[str, Any], meter: Meter, images: int, results: dict[str, float]) -> None:
+    """The line of a logged step, when its results are there."""
+    log_line(run, world, {**line, **meter.read(images)}, results)
 
 
 class Meter:
@@ -101,16 +110,21 @@ class Meter:
         """Images per second since the last reading."""
         return self._images / max(self._seconds + time.perf_counter() - self._begin, 1e-9)
 
-    def read(self) -> dict[str, float | None]:
-        """The times of metrics.jsonl. Where a device runs behind the host, their parts are unknown."""
+    def take(self) -> int:
+        """Images counted since the last call."""
+        images, self._images = self._images, 0
+        return images
+
+    def read(self, images: int) -> dict[str, float | None]:
+        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are unknown."""
         self.pause()
         laps = self._trainer.laps.seconds
         passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
         waited = passed["sums"] + passed["gradients"]
         parts = {"compute_seconds": self._seconds - waited - passed["data"], "communication_seconds": waited,
                  "data_seconds": passed["data"]}  # fmt: skip
-        rate = self._images / max(self._seconds, 1e-9)
-        self._images, self._seconds, self._laps = 0, 0.0, laps.copy()
+        rate = images / max(self._seconds, 1e-9)
+        self._seconds, self._laps = 0.0, laps.copy()
         on_host = self._trainer.world.backend.on_host
         return {"images_per_second": rate, **{name: value if on_host else None for name, value in parts.items()}}
 
@@ -217,7 +231,7 @@ def train(config: Config) -> int:
         if run:
             run.finish(summary)
     report(screen, summary, run)
-    world.comm.close()
+    trainer.close()
     return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
 
 

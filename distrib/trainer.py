@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -108,7 +109,9 @@ class Trainer:
         self.copies: deque[Any] = deque()  # results on their way to the host
         self.sums = self.sum_over_ranks if world.size > 1 else None
         graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
-        self.graphs = Graphs(backend.cuda, lambda: self.model.ws.generation, self.capturable) if graph else None
+        self.graphs: Graphs | None = None
+        if graph:
+            self.graphs = Graphs(backend.cuda, lambda: self.model.ws.generation, self.capturable, world.size == 1)
         self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
@@ -157,11 +160,16 @@ class Trainer:
         self.at.images_per_rank[self.world.rank] += part.stop - part.start
 
     def queue(self, *kind: int) -> None:
-        """`compute`, as a graph where that can be."""
-        if self.graphs:
-            self.graphs.run(kind, partial(self.compute, *kind))
-        else:
-            self.compute(*kind)
+        """`compute`, as a graph where that can be. A full queue of a device may make this wait."""
+        with self.waiting("the queueing of a step"):
+            if self.graphs:
+                self.graphs.run(kind, partial(self.compute, *kind))
+            else:
+                self.compute(*kind)
+
+    def waiting(self, what: str) -> Any:
+        """Context of a wait for a device, which another rank's failure may make endless; on the host nothing."""
+        return nullcontext() if self.world.backend.on_host else self.world.watchdog.waiting(what)
 
     def compute(self, start: int, n: int, count: int) -> None:
         """The work of a step: images start … start + n of a global batch of `count`.
@@ -188,6 +196,11 @@ class Trainer:
         F.end_step(self.history, self.own, self.params.tail, self.cursor)
         laps.lap("optimizer")
 
+    def close(self) -> None:
+        """Let go of the graphs, then of the communicator: NCCL waits for graphs that hold its calls."""
+        self.graphs = None
+        self.world.comm.close()
+
     def capturable(self) -> bool:
         """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
         return all(conv.saved[1] in self.world.backend.forms for conv in self.model.convs())
@@ -199,9 +212,10 @@ class Trainer:
     def read_results(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
         """Take in the results of all steps so far; `then` is called with the last one's.
 
-        Without `wait` the device is not waited for: what is taken in are the steps up to the last call; those since
-        are on their way to the host until the next.
+        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by now; those
+        since are on their way to the host until the next.
         """
+        assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
         first = (self.at.step - len(self.unread)) % self.steps_per_epoch
         self.copies.append((self.world.backend.start_copy(self.history), first, self.at.step, self.unread, then))
         self.unread = []
@@ -211,7 +225,7 @@ class Trainer:
     def _take_in(self, copy: Callable[[], np.ndarray], first: int, step: int, counts: list[int],
                  then: Callable[[dict[str, float]], None] | None) -> None:  # fmt: skip
         """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its epoch."""
-        with self.world.watchdog.waiting("the steps before"):
+        with self.world.watchdog.waiting("the device's results"):
             rows = copy()
         for i, count in enumerate(counts):
             own, loss, correct, stop = rows[(first + i) % HISTORY].tolist()
@@ -239,6 +253,8 @@ class Trainer:
         at["images_per_rank"] = self.images_per_rank()
         at["optimizer_steps"], at["world_size"] = self.optimizer.steps, self.world.size
         at["environment"], at["config"], at["data"] = self.environment(), asdict(self.config), self.data_digest
+        assert not self.unread, "a checkpoint needs the results of all steps"
+        assert not self.copies, "a checkpoint needs the results of all steps"
         self.share_statistics()
         with self.world.agree():
             if run:
@@ -290,7 +306,7 @@ class Trainer:
 
     def environment(self) -> dict[str, Any]:
         """What must be the same for a resumed run to agree to the bit."""
-        return environment(blas_threads(), self.world.backend)
+        return {**environment(blas_threads(), self.world.backend), **self.world.comm_version}
 
     def images_per_rank(self) -> list[int]:
         """Training images that each rank computed, earlier parts of the run included. Collective."""
@@ -305,7 +321,8 @@ class Trainer:
     def test(self) -> dict[str, float]:
         """test_loss and test_accuracy (percent)."""
         self.share_statistics()
-        loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
+        with self.waiting("the evaluation"):
+            loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from distrib import sampler
 from distrib.comm import SingleCommunicator
 from distrib.errors import UserError
@@ -32,7 +34,7 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
     convolutions = world.backend.forms.get("cudnn")
     if convolutions is None:
         return
-    with world.agree():
+    with world.agree(PATIENCE):
         if world.rank == 0:
             about, ranks = world.backend.describe(), range(world.size)
             convolutions.plans.update(run.plans(about) if run else {})
@@ -46,13 +48,13 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
                 raise UserError(f"{run.path if run else 'plans'}: {error}") from None
             if run:
                 run.keep_plans(about, convolutions.plans)
-    convolutions.plans.update(world.broadcast(convolutions.plans, "the choice of convolution plans", PATIENCE))
+    convolutions.plans.update(world.broadcast(convolutions.plans, "the choice of convolution plans"))
 
 
 def warm_up(trainer: Trainer, run: Run | None) -> None:
     """Run each kind of step and of evaluation, then put everything back: the first real step is as fast as the last.
 
-    Every rank comes here; on the host there is nothing to do.
+    Every rank comes here; on the host there is nothing to do. Either all ranks have graphs afterwards or none has.
     """
     if trainer.world.backend.on_host:
         return
@@ -61,14 +63,26 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     arrays = [trainer.params.values, *trainer.optimizer.state.values(), *model.buffers.values()]
     before = [array.copy() for array in arrays]
     tracked = model.batches_tracked
-    for n in evaluation_sizes(trainer, rank):  # first, as their buffers are the largest
+    for n in evaluation_sizes(trainer, rank):
         evaluate(model, trainer.test_images[:n], trainer.test_labels[:n], trainer.config.loss, SingleCommunicator())
     trainer.begin_epoch(trainer.at.step // trainer.steps_per_epoch)
-    for _ in range(2):  # the first eagerly, the second captured
-        for count in counts(trainer):
+    steps = []
+    for count in counts(trainer):
+        part = sampler.share(count, rank, size)
+        steps.append((part.start, part.stop - part.start, count))
+    moved = capturable = True
+    while moved:  # on any rank: all must queue the same, and a graph holds addresses
+        generation = model.ws.generation
+        for step in steps:
             trainer.cursor.fill(0)  # an epoch's first images, whatever the batch: none are beyond its end
-            part = sampler.share(count, rank, size)
-            trainer.queue(part.start, part.stop - part.start, count)
+            trainer.compute(*step)
+            capturable = capturable and trainer.capturable()
+        moved = any(trainer.world.allgather(model.ws.generation != generation, "the first steps", PATIENCE))
+    if not all(trainer.world.allgather(capturable, "the agreement on CUDA graphs")):
+        trainer.graphs = None
+    for step in steps:
+        if trainer.graphs:
+            trainer.graphs.hold(step, partial(trainer.compute, *step))
     for array, values in zip(arrays, before, strict=True):
         array[...] = values
     trainer.params.refresh()

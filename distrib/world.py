@@ -30,6 +30,12 @@ class World:
     hosts: list[str]
 
     @property
+    def comm_version(self) -> dict[str, str]:
+        """The library that sums, where its version may change the order of a sum."""
+        version = getattr(self.comm, "version", None)
+        return {self.comm.name: str(version)} if version else {}
+
+    @property
     def rank(self) -> int:
         return self.comm.rank
 
@@ -37,18 +43,18 @@ class World:
     def size(self) -> int:
         return self.comm.size
 
-    def agree(self) -> Any:
-        """Context in which a UserError of one rank becomes the same UserError on all."""
-        return Agreement(self.rank, lambda value: self.allgather(value, "an agreement"))()
+    def agree(self, patience: float = 1) -> Any:
+        """Context in which a UserError of one rank becomes the same UserError on all; one may take `patience` timeouts."""
+        return Agreement(self.rank, lambda value: self.allgather(value, "an agreement", patience))()
 
-    def broadcast(self, value: Any, what: str, patience: float = 1) -> Any:
-        """Rank 0's `value`, on every rank; it may take `patience` timeouts to come."""
-        with self.watchdog.waiting(what, patience):
+    def broadcast(self, value: Any, what: str) -> Any:
+        """Rank 0's `value`, on every rank."""
+        with self.watchdog.waiting(what):
             return self.control.bcast(value, root=0)
 
-    def allgather(self, value: Any, what: str) -> list[Any]:
-        """`value` of every rank, by rank."""
-        with self.watchdog.waiting(what):
+    def allgather(self, value: Any, what: str, patience: float = 1) -> list[Any]:
+        """`value` of every rank, by rank; they may take `patience` timeouts to come."""
+        with self.watchdog.waiting(what, patience):
             return list(self.control.allgather(value))
 
 
@@ -94,10 +100,10 @@ def _local_rank(control: Any) -> int:
 
 def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, str]:
     """The backend that all ranks can have, and why."""
-    missing = None
+    missing, local_rank = None, _local_rank(control)
     if name != "numpy":
         try:
-            cupy = backends.cupy_backend(precision, _local_rank(control))
+            cupy = backends.cupy_backend(precision, local_rank)
         except RuntimeError as error:
             missing = str(error)
     everyone = control.allgather(missing)
@@ -113,6 +119,11 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
+    forms = control.allgather(sorted(chosen.forms))
+    if forms != forms[:1] * len(forms):
+        odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
+        raise UserError(f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
+                        " same libraries for all ranks")  # fmt: skip
     if precision == "bf16" and "cudnn" not in chosen.forms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why

@@ -19,6 +19,7 @@ from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
 from distrib.world import connect
 from launch.measure import AsJson, BatchSize, Width, machine, refuse_launcher
+from nn.backend import capture
 
 COPIES, ROUNDS = 50, 7
 """A kernel's time is that of a graph with COPIES of it, divided by them: the median of ROUNDS."""
@@ -57,10 +58,7 @@ def microseconds(cuda: Any, work: Callable[[], None], copies: int) -> float:
     """Device time of `work`, from a graph of `copies` of it."""
     stream = cuda.get_current_stream()
     work()  # whatever is made at a first call
-    stream.begin_capture()
-    for _ in range(copies):
-        work()
-    graph, times = stream.end_capture(), []
+    graph, times = capture(cuda, work, copies), []
     for _ in range(ROUNDS + 1):  # the first warms up
         start, stop = cuda.Event(), cuda.Event()
         start.record(stream)

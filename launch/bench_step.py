@@ -41,6 +41,7 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
     def train() -> None:
         for _ in range(steps):
             if trainer.at.step % trainer.steps_per_epoch == whole:  # not the smaller last one
+                trainer.read_results()
                 trainer.at.step += trainer.steps_per_epoch - whole
             trainer.step()
             if world.backend.on_host or len(trainer.unread) == HISTORY:
@@ -51,7 +52,8 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         for step in range(steps):
             part = sampler.share(batch, world.rank, world.size)
             first = step % whole * batch
-            world.backend.to_host(infer(trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop)[0])
+            logits = infer(trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop)[0]
+        world.backend.to_host(logits)  # the device is waited for once
 
     def measure() -> dict[str, Any]:
         before = trainer.laps.seconds.copy()
@@ -74,6 +76,7 @@ def reduce_alone(trainer: Trainer) -> float:
         for parameter in reversed(list(trainer.params)):
             trainer.reducer.ready(parameter)
         trainer.reducer.wait()
+        trainer.world.comm.barrier()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 
@@ -139,6 +142,8 @@ def step(
     threads = world.size * blas_threads()
     slow = plain_loop(config, world, data, steps) if against == "loop" else None
     workers = torch_workers(config, world, threads, steps, evaluate) if against == "torch" else {}
+    on_host, bf16 = world.backend.on_host, precision == "bf16"
+    memory = None if on_host else world.allgather(pool_bytes(world.backend), "peak memory")
     rows: dict[str, list[dict[str, Any]]] = {}
     peaks: list[float] = []
     for repeat in range(repeats + 1):  # the first warms up
@@ -147,15 +152,15 @@ def step(
             done["plain loop"] = slow()
         for name, worker in workers.items():
             done[name] = wait_quietly(world, worker)
-        peak = sum(world.allgather(matrix_peak(world.backend), "the peak"))
+        peak = 0.0 if bf16 else sum(world.allgather(matrix_peak(world.backend), "the peak"))  # CuPy has no product in bf16
         if repeat:
-            peaks.append(peak)
+            peaks += [peak] if peak else []
             for name, row in done.items():
                 rows.setdefault(name, []).append(row)
     grown = trainer.model.ws.nbytes() - held
     alone = reduce_alone(trainer) if world.size > 1 and not evaluate else None
-    memory = world.allgather(peak_bytes() if world.backend.on_host else pool_bytes(world.backend), "peak memory")
-    show_phases = world.backend.on_host and not evaluate  # a device works behind the host's clock
+    memory = memory or world.allgather(peak_bytes(), "peak memory")
+    show_phases = on_host and not evaluate  # a device works behind the host's clock
     phases = world.allgather([row["phases"] for row in rows["distrib"]], "the phases")
     if world.rank == 0:
         images = steps * batch_size
@@ -180,7 +185,7 @@ def step(
     for worker in workers.values():
         if worker:
             worker.close()
-    world.comm.close()
+    trainer.close()
 
 
 def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int) -> Callable[[], dict[str, Any]]:
@@ -227,9 +232,11 @@ def show(result: dict[str, Any]) -> None:
         print(f"  {name:26} {spread(rates)} images/s{peak}")
     for name, ratio in r.get("ratios", {}).items():
         print(f"  ratio to {name}: {spread(ratio)}{'  (the best of them)' if name == r['against'] else ''}")
-    share = [100 * a / b for a, b in zip(r["gflops"], r["matrix_peak_gflops"], strict=True)]
-    print(f"  direct convolution's work done at {spread(r['gflops'])} GFLOP/s; matrix product"
-          f" {spread(r['matrix_peak_gflops'])} GFLOP/s: {spread(share, 3)} %")  # fmt: skip
+    print(f"  direct convolution's work done at {spread(r['gflops'])} GFLOP/s", end="")
+    if r["matrix_peak_gflops"]:
+        share = [100 * a / b for a, b in zip(r["gflops"], r["matrix_peak_gflops"], strict=True)]
+        print(f"; matrix product {spread(r['matrix_peak_gflops'])} GFLOP/s: {spread(share, 3)} %", end="")
+    print()
     print(f"  workspace after warm-up grew by {r['workspace_grown_bytes']} bytes")
     if r["phases_ms"]:
         print("  ms a step: " + ", ".join(f"{name} {ms:.3g}" for name, ms in r["phases_ms"].items()))

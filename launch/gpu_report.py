@@ -23,10 +23,12 @@ from nn.backend import NUMPY, cupy_backend
 
 BENCH = (sys.executable, "-m", "launch.cli", "bench")
 PYTEST = (sys.executable, "-m", "pytest", "-q")
-STEP = (*BENCH, "step", "--backend", "cupy", "--comm", "none", "--repeats", "5", "--json")
+STEP = (*BENCH, "step", "--backend", "cupy", "--comm", "none", "--repeats", "3", "--json")
 RUN = (*BENCH, "run", "--backend", "cupy", "--ranks", "1", "--json")
 GPU = {"DISTRIB_TEST_GPU": "1"}
-SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8"}
+SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
+MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+       "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none"}  # fmt: skip
 
 
 def mpirun(ranks: int) -> tuple[str, ...]:
@@ -36,24 +38,25 @@ def mpirun(ranks: int) -> tuple[str, ...]:
 def parts() -> dict[str, tuple[tuple[str, ...], dict[str, str], float]]:
     """Name → command, environment, seconds allowed: the most telling first."""
     found: dict[str, tuple[tuple[str, ...], dict[str, str], float]] = {
-        "tests": ((*PYTEST, "tests/test_gpu.py", "tests/test_kernels.py", "tests/test_graph.py", "tests/test_compile.py"), GPU, 500),
-        "step-8-tf32": ((*STEP, "--batch-size", "8", "--precision", "tf32", "--against", "torch"), {}, 300),
+        "tests-kernels": ((*PYTEST, "tests/test_kernels.py", "tests/test_graph.py"), GPU, 560),
+        "step-8-tf32": ((*STEP, "--batch-size", "8", "--precision", "tf32", "--steps", "1000", "--against", "torch"), {}, 560),
         "kernels-8-tf32": ((*BENCH, "kernels", "--batch-size", "8", "--json"), {}, 200),
     }
     for batch in ("512", "2048"):
         for precision in ("tf32", "bf16"):
             command = (*STEP, "--batch-size", batch, "--precision", precision, "--against", "torch")
-            found[f"step-{batch}-{precision}"] = command, {}, 400
+            found[f"step-{batch}-{precision}"] = command, {}, 560
     found |= {
-        "fast99": ((*RUN, "--recipe", "fast99", "--precision", "tf32", "--repeats", "10"), {}, 300),
-        "reference-ours": ((*RUN, "--recipe", "reference", "--precision", "tf32", "--repeats", "5"), {}, 400),
+        "fast99": ((*RUN, "--recipe", "fast99", "--precision", "tf32", "--repeats", "10"), {}, 560),
+        "tests-gpu": ((*PYTEST, "tests/test_gpu.py"), GPU, 1200),
+        "reference-ours": ((*RUN, "--recipe", "reference", "--precision", "tf32", "--repeats", "5"), {}, 560),
         "ranks-2": ((*mpirun(2), *BENCH, "step", "--backend", "cupy", "--comm", "nccl", "--json"), SHARED_GPU, 200),
         "ranks-4": ((*mpirun(4), *BENCH, "step", "--backend", "cupy", "--comm", "nccl", "--json"), SHARED_GPU, 200),
         "allreduce-nccl": ((*mpirun(2), *BENCH, "allreduce", "--backend", "cupy", "--comm", "nccl", "--json"), SHARED_GPU, 200),
         "allreduce-staged": ((*mpirun(2), *BENCH, "allreduce", "--backend", "cupy", "--comm", "mpi", "--json"), {}, 200),
         "step-8-eager": ((*STEP, "--batch-size", "8", "--precision", "tf32", "--no-cuda-graph"), {}, 200),
-        "step-8-float32": ((*STEP, "--batch-size", "8", "--precision", "float32", "--against", "torch"), {}, 300),
-        "step-512-float32": ((*STEP, "--batch-size", "512", "--precision", "float32", "--against", "torch"), {}, 400),
+        "step-8-float32": ((*STEP, "--batch-size", "8", "--precision", "float32", "--steps", "1000", "--against", "torch"), {}, 560),
+        "step-512-float32": ((*STEP, "--batch-size", "512", "--precision", "float32", "--against", "torch"), {}, 560),
         "kernels-512-tf32": ((*BENCH, "kernels", "--batch-size", "512", "--json"), {}, 200),
         "kernels-512-bf16": ((*BENCH, "kernels", "--batch-size", "512", "--precision", "bf16", "--json"), {}, 200),
         "numpy-vectorised": ((*BENCH, "step", "--backend", "numpy", "--batch-size", "8", "--repeats", "3", "--json"), {}, 200),
@@ -66,7 +69,7 @@ def parts() -> dict[str, tuple[tuple[str, ...], dict[str, str], float]]:
 
 def run(command: tuple[str, ...], more: dict[str, str], limit: float) -> dict[str, Any]:
     """What a part said; JSON where it printed that."""
-    begin, env = time.perf_counter(), {**os.environ, **more}
+    begin, env = time.perf_counter(), {**MPI, **os.environ, **more}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit, check=False)
         code, out, err = done.returncode, done.stdout, done.stderr

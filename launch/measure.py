@@ -45,7 +45,7 @@ def spread(values: list[float], digits: int = 4) -> str:
 def matrix_peak(backend: Backend = NUMPY) -> float:
     """GFLOP/s of this process's product of two float32 matrices: 1024×1024, on a GPU 8192×8192 (TF32 where that is chosen)."""
     side = 1024 if backend.on_host else 8192
-    a = backend.xp.ones((side, side), np.float32)
+    a = backend.asarray(np.random.default_rng(0).random((side, side), np.float32))
     out = backend.xp.empty_like(a)
     seconds = []
     for _ in range(5):

@@ -114,8 +114,7 @@ class TorchSide:
 
     def batch(self, indices: Any, train: bool = True) -> None:
         """One step on these training images, or with `train` false their loss alone. A GPU is not waited for."""
-        if self.config.backend == "cupy":
-            self.torch.compiler.cudagraph_mark_step_begin()
+        self.mark_step()
         with self.precision():
             logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
         loss = self.torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
@@ -155,9 +154,17 @@ class TorchSide:
     def accuracy(self) -> float:
         """Test accuracy in percent."""
         self.model.eval()
+        logits = []
         with self.torch.no_grad(), self.precision():
-            logits = [self.model(self.scaled(part)).clone() for part in self.test.split(1000 if self.gpu else 500)]
+            for part in self.test.split(1000 if self.gpu else 500):
+                self.mark_step()
+                logits.append(self.model(self.scaled(part)).clone())
         return float(100 * (self.torch.cat(logits).argmax(1) == self.wanted).double().mean())
+
+    def mark_step(self) -> None:
+        """Tell compiled code that what it returned before is done with."""
+        if self.gpu:
+            self.torch.compiler.cudagraph_mark_step_begin()
 
 
 def serve_steps(side: TorchSide, steps: int, evaluate: bool) -> None:

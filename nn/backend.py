@@ -7,6 +7,7 @@ choice (see `Backend.order`), since each device has a layout that suits it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -62,6 +63,23 @@ def replaceable(plain: Callable[..., Any]) -> Any:
 
     operation.plain = plain  # type: ignore[attr-defined]
     return operation
+
+
+def capture(cuda: Any, work: Callable[[], Any], copies: int = 1) -> Any:
+    """What `copies` of `work` queue on the current stream and on those that it forks and joins, as a CUDA graph.
+
+    Nothing runs.
+    """
+    stream = cuda.get_current_stream()
+    stream.begin_capture()
+    try:
+        for _ in range(copies):
+            work()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the capture is broken; the first error is the one to show
+            stream.end_capture()
+        raise
+    return stream.end_capture()
 
 
 class Branch:
@@ -189,7 +207,7 @@ def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
     cupy = import_cupy()
     cupy.cuda.runtime.setDevice(local_rank % cupy.cuda.runtime.getDeviceCount())  # before anything lives on it
     stream = cupy.cuda.Stream(non_blocking=True)
-    stream.use()
+    stream.__enter__()  # not use(): after the next `with` on another stream CuPy would be back on the default one
     kernels = Kernels(lambda code: cupy.RawModule(code=code, options=("--std=c++17",)))
     drop_ins, branch = DropIns(kernels), Branch(cupy.cuda)
     register(cupy.ndarray, cupy, drop_ins.operations())

@@ -19,7 +19,7 @@ from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
-from nn.backend import Array, Branch, import_cupy
+from nn.backend import Array, Branch, capture, import_cupy
 from nn.conv import Geometry
 from nn.workspace import Workspace
 
@@ -269,7 +269,8 @@ class Convolutions:
         graph = self._graph(operation)
         times: dict[str, float] = {}
         for name in islice(self._buildable(graph), CANDIDATES):
-            times[name] = min(self._time(graph, pointers), times.get(name, float("inf")))
+            with contextlib.suppress(RuntimeError):  # a plan that cannot run, or not in a CUDA graph, is none
+                times[name] = min(self._time(graph, pointers), times.get(name, float("inf")))
         if not times:
             raise NoPlan(
                 f"cuDNN {self.version} has no plan for {operation} {self.precision} that is deterministic "
@@ -278,14 +279,17 @@ class Convolutions:
         return min(times, key=times.__getitem__)
 
     def _time(self, graph: Any, pointers: tuple[int, ...]) -> float:
-        """Milliseconds of LAUNCHES executions of the plan selected in `graph`, median of ROUNDS."""
+        """Milliseconds of LAUNCHES executions of the plan selected in `graph`, median of ROUNDS.
+
+        As a CUDA graph, which is how they will run: Python takes longer to queue a small convolution than a GPU to run it.
+        """
         size, stream, times = graph.get_workspace_size(), self.cuda.get_current_stream(), []
-        self._launch(graph, size, pointers)  # loads the kernels
+        self._launch(graph, size, pointers)  # loads the kernels, makes room for the workspace
+        executions = capture(self.cuda, lambda: self._launch(graph, size, pointers), LAUNCHES)
         for _ in range(ROUNDS):
             start, stop = self.cuda.Event(), self.cuda.Event()
             start.record(stream)
-            for _ in range(LAUNCHES):
-                self._launch(graph, size, pointers)
+            executions.launch(stream)
             stop.record(stream)
             stop.synchronize()
             times.append(self.cuda.get_elapsed_time(start, stop))
@@ -304,8 +308,10 @@ def load(
     cupy = import_cupy()
     remedy = "pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 (or -cu13)"
     try:
+        # the frontend opens the CUDA runtime by its bare name, which finds one of pip's only if it is loaded already
+        importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("cudart")
         cudnn = importlib.import_module("cudnn")
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(f"cuDNN's Python frontend cannot be imported ({_line(error)}): {remedy}") from None
     try:
         convolutions = Convolutions(cudnn, cupy.cuda, precision, widen, branch)

@@ -32,7 +32,7 @@ class Optimizer(ABC):
         xp = params.backend.xp
         self.state: dict[str, Array] = {name: xp.zeros_like(params.values) for name in self.moments}
         size = params.values.size
-        self._scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else size), params.dtype)
+        self._scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else 0), params.dtype)
         self._first = xp.zeros(1, np.int64)
 
     def rates(self, lrs: Sequence[float], done: int) -> np.ndarray:
@@ -89,8 +89,11 @@ def _row(rates: Array, at: Array) -> Any:
 
 
 def _blocks(scratch: Array, *vectors: Array) -> Iterator[tuple[Array, ...]]:
-    """Two scratch arrays and all vectors, block by block."""
-    size, block = vectors[0].size, scratch.shape[1]
+    """Two scratch arrays and all vectors, block by block; in one block where there is no scratch yet."""
+    size = vectors[0].size
+    block = scratch.shape[1] or size
+    if not scratch.shape[1]:
+        scratch = namespace(scratch).empty((2, size), scratch.dtype)
     for start in range(0, size, block):
         part = slice(start, min(start + block, size))
         length = part.stop - part.start
@@ -105,7 +108,7 @@ def sgd(
     """g += λθ; v = μv + g; θ −= lr·v, or with Nesterov θ −= lr·(g + μv), as `torch.optim.SGD`; without v, θ −= lr·g.
 
     v starts as the first gradient, which v = μ·0 + g gives. lr is rates[at[0], 0]; `compute`, where given, is
-    `values` narrowed; `scratch` (2, B) is for blocks of B elements.
+    `values` narrowed; `scratch` (2, B) is for blocks of B elements (0: all at once).
     """
     xp, (lr, _) = namespace(values), _row(rates, at)
     for update, other, θ, g, *state in _blocks(scratch, values, grads, *([] if velocity is None else [velocity])):

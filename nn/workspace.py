@@ -143,6 +143,7 @@ class Workspace:
         if flat is None or flat.size < length:
             flat = self._flat["ones"] = self._allocate(max(length, 1), self.dtype)
             flat.fill(1)
+            self._moves[0] += 1
         return flat[:length]
 
     def constant(self, name: str, values: np.ndarray) -> Array:

@@ -25,7 +25,7 @@ MPI_ENVIRONMENT = {
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Of every subprocess: MPI as the README sets it, one BLAS thread (other threads round otherwise)."""
-    return {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+    return {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", **(more or {})}
 
 
 def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True,

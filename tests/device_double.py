@@ -27,6 +27,7 @@ from nn.cudnn import Convolutions
 from nn.kernels import Kernels
 from nn.kernels.dropins import DropIns, Stem
 
+PLANS: dict[str, dict[str, str]] = {}
 REAL = os.environ.get("DISTRIB_TEST_GPU") == "1"
 double_only = pytest.mark.skipif(REAL, reason="looks into the double")
 
@@ -36,6 +37,9 @@ class Graph:
 
     def __init__(self, cuda: Cuda, work: list[Callable[[], None]]) -> None:
         self.cuda, self.work = cuda, work
+        if cuda.holds_collectives:
+            cuda.graphs.add(self)
+        cuda.holds_collectives = False
 
     def launch(self, stream: Any = None) -> None:
         assert self.cuda.captured is None, "a graph is not launched into a capture"
@@ -75,10 +79,12 @@ class Cuda(_Cuda):
     def __init__(self) -> None:
         super().__init__()
         self.captured: list[Callable[[], None]] | None = None
+        self.holds_collectives = False
         self.Stream = _bound(_CapturingStream, cuda=self)
         self.current = self.compute = self.Stream.null = self.Stream(null=True)
         self.stream = self.Stream(non_blocking=True)
-        self.stream.use()
+        self.stream.__enter__()  # as `cupy_backend` does
+        self.compute = self.stream
 
     def queue(self, work: Callable[[], None]) -> None:
         """Run `work`, let the capture have it, or on another stream than the compute stream leave it until awaited.
@@ -116,6 +122,14 @@ class _CapturedPygraph(_pygraph):
         self.cudnn.cuda.queue(partial(super().execute, tensor_dict, workspace, handle))
 
 
+class CapturedCudnn(Cudnn):
+    """cuDNN's double whose executions go into captures too."""
+
+    def __init__(self, cuda: Cuda, offers: list[Any] | None = None) -> None:
+        super().__init__(cuda, offers)
+        self.pygraph = type("pygraph", (_CapturedPygraph,), {"cudnn": self})
+
+
 class CapturedNccl(Nccl):
     """NCCL's double whose collectives go into captures too."""
 
@@ -133,6 +147,7 @@ class CapturedNccl(Nccl):
             stream = self.cuda.streams[call.stream]
             assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, "a branch of the graph is not joined"
             self.cuda.queue(partial(self._run, [(comm, call)]))
+            self.cuda.holds_collectives = True
 
 
 class _Module:
@@ -174,7 +189,10 @@ class DoubleBackend(Backend):
 def device(precision: str = "float64") -> Iterator[Any]:
     """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the real GPU."""
     if REAL:
-        yield cupy_backend(precision)
+        backend = cupy_backend(precision)
+        if "cudnn" in backend.forms:  # one choice of plans for all backends of a process, or their bits may differ
+            backend.forms["cudnn"].plans = PLANS.setdefault(precision, {})
+        yield backend
         return
     cuda, launched = Cuda(), []  # type: ignore[var-annotated]
     kernels = Kernels(lambda code: _Module(cuda, code, launched))
@@ -183,9 +201,7 @@ def device(precision: str = "float64") -> Iterator[Any]:
     branch = Branch(cuda)
     forms: dict[str, Any] = {"stem": Stem(kernels)}
     if precision != "float64":
-        cudnn = Cudnn(cuda)
-        cudnn.pygraph = type("pygraph", (_CapturedPygraph,), {"cudnn": cudnn})
-        forms["cudnn"] = Convolutions(cudnn, cuda, precision, drop_ins.widen, branch)
+        forms["cudnn"] = Convolutions(CapturedCudnn(cuda), cuda, precision, drop_ins.widen, branch)
     try:
         yield DoubleBackend("double", strict, "NHWC", forms, (), cuda, cuda.stream, branch, launched)
     finally:

@@ -16,9 +16,11 @@ from one thread; a rank that does not makes the others hang, as it may with NCCL
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import operator
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,12 +134,14 @@ class _Stream:
         return self
 
     def __enter__(self) -> _Stream:
-        self.cuda.outer.append(self.cuda.current)
+        self.cuda.entered.append(self)
         self.cuda.current = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.cuda.current = self.cuda.outer.pop()
+        """What was entered before is current again; CuPy forgets what `use` made current in between."""
+        self.cuda.entered.pop()
+        self.cuda.current = self.cuda.entered[-1] if self.cuda.entered else self.null
 
 
 class _Device:
@@ -169,7 +173,9 @@ class Cuda:
         self.touches = 0
         self.handles = itertools.count(0x1000, 0x10)
         self.streams: dict[int, _Stream] = {}
-        self.outer: list[Any] = []  # what leaving the open `with` blocks makes current again
+        self.outer: list[Any] = []  # devices that leaving the open `with` blocks makes current again
+        self.entered: list[Any] = []  # streams in open `with` blocks
+        self.graphs: Any = weakref.WeakSet()  # those alive whose captures hold NCCL calls
         self.Event = _bound(_Event, cuda=self)
         self.Stream = _bound(_Stream, cuda=self)
         self.Device = _bound(_Device, cuda=self)
@@ -295,8 +301,11 @@ class _NcclCommunicator:
         self._live = False
 
     def destroy(self) -> None:
-        """Run all that is queued, then refuse further calls."""
+        """Run all that is queued, then refuse further calls. The real one waits for ever while a graph holds its calls."""
         self.nccl.log.append(("destroy",))
+        gc.collect()
+        if list(self.nccl.cuda.graphs):
+            raise OrderError("a communicator is destroyed while a CUDA graph holds its calls")
         for stream in list(self.nccl.cuda.streams.values()) if self._live else ():
             stream.run()
         self._live = False

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cudnn_double import Cuda, Cudnn, Offer, _pygraph, from_bf16, parameters, to_bf16
+from cudnn_double import Cuda as BareCuda
+from cudnn_double import Cudnn, Offer, _pygraph, from_bf16, parameters, to_bf16
+from device_double import CapturedCudnn, Cuda
 from strict_array import StrictArray, strict
 
 import nn.cudnn
@@ -96,7 +98,7 @@ class Case:
 
 def a_form(*offers: Offer, precision: str = "float32") -> tuple[Convolutions, Cudnn, Cuda]:
     cuda = Cuda()
-    cudnn = Cudnn(cuda, list(offers) or None)
+    cudnn = CapturedCudnn(cuda, list(offers) or None)
     return Convolutions(cudnn, cuda, precision, widen if precision == "bf16" else None), cudnn, cuda
 
 
@@ -257,8 +259,9 @@ def test_each_stream_has_its_handle_and_workspace() -> None:
         form.input_gradient(case.dy, case.w, G, case.dx)
         with beside:
             form.weight_gradient(case.dy, case.x, G, case.dw, case.ws)
+    beside.synchronize()
     streams = {node: {entry[3] for entry in executed(cudnn) if entry[1] == node} for node, _, _ in KINDS.values()}
-    assert streams == {"conv_fprop": {0}, "conv_dgrad": {0}, "conv_wgrad": {beside.ptr}}
+    assert streams == {"conv_fprop": {cuda.stream.ptr}, "conv_dgrad": {cuda.stream.ptr}, "conv_wgrad": {beside.ptr}}
     assert cudnn.log.count(("create_handle",)) == 2
     assert cuda.allocations == [256, 256]
     for ours, theirs in zip((case.y, case.dx, case.dw), case.reference(), strict=True):
@@ -274,7 +277,7 @@ def test_outgrown_workspace_is_kept() -> None:
     cudnn.offers = [Offer("eng0", workspace=128)]
     Case((3, *X[1:]), W, G, "float32").run(form)
     assert cuda.allocations == [256, 512]
-    assert [size for size, _ in form._lanes[0].workspaces] == [256, 512]
+    assert [size for size, _ in form._lanes[cuda.stream.ptr].workspaces] == [256, 512]
 
 
 def test_arrays_in_another_layout_or_type_are_refused() -> None:
@@ -318,7 +321,7 @@ def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
         load("float32")
 
 
-def a_graph(cudnn: Cudnn, cuda: Cuda) -> Any:
+def a_graph(cudnn: Cudnn, cuda: BareCuda) -> Any:
     """A described graph of the double, one step at a time from there."""
     kinds, handle = cudnn.data_type, cudnn.create_handle()
     graph = cudnn.pygraph(io_data_type=kinds.FLOAT, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
@@ -331,7 +334,7 @@ def a_graph(cudnn: Cudnn, cuda: Cuda) -> Any:
 
 
 def test_double_refuses_what_cudnn_refuses() -> None:
-    cuda = Cuda()
+    cuda = BareCuda()
     cudnn = Cudnn(cuda, [Offer("eng0", workspace=16), Offer("eng1", ("NONDETERMINISTIC",))])
     graph, handle, y = a_graph(cudnn, cuda)
     with pytest.raises(RuntimeError, match="not validated"):

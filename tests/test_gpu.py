@@ -4,16 +4,19 @@ says what no GPU has seen.
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MPI_ENVIRONMENT, losses, run, summary, train
+from conftest import losses, run, summary, train
 from cudnn_double import from_bf16, to_bf16
 from device_double import REAL, device
 from test_graph import a_trainer, steps
 
+from distrib.world import MULTI_RANK_NCCL
 from nn.backend import NUMPY
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
@@ -93,37 +96,51 @@ def test_float32_training_follows_the_host() -> None:
 
 
 OPTIONS = ("--epochs", 2, "--limit-train", 600, "--limit-test", 200, "--batch-size", 26, "--width", 0.125, "--log-every", 1,
-           "--backend", "cupy")  # fmt: skip
+           "--optimizer", "sgd", "--lr", 0.01, "--backend", "cupy")  # fmt: skip
+SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
 
 
-def on_ranks(folder: Path, ranks: int, comm: str, *more: object) -> None:
-    env = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8"}
-    train(folder, *OPTIONS, "--comm", comm, *more, ranks=ranks, env=env)
+def nccl_shares_a_gpu() -> bool:
+    from cupy.cuda import nccl
+
+    return bool(nccl.available and nccl.get_version() >= MULTI_RANK_NCCL)
 
 
-@pytest.mark.parametrize("comm", ["nccl", "mpi"])
+needs_shared_gpu = pytest.mark.skipif(REAL and not nccl_shares_a_gpu(), reason="NOT RUN: needs NCCL 2.30 for ranks that share a GPU")
+
+
+def on_ranks(folder: Path, ranks: int, comm: str, *more: object, like: Path | None = None) -> None:
+    """A run, with the convolution plans of the run `like`: others may round otherwise."""
+    if like:
+        folder.mkdir()
+        shutil.copy(like / "plans.json", folder)
+    train(folder, *OPTIONS, "--comm", comm, *more, ranks=ranks, env=SHARED)
+
+
+@pytest.mark.parametrize("comm", [pytest.param("nccl", marks=needs_shared_gpu), "mpi"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_equal_one(ranks: int, comm: str, tmp_path: Path) -> None:
     """Several ranks on one GPU, NCCL inside the graph (or MPI through the host): the same losses as one rank's."""
     for name, count, kind in (("one", 1, "none"), ("many", ranks, comm)):
         on_ranks(tmp_path / name, count, kind, "--precision", "float64" if comm == "mpi" else "float32")
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
-    bound = 1e-9 if comm == "mpi" else 5e-2
+    bound = 1e-9 if comm == "mpi" else 1e-3
     np.testing.assert_allclose(many, one, rtol=bound)
-    np.testing.assert_allclose(many[:3], one[:3], rtol=min(bound, 1e-5))
     found = summary(tmp_path / "many")
     assert found["communicator"] == comm
     assert len(set(found["rank_digests"])) == 1
     assert len(found["images_per_rank"]) == ranks
 
 
+@needs_shared_gpu
 def test_nccl_in_a_graph_equals_nccl_eagerly(tmp_path: Path) -> None:
-    for name, more in (("graph", []), ("eager", ["--no-cuda-graph"])):
-        on_ranks(tmp_path / name, 2, "nccl", *more)
+    on_ranks(tmp_path / "graph", 2, "nccl")
+    on_ranks(tmp_path / "eager", 2, "nccl", "--no-cuda-graph", like=tmp_path / "graph")
     assert losses(tmp_path / "graph") == losses(tmp_path / "eager")
     assert summary(tmp_path / "graph")["parameter_digest"] == summary(tmp_path / "eager")["parameter_digest"]
 
 
+@needs_shared_gpu
 def test_bf16_gradients_travel(tmp_path: Path) -> None:
     on_ranks(tmp_path / "wide", 2, "nccl")
     on_ranks(tmp_path / "narrow", 2, "nccl", "--gradients", "bf16")
@@ -133,24 +150,29 @@ def test_bf16_gradients_travel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "float32"])
 def test_resume_to_the_bit(precision: str, tmp_path: Path) -> None:
     """Stopped in the middle of an epoch and taken up again: the digest of the run that would have been."""
-    more = ("--precision", precision, "--comm", "none")
-    train(tmp_path / "whole", *OPTIONS, *more)
-    train(tmp_path / "parts", *OPTIONS, *more, "--max-steps", 30)
-    train(tmp_path / "parts", *OPTIONS, *more)
+    more = ("--precision", precision)
+    on_ranks(tmp_path / "whole", 1, "none", *more)
+    on_ranks(tmp_path / "parts", 1, "none", *more, "--max-steps", 30, like=tmp_path / "whole")
+    on_ranks(tmp_path / "parts", 1, "none", *more)
     assert summary(tmp_path / "parts")["parameter_digest"] == summary(tmp_path / "whole")["parameter_digest"]
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path: Path) -> None:
-    """Killed while the others sit in a captured collective: no hang."""
+@needs_shared_gpu
+def test_a_rank_that_stops_ends_the_job(tmp_path: Path) -> None:
+    """Stopped, not dead, while the other sits in a captured collective: the other's watchdog speaks, and no one hangs."""
     script = f"""
 import os, signal, sys, threading, time
 from mpi4py import MPI
 if MPI.COMM_WORLD.Get_rank() == 1:
-    threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
+    threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()
 sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / 'run')!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
             "--timeout", "10", "--batch-size", "64", "--width", "0.125"]
 from distrib.command import main
 sys.exit(main())
 """
-    done = run("-c", script, ranks=2, check=False, env={**MPI_ENVIRONMENT, "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8"})
-    assert done.returncode != 0
+    begin = time.monotonic()
+    done = run("-c", script, ranks=2, check=False, env=SHARED)
+    assert done.returncode not in (0, 2, 85)
+    assert "distrib: rank 0 on" in done.stderr
+    assert "waited 10 s in" in done.stderr
+    assert time.monotonic() - begin < 120

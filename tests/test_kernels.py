@@ -176,27 +176,6 @@ def test_norm_over_ranks(element: str, pool: bool, relu: bool, residual: bool, s
             assert all(np.abs(part[name] - expected[name]).max() <= bound for part in parts), name
 
 
-@double_only
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
-def test_no_order_of_threads_changes_a_bit(order: str) -> None:
-    """A missing barrier, or a sum whose order depends on who comes first, would."""
-    found = []
-    for run in ("forward", order):
-        with device() as backend:
-            both = Both("float32", backend)
-            norm_case(both, LARGE, True, True, False)
-            a = both[1]
-            F.norm_inference(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[1], pool=True)  # compiles
-            for module in backend.forms["stem"].kernels._modules.values():
-                module.module.order = run
-            saved = F.norm_forward(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[1], count=3348,
-                                   sum_over_ranks=None, pool=True)  # fmt: skip
-            dz = F.norm_backward(a("dy"), saved, a("gamma"), a("beta"), a("dgamma"), a("dbeta"), both.ws[1], count=3348,
-                                 sum_over_ranks=None)  # fmt: skip
-            found.append([both.found(v) for v in (a("y"), dz, a("mean"), a("var"), a("dgamma"), a("dbeta"))])
-    assert all((x == y).all() for x, y in zip(*found, strict=True))
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, LARGE])
 @pytest.mark.parametrize(("pool", "relu", "residual"), KINDS)
 def test_norm_inference(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> None:

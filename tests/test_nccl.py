@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 
 import pytest
 from conftest import ROOT, run
 
-PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 
 PRELUDE = """
 import sys

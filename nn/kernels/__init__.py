@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 FILES = ("common", "norm", "norm_small", "stem", "head", "optim")
+THREADS = 256
+"""Of a block, unless said otherwise."""
+
 SMALL_LANES, SMALL_ROWS = 8, 64
-"""Channels of a block of norm_small.cu, and its threads for each."""
+"""Channels of a block of norm_small.cu, 32 bytes of float32, which is a sector of memory; and its threads for each."""
 
 KEEP = {"float32": 28, "float64": 16, "bfloat16": 28}
 """Values that a thread of norm_small.cu holds in registers."""
@@ -46,7 +49,8 @@ def source(element: str) -> str:
 
     elem, real, acc = ELEMENTS[element]
     constants = {"ELEM": elem, "REAL": real, "ACC": acc, "EPS": EPS, "MOMENTUM": MOMENTUM, "BETA1": BETA1,
-                 "BETA2": BETA2, "EPS_HAT": EPS_HAT, "KEEP": KEEP[element]}  # fmt: skip
+                 "BETA2": BETA2, "EPS_HAT": EPS_HAT, "THREADS": THREADS, "SMALL_LANES": SMALL_LANES, "SMALL_ROWS": SMALL_ROWS,
+                 "KEEP": KEEP[element]}  # fmt: skip
     if element == "bfloat16":
         constants["BFLOAT16"] = 1
     head = "".join(f"#define {name} {value}\n" for name, value in constants.items())

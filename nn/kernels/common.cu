@@ -3,8 +3,7 @@
 // Activations are dense N×H×W×C; a row is one pixel of one image: C values.
 // No headers and no atomics on floating-point numbers: the same bits come out of every run.
 
-#define THREADS 256  // of every block, unless said otherwise
-#define AHEAD 4      // partial results that a thread loads at once
+#define AHEAD 4  // partial results that a thread loads at once
 
 #ifdef BFLOAT16
 struct bf16 { unsigned short bits; };  // the upper half of a float32
@@ -21,8 +20,13 @@ static __device__ __forceinline__ ACC value(ELEM x) { return x; }
 static __device__ __forceinline__ ELEM element(ACC x) { return x; }
 #endif
 
-// One rank's step counter lives on the device: a captured step reads it, so that the host only replays.
+// A rank's step counter, which lives on the device: a captured step reads it, so that the host only replays. Sizes and
+// indices of vectors too.
 typedef long long Step;
+
+// The elements of a vector that a thread takes: from its number on, in steps of the grid's threads.
+static __device__ __forceinline__ Step first_of_thread() { return (Step)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ __forceinline__ Step threads_of_grid() { return (Step)gridDim.x * blockDim.x; }
 
 // x · y + z, rounded once, in every kernel alike: what the forward let through, the backward must find again.
 static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return fma(x, y, z); }

@@ -11,10 +11,9 @@ from typing import Any
 
 from nn.backend import Array
 from nn.functional import SumOverRanks
-from nn.kernels import ELEMENT_OF, KEEP, SMALL_LANES, SMALL_ROWS, Kernels
+from nn.kernels import ELEMENT_OF, KEEP, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
 from nn.workspace import Workspace
 
-THREADS = 256
 BLOCKS = 1024
 """Most blocks of a launch: several for each multiprocessor of the largest GPU."""
 
@@ -139,7 +138,7 @@ class DropIns:
         self, logits: Array, labels: Array, stop: Array, dlogits: Array, own: Array, tail: Array, *, loss: str,
         count: int, smoothing: float = 0.0,
     ) -> None:  # fmt: skip
-        self._launch(logits, "loss_and_gradient", ((1,), (THREADS,)), logits, labels, stop, dlogits, own, tail, count,
+        self._launch(logits, "loss_and_gradient", ((1,), (1, THREADS)), logits, labels, stop, dlogits, own, tail, count,
                      smoothing, *logits.shape, loss == "bce")  # fmt: skip
 
     def take_batch(
@@ -180,7 +179,8 @@ class Stem:
         self.kernels = kernels
 
     def supports(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Any) -> bool:
-        return tuple(w_shape[:3]) == (3, 3, 1) and tuple(geometry) == (1, 1, 1)
+        """With fewer than 4 outputs a network has a second layer with one input, whose gradient is wanted."""
+        return tuple(w_shape[:3]) == (3, 3, 1) and w_shape[3] >= 4 and tuple(geometry) == (1, 1, 1)
 
     def forward(self, x: Array, w: Array, g: Any, y: Array, ws: Workspace, keep: bool) -> Array | None:
         n, h, width, c = y.shape

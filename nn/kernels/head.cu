@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) head_forward(
         ACC found = value(image[i]);
         for (int p = 1; p < pixels; p++) {
             ACC a = value(image[p * c + i]);
-            found = average ? found + a : a > found ? a : found;
+            found = average ? found + a : a > found || a != a ? a : found;  // NaN wins
         }
         row[i] = (REAL)(found * share);
     }
@@ -49,13 +49,13 @@ static __device__ ACC sigmoid_row(const REAL* z, REAL* dz, int label, int classe
     return loss / classes;
 }
 
-// dlogits, and tail = [Σ loss/count, correct, stop], own = [Σ loss/count] of these n images. One block.
+// dlogits, and tail = [Σ loss/count, correct, stop], own = [Σ loss/count] of these n images. One block, all lanes in y.
 extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
     const REAL* __restrict__ logits, const unsigned char* __restrict__ labels, const REAL* __restrict__ stop,
     REAL* __restrict__ dlogits, REAL* own, REAL* tail, double count, double smoothing, int n, int classes, int binary) {
     __shared__ double shared[THREADS];
     double loss = 0, correct = 0;
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    for (int i = threadIdx.y; i < n; i += blockDim.y) {
         const REAL* z = logits + (size_t)i * classes;
         REAL* dz = dlogits + (size_t)i * classes;
         int best = 0;
@@ -64,23 +64,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
         loss += binary ? sigmoid_row(z, dz, labels[i], classes, (ACC)count)
                        : softmax_row(z, dz, labels[i], classes, (ACC)count, (ACC)smoothing);
     }
-    shared[threadIdx.x] = loss / count;
-    __syncthreads();
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-        __syncthreads();
-    }
-    loss = shared[0];
-    __syncthreads();
-    shared[threadIdx.x] = correct;
-    __syncthreads();
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) {
+    loss = sum_over_lanes(loss / count, shared);
+    correct = sum_over_lanes(correct, shared);
+    if (threadIdx.y == 0) {
         own[0] = tail[0] = (REAL)loss;
-        tail[1] = (REAL)shared[0];
+        tail[1] = (REAL)correct;
         tail[2] = stop[0];
     }
 }

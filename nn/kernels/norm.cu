@@ -8,6 +8,9 @@ struct Norm {  // of one channel
     __device__ ACC activation(ACC z) const { return multiply_add(centred(z), scale, beta); }
 };
 
+// max(a, 0) where there is a ReLU; NaN stays NaN, or a run that diverged would look sound.
+static __device__ __forceinline__ ACC rectified(ACC a, int relu) { return relu && a <= 0 ? (ACC)0 : a; }
+
 static __device__ Norm norm_of(ACC mean, ACC inverse_std, REAL gamma, REAL beta) {
     return Norm{mean, inverse_std, (ACC)((double)inverse_std * (double)gamma), (ACC)beta};
 }
@@ -37,7 +40,7 @@ struct Winner {
 #pragma unroll
         for (int k = 1; k < 4; k++) {
             ACC other = sign * norm.centred(four[k]);
-            if (other > top) top = other, index = k, z = four[k];
+            if (other > top || other != other) top = other, index = k, z = four[k];  // NaN wins, as NumPy has it
         }
     }
 };
@@ -87,10 +90,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(
                 x[i] = i < count ? value(z[(size_t)(row + i * lanes) * c + channel]) : (ACC)0;
                 sum += x[i];
             }
-            ACC mean = sum / count;
+            ACC mean = sum / count, rest = 0;  // rounded: `rest` is what it lacks
 #pragma unroll
-            for (int i = 0; i < 8; i++) squares += i < count ? (x[i] - mean) * (x[i] - mean) : (ACC)0;
-            own.add(count, mean, squares);
+            for (int i = 0; i < 8; i++) {
+                ACC apart = i < count ? x[i] - mean : (ACC)0;
+                rest += apart;
+                squares += apart * apart;
+            }
+            double lacking = (double)rest / count;
+            own.add(count, mean + lacking, squares - lacking * rest);
         }
     }
     Moments block = moments_over_lanes(own, shared);
@@ -162,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
 #pragma unroll
             for (int k = 0; k < 4; k++) four[k] = value(z[(size_t)row[k] * c + channel]);
             ACC a = norm.activation(Winner(norm, gamma[channel], four).z);
-            y[(size_t)out * c + channel] = element(relu && !(a > 0) ? (ACC)0 : a);
+            y[(size_t)out * c + channel] = element(rectified(a, relu));
         }
         return;
     }
@@ -171,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
     for (int row = lane; row < rows; row += lanes) {
         size_t at = (size_t)row * c + channel;
         ACC a = norm.activation(value(z[at])) + (residual ? value(residual[at]) : (ACC)0);
-        y[at] = element(relu && !(a > 0) ? (ACC)0 : a);
+        y[at] = element(rectified(a, relu));
     }
 }
 

@@ -1,9 +1,6 @@
 // Batch norm in one launch, for few rows and one rank: a block has all rows of SMALL_LANES channels and holds them
 // in registers, KEEP a thread. Statistics in two passes over the registers. Operations as in norm.cu.
 
-#define SMALL_LANES 8    // channels of a block: 32 bytes of float32, a sector of memory
-#define SMALL_ROWS 64    // threads a channel
-
 // Unit u of a thread: a window's four pixels with pooling, else one pixel. Returns the output's row or −1.
 template <int PER>
 static __device__ __forceinline__ int rows_of(const Windows& windows, int unit, int units, int row[PER]) {
@@ -68,7 +65,7 @@ static __device__ void small_forward(
             a = norm.activation(x[i][0]) + (residual ? value(residual[at]) : (ACC)0);
         else
             a = norm.activation(Winner(norm, gamma[channel], x[i]).z);
-        y[at] = element(relu && !(a > 0) ? (ACC)0 : a);
+        y[at] = element(rectified(a, relu));
     }
 }
 

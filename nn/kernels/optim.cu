@@ -1,18 +1,18 @@
 // Adam and SGD over the flat vectors, and the end of a step. rates (steps, 2) is a table of the epoch's learning
 // rates, of which row at[0] holds; `compute`, where given, is the copy of the values that convolutions read.
 
-static __device__ __forceinline__ void put(REAL* values, ELEM* compute, int i, REAL x) {
+static __device__ __forceinline__ void put(REAL* values, ELEM* compute, Step i, REAL x) {
     values[i] = x;
     if (compute) compute[i] = element((ACC)x);
 }
 
 // m += (1−β1)(g − m); v += (1−β2)(g² − v); θ = θ·(1 − lr·λ) − lr_t·m/(√v + ε̂), with rates = lr, lr_t.
-extern "C" __global__ void __launch_bounds__(THREADS) adam(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) adam(
     REAL* values, const REAL* __restrict__ grads, REAL* __restrict__ m, REAL* __restrict__ v,
-    const double* __restrict__ rates, const Step* __restrict__ at, ELEM* compute, double decay, int size) {
+    const double* __restrict__ rates, const Step* __restrict__ at, ELEM* compute, double decay, Step size) {
     double lr = rates[2 * at[0]], lr_t = rates[2 * at[0] + 1];
     REAL keep = (REAL)(1 - lr * decay);
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) {
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) {
         REAL g = grads[i];
         REAL first = m[i] += (g - m[i]) * (REAL)(1 - BETA1);
         REAL second = v[i] += (g * g - v[i]) * (REAL)(1 - BETA2);
@@ -23,9 +23,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) adam(
 // g += λθ; u = μu + g; θ −= lr·u, or with Nesterov θ −= lr·(g + μu); without momentum u = g.
 extern "C" __global__ void __launch_bounds__(THREADS) sgd(
     REAL* values, const REAL* __restrict__ grads, REAL* velocity, const double* __restrict__ rates,
-    const Step* __restrict__ at, ELEM* compute, double momentum, int nesterov, double decay, int size) {
+    const Step* __restrict__ at, ELEM* compute, double momentum, int nesterov, double decay, Step size) {
     REAL lr = (REAL)rates[2 * at[0]], mu = (REAL)momentum;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) {
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) {
         REAL g = values[i] * (REAL)decay + grads[i], u = g;
         if (velocity) {
             u = velocity[i] = velocity[i] * mu + g;
@@ -44,10 +44,10 @@ extern "C" __global__ void end_step(REAL* history, const REAL* own, const REAL* 
 }
 
 // y = x in the type of activations, and back: the copy of the weights that convolutions read, gradients on the wire.
-extern "C" __global__ void __launch_bounds__(THREADS) narrow(const REAL* __restrict__ x, ELEM* y, int size) {
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) y[i] = element((ACC)x[i]);
+extern "C" __global__ void __launch_bounds__(THREADS) narrow(const REAL* __restrict__ x, ELEM* y, Step size) {
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = element((ACC)x[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) widen(const ELEM* __restrict__ x, REAL* y, int size) {
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size; i += gridDim.x * blockDim.x) y[i] = (REAL)value(x[i]);
+extern "C" __global__ void __launch_bounds__(THREADS) widen(const ELEM* __restrict__ x, REAL* y, Step size) {
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = (REAL)value(x[i]);
 }

@@ -78,6 +78,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) stem_weight_gradient(
 
 // x += y
 extern "C" __global__ void __launch_bounds__(THREADS) add(ELEM* x, const ELEM* __restrict__ y, Step size) {
-    for (Step i = (Step)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += (Step)gridDim.x * blockDim.x)
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid())
         x[i] = element(value(x[i]) + value(y[i]));
 }
