@@ -1,5 +1,5 @@
-"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected, and ARCHITECTURE.md
-says what no GPU has seen.
+"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected, and GPU.md says what no
+GPU has seen.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from distrib.world import MULTI_RANK_NCCL
 from nn.backend import NUMPY
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
-
-if not REAL:
-    pytest.skip("needs a GPU: make test-gpu", allow_module_level=True)
 
 LAYERS = [(28, 64, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256), (3, 256, 256), (28, 8, 16), (3, 32, 32)]
 BOUND = {"float32": 2e-6, "tf32": 2e-3, "bf16": 1e-2}
