@@ -1,4 +1,4 @@
-# What people do here. Every target sets up what it needs in .venv, from nothing.
+# What people do here. Every target but test-gpu sets up what it needs in .venv, from nothing.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -39,8 +39,8 @@ test: lint  ## every test that needs no GPU
 test-quick: $(VENV)/.dev  ## the tests that start no other process
 	$(BIN)/python -m pytest -x tests/test_conv.py tests/test_functional.py tests/test_gradients.py tests/test_strict.py tests/test_config.py tests/test_layout.py
 
-test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON is one with CuPy, cuDNN, PyTorch
-	PATH=$(dir $(shell command -v $(PYTHON))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)
+test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
+	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

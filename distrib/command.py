@@ -92,7 +92,11 @@ def run_app(app: typer.Typer) -> int:
         return EXIT_USAGE
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
-            return _say(f"{error.format_message()} (see --help)")
+            message = error.format_message()
+            if not message:  # no command was given: the help is printed
+                return EXIT_USAGE
+            own = message.split("Value error, ")  # the parser's words around one of ours
+            return _say(own[1] if len(own) > 1 else f"{message} (see --help)")
         raise
 
 

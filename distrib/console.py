@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from distrib import launched_ranks
 
@@ -47,7 +48,7 @@ class Screen:
         """Print names and values, one a line."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
-            table.add_row(name, str(value), style=None)
+            table.add_row(name, Text(str(value)))
         self._console.print(table)
 
     def start(self, steps: int, done: int, epochs: int) -> None:

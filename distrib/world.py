@@ -138,8 +138,8 @@ def _devices(control: Any, backend: Backend) -> tuple[int, int]:
     return device, max(places.count(place) for place in places)
 
 
-def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Watchdog) -> Communicator:
-    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host."""
+def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Watchdog) -> tuple[Communicator, str]:
+    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not NCCL."""
     from distrib.mpi import StagedCommunicator
 
     device, sharing = _devices(control, backend)
@@ -158,14 +158,14 @@ def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Wa
         )
     missing = next((why for why in control.allgather(missing) if why), None)
     if name == "mpi" or (name == "auto" and missing):
-        return StagedCommunicator(control, watchdog, backend)
+        return StagedCommunicator(control, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
     if missing:
         raise UserError(f"--comm nccl: {missing}")
     from distrib.nccl import NcclCommunicator
 
     return NcclCommunicator(
         control, backend.xp.cuda, nccl, device, watchdog, lambda: backend.xp.zeros(1, "float32"), backend.branch
-    )
+    ), ""
 
 
 def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0) -> World:
@@ -192,7 +192,8 @@ def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32
 
             communicator = MpiCommunicator(control, watchdog)
         else:
-            communicator = _device_communicator(comm, control, chosen, watchdog)
+            communicator, note = _device_communicator(comm, control, chosen, watchdog)
+            ranks += note
         hosts = control.allgather(socket.gethostname())
     reason = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
     return World(communicator, control, chosen, reason, watchdog, hosts)

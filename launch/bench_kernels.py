@@ -82,6 +82,8 @@ def kernels(
     that their sum may exceed it. Example: distrib bench kernels --batch-size 8
     """
     refuse_launcher("kernels")
+    if precision == "float64":
+        raise UserError("--precision float64: its steps are no graphs: use float32, tf32 or bf16")
     options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision, "limit_test": 1}
     config = build({**options, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)

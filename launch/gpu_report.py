@@ -9,17 +9,22 @@ that nothing is lost where the machine goes away. A part that is already in the 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from distrib.run import environment
-from launch.measure import machine
-from nn.backend import NUMPY, cupy_backend
+try:
+    from distrib.run import environment
+    from launch.measure import MPI_DEFAULTS, machine
+    from nn.backend import NUMPY, cupy_backend
+except ImportError as error:
+    sys.exit(f"make test-gpu needs a Python with this package's dependencies ({error}): see GPU.md, and give it as PYTHON=")
 
 BENCH = (sys.executable, "-m", "launch.cli", "bench")
 PYTEST = (sys.executable, "-m", "pytest", "-q")
@@ -27,8 +32,6 @@ STEP = (*BENCH, "step", "--backend", "cupy", "--comm", "none", "--repeats", "3",
 RUN = (*BENCH, "run", "--backend", "cupy", "--ranks", "1", "--json")
 GPU = {"DISTRIB_TEST_GPU": "1"}
 SHARED_GPU = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
-MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-       "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none"}  # fmt: skip
 
 
 def mpirun(ranks: int) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ def parts() -> dict[str, tuple[tuple[str, ...], dict[str, str], float]]:
 
 def run(command: tuple[str, ...], more: dict[str, str], limit: float) -> dict[str, Any]:
     """What a part said; JSON where it printed that."""
-    begin, env = time.perf_counter(), {**MPI, **os.environ, **more}
+    begin, env = time.perf_counter(), {**MPI_DEFAULTS, **os.environ, **more}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit, check=False)
         code, out, err = done.returncode, done.stdout, done.stderr
@@ -94,6 +97,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the parts and their commands, and end")
     given = parser.parse_args()
     chosen = {name: part for name, part in parts().items() if given.only in name}
+    if not chosen:
+        print(f"--only {given.only}: no part's name holds that: {', '.join(parts())}", file=sys.stderr)
+        return 2
     if given.list:
         for name, (command, _, limit) in chosen.items():
             print(f"{name:18} {limit:5.0f} s  {' '.join(command).replace(sys.executable, 'python')}")
@@ -103,6 +109,11 @@ def main() -> int:
     except RuntimeError as error:
         print(f"make test-gpu needs a GPU: {error}", file=sys.stderr)
         return 2
+    for module, what in (("pytest", "the tests"), ("torch", "comparisons with PyTorch"), ("mpi4py", "several ranks")):
+        if importlib.util.find_spec(module) is None:
+            print(f"note: {module} is missing, which {what} need: those parts will fail", file=sys.stderr)
+    if shutil.which("mpirun") is None:
+        print("note: there is no mpirun on the path: parts with several ranks will fail", file=sys.stderr)
     report = json.loads(given.out.read_text()) if given.out.exists() else {"parts": {}}
     report |= {"machine": machine(), "device": about, "host": environment(0, NUMPY)}
     for name, (command, more, limit) in chosen.items():
