@@ -43,7 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 OWNED = (("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")), ("loss", "ce", ("label_smoothing",)))
 """Options that a recipe's value makes no sense for once a person gives another `optimizer` or `loss`."""
 
-MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "run_dir", "resume",
+MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "check_every", "run_dir", "resume",
               "recipe", "timeout", "data", "cuda_graph", "batch_size_per_rank")  # fmt: skip
 """Fields that do not change what is computed, so that a resumed run may have others."""
 
@@ -82,6 +82,7 @@ class Config:
     log_every: int = option(50, "Steps between lines of metrics.jsonl.")
     checkpoint_every: int = option(1000, "Steps between checkpoints; every epoch ends with one too.")
     keep: int = option(3, "Checkpoints to keep.")
+    check_every: int = option(500, "Steps between comparisons of the ranks' parameters, made at checkpoints too; 0: never.")
     resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
     max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
     recipe: str | None = option(None, "A named set of options: demo, fast99, reference or reference-sgd; others given win.")
@@ -99,7 +100,7 @@ class Config:
         for name in ("lr", "width", "timeout"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed"):
+        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed", "check_every"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
         self._require("momentum", self.momentum < 1, "give less than 1")

@@ -8,11 +8,21 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from distrib.board import Board
 from distrib.errors import EXIT_CRASH, UserError
+
+
+class Failure(RuntimeError):
+    """Something went wrong on a rank that is known, and need not be this one."""
+
+    def __init__(self, rank: int, cause: str) -> None:
+        super().__init__(f"rank {rank}: {cause}")
+        self.rank, self.cause = rank, cause
 
 
 class Watchdog:
@@ -20,10 +30,14 @@ class Watchdog:
 
     A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are calls
     that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous errors.
+    On `board`, once there is one, it publishes what this rank does, and finds out which rank keeps the others waiting.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.rank, self.timeout, self.step = rank, timeout, 0
+        self.board: Board | None = None
+        self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
+        self._begun = 0
         self._wait: tuple[str, float, float] | None = None
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
@@ -34,6 +48,8 @@ class Watchdog:
     def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
         """Mark a wait that must end within `patience` timeouts; one inside another counts for itself."""
         outer = self._wait
+        self._begun += 1
+        self.collectives.append(f"{self._begun}: {what}, step {self.step}")
         self._wait = (what, time.monotonic(), patience * self.timeout)
         try:
             yield
@@ -45,9 +61,17 @@ class Watchdog:
         with self._checking:
             self.checks.clear()
 
+    def publish(self, now: bool = False, **news: str) -> None:
+        """Say on the board, where there is one, what this rank does."""
+        wait = self._wait
+        if self.board:
+            doing = f"waiting in {wait[0]}" if wait else "computing"
+            self.board.publish(now, step=self.step, doing=doing, collectives=self._begun, **news)
+
     def _run(self) -> None:
         while True:
             time.sleep(0.5)
+            self.publish()
             wait = self._wait
             if wait and time.monotonic() - wait[1] > wait[2]:
                 self._expire(f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
@@ -65,22 +89,42 @@ class Watchdog:
 
     def _expire(self, what: str) -> None:
         print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)
+        if self.board:
+            self.publish(now=True)
+            self.board.keep_trace(list(self.collectives))
+            time.sleep(1.5)  # for ranks in the same trouble to say where they are
+            print(f"distrib: {self.board.accuse(what)}", file=sys.stderr, flush=True)
         for callback in self.on_expiry:
             threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
         os._exit(EXIT_CRASH)
 
 
-def abort_on_crash(rank: int, abort: Callable[[], None]) -> None:
-    """An uncaught exception in this rank prints its traceback and ends the whole job."""
+def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
+    """An uncaught exception in this rank prints its traceback and a verdict, and ends the whole job."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         traceback.print_exception(kind, error, trace)
-        print(f"distrib: rank {rank} on {socket.gethostname()} failed: {kind.__name__}: {error}",
-              file=sys.stderr, flush=True)  # fmt: skip
-        abort()
+        give_up(watchdog, error, abort)
 
     sys.excepthook = hook
+
+
+def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
+    """Say why this rank cannot go on, on its last line and in failure.json, and end the job."""
+    rank, cause = watchdog.rank, f"{type(error).__name__}: {error}"
+    if isinstance(error, Failure):
+        rank, cause = error.rank, error.cause
+    elif isinstance(error, SystemExit):
+        cause = f"it called sys.exit({error.code!r})"
+    line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
+    if watchdog.board:
+        watchdog.publish()
+        line = watchdog.board.fail(cause, rank)
+    print(f"distrib: {line}", file=sys.stderr, flush=True)
+    time.sleep(0.2)  # for the launcher to pass the line on
+    abort()
+    os._exit(EXIT_CRASH)  # where there is nobody to abort
 
 
 class Agreement:

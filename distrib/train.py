@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from distrib import checkpoint as ckpt
 from distrib import mnist
+from distrib.board import Board
 from distrib.config import Config
 from distrib.console import Screen
 from distrib.errors import EXIT_REQUEUE, UserError
+from distrib.failure import give_up
+from distrib.guard import compare_replicas, guard, guard_layout
 from distrib.run import Run, new_folder
+from distrib.signals import listening
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
 from distrib.world import World, connect
@@ -70,6 +77,8 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             trainer.read_results(now)
         if screen.due():
             screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
+        if config.check_every and (at.step % config.check_every == 0 or save or last or end):
+            compare_replicas(trainer)
         if save and not trainer.stopped:
             meter.pause()
             trainer.save(run)
@@ -150,19 +159,6 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     return result
 
 
-def guard(world: World, config: Config, data: mnist.Dataset) -> None:
-    """UserError where the ranks were started with different options or read different data."""
-    mine = {"options": asdict(config), "data": data.digest()}
-    everyone = world.allgather(mine, "the comparison of configurations")
-    for rank, other in enumerate(everyone):
-        for name, value in other["options"].items():
-            if value != everyone[0]["options"][name]:
-                raise UserError(f"rank {rank} was started with --{name.replace('_', '-')} {value}, rank 0 with"
-                                f" {everyone[0]['options'][name]}: start all ranks alike")  # fmt: skip
-        if other["data"] != everyone[0]["data"]:
-            raise UserError(f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files")
-
-
 def advice(world: World, config: Config) -> str | None:
     """A line for a person whose cores stand idle: how many ranks to start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -224,15 +220,36 @@ def train(config: Config) -> int:
             screen.say(f"going on from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
-    listen(trainer)
-    warm_up(trainer, run)
-    summary = fit(trainer, run, screen)
-    with world.agree():
-        if run:
-            run.finish(summary)
-    report(screen, summary, run)
+    guard_layout(trainer)
+    world.watchdog.board = Board(Path(world.broadcast(str(run.path) if run else "", "the run's folder")), world.rank, world.size)
+    with listening(trainer), verdict_of(world):
+        warm_up(trainer, run)
+        summary = fit(trainer, run, screen)
+        with world.agree():
+            if run and trainer.stopped:
+                ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, trainer.at.step))  # verified before it is counted on
+            if run:
+                run.finish(summary)
+        report(screen, summary, run)
+    world.watchdog.publish(now=True, state="finished")
     trainer.close()
     return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
+
+
+@contextmanager
+def verdict_of(world: World) -> Iterator[None]:
+    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends the job."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if world.size > 1:
+            traceback.print_exc()
+            give_up(world.watchdog, error, world.comm.abort)
+        if world.watchdog.board and not isinstance(error, KeyboardInterrupt):
+            world.watchdog.board.fail(f"{type(error).__name__}: {error}")
+        raise
 
 
 def report(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
@@ -245,18 +262,6 @@ def report(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
         f"{state}: {test}{summary['wall_seconds']:.1f} s, {rate or 0:.0f} images/s on"
         f" {summary['world_size']} rank(s); results in {path}"
     )
-
-
-def listen(trainer: Trainer) -> None:
-    """SIGUSR1, SIGTERM and Ctrl-C end the run after the step at hand, with a checkpoint, on all ranks alike."""
-
-    def handler(number: int, _: object) -> None:
-        trainer.stop_requested = True
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

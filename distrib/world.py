@@ -179,7 +179,7 @@ def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32
     rank = 0 if single else int(control.Get_rank())
     watchdog = Watchdog(rank, timeout)
     if not single:
-        abort_on_crash(rank, lambda: control.Abort(1))
+        abort_on_crash(watchdog, lambda: control.Abort(1))
     with watchdog.waiting("the choice of backend and communicator"):
         chosen, why = _choose_backend(backend, precision, control)
         communicator: Communicator

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_data: Path) -> Call:
     """A small training run within this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("distrib.train.listen", lambda _: None)
+    monkeypatch.setattr("distrib.train.listening", lambda _: nullcontext())
 
     def command(folder: Path, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["distrib", *map(str, ("--run-dir", folder, "--data", small_data, *SMALL, *arguments))])  # fmt: skip

@@ -1,0 +1,60 @@
+"""Requests to stop, heard at once: also while the main thread sits in a collective, where Python's handlers do not run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distrib.errors import EXIT_CRASH
+from distrib.trainer import Trainer
+
+HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def listening(trainer: Trainer) -> Iterator[None]:
+    """SIGUSR1, SIGTERM and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same step.
+
+    The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks SIGTERM
+    may also be the launcher's, after a rank has died: if one of this host has, that is said, and nothing is waited for.
+    A second Ctrl-C ends the process at once.
+    """
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in HEARD}
+    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(ear, trainer), daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(mouth)  # ends the thread
+
+
+def _hear(ear: int, trainer: Trainer) -> None:
+    with os.fdopen(ear, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(1):
+            number = numbers[0]
+            if number == signal.SIGINT and trainer.stop_requested:
+                os._exit(EXIT_CRASH)
+            if number == signal.SIGTERM and trainer.world.size > 1:
+                _look_for_the_dead(trainer)
+            if number in HEARD:
+                trainer.stop_requested = True
+
+
+def _look_for_the_dead(trainer: Trainer) -> None:
+    """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for it."""
+    watchdog = trainer.world.watchdog
+    watchdog.publish(now=True, state="told to stop")
+    if watchdog.board and (verdict := watchdog.board.dead_neighbour()):
+        print(f"distrib: {verdict}", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+        os._exit(EXIT_CRASH)

@@ -1,0 +1,202 @@
+"""Every way a rank can fail: the job ends within a bound, non-zero, nothing is left running, and the right rank is named.
+
+Faults are put into a random rank at a random step of a real run of several ranks; FAULT_ROUNDS in the environment asks
+for more rounds than the few of a quick pass (`make soak`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import environment, run, train
+
+from distrib import checkpoint as ckpt
+from distrib.board import Board, Word, conclude, line, read, suspect
+from distrib.failure import Watchdog
+
+ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
+TIMEOUT = 6
+OPTIONS = ("--epochs", 1, "--batch-size", 16, "--limit-train", 320, "--limit-test", 20, "--width", 0.0625, "--log-every", 5,
+           "--checkpoint-every", 4, "--check-every", 3, "--timeout", TIMEOUT)  # fmt: skip
+
+SCRIPT = """
+import os, signal, sys, time
+from distrib import train, trainer
+plain = train.Trainer.step
+def step(self):
+    if self.world.rank == RANK and self.at.step == STEP:
+        FAULT
+    plain(self)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+
+FAULTS = {  # name: (what happens in the rank, words of the verdict, seconds until the end)
+    "raises": ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted", 5),
+    "exits": ("sys.exit(3)", "it called sys.exit(3)", 5),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its process is gone without a word", 5),
+    "dies": ("os._exit(0)", "without a word", 5),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "not a word for", TIMEOUT + 8),
+    "stalls": ("time.sleep(3600)", "behind the others, computing", TIMEOUT + 8),
+    "corrupted": ("self.params.values[7] += 1", "its parameters differ", 5),
+}
+
+
+def left_running(folder: Path) -> list[str]:
+    """Processes whose command line holds the run's folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in command and int(entry.name) != os.getpid():
+            found.append(entry.name)
+    return found
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> None:
+    what, words, bound = FAULTS[fault]
+    ranks, dice = 4, random.Random(f"{fault} {round_}")
+    rank, step = dice.randrange(ranks), dice.randrange(6, 18)
+    folder = tmp_path / "run"
+    script = SCRIPT.replace("RANK", str(rank)).replace("STEP", str(step)).replace("FAULT", what)
+    begin = time.monotonic()
+    done = run("-c", script, "--run-dir", folder, *OPTIONS, ranks=ranks, check=False)
+    took = time.monotonic() - begin
+    assert done.returncode not in (0, 2, 85), done.stderr
+    if not (folder / "failure.json").exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
+        run("-m", "distrib.board", folder)
+    verdict = json.loads((folder / "failure.json").read_text())
+    assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
+    assert verdict["host"] == os.uname().nodename
+    # what a rank that was killed had said last may be a second old; a corrupted one is found out some steps later
+    assert verdict["step"] <= step + 3
+    assert verdict["step"] >= step or fault in ("killed", "dies", "stopped")
+    assert took < bound + 12, f"{took:.0f} s, of which the start takes some"
+    deadline = time.monotonic() + 5
+    while left := left_running(folder):
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.1)
+    newest, problems = ckpt.newest_valid(folder / "checkpoints")
+    assert newest is not None
+    assert not problems
+    assert newest.position["step"] <= step
+    again = train(folder, *OPTIONS, ranks=ranks)
+    assert "finished" in again.stdout
+    assert not (folder / "failure.json").exists(), "a run that went on and ended well tells of no failure"
+
+
+def test_the_verdict_is_the_last_line_of_the_program(tmp_path: Path) -> None:
+    script = SCRIPT.replace("RANK", "1").replace("STEP", "7").replace("FAULT", "raise ValueError('planted')")
+    done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
+    own = [text for text in done.stderr.splitlines() if text.startswith("distrib:")]
+    assert own[-1].startswith(f"distrib: rank 1 on {os.uname().nodename} failed at step")
+    assert own[-1].endswith(": ValueError: planted")
+
+
+def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
+    script = SCRIPT.replace("RANK", "0").replace("STEP", "7").replace("FAULT", "raise ValueError('planted')")
+    done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, check=False)
+    assert "ValueError: planted" in done.stderr
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["cause"] == "ValueError: planted"
+
+
+def test_other_code_on_a_rank_is_refused(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from distrib import guard
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    guard.code_digest = lambda: "another"
+from distrib.command import main
+sys.exit(main())
+"""
+    done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
+    assert done.returncode == 2
+    assert "rank 1 on" in done.stderr
+    assert "runs other code than rank 0" in done.stderr
+
+
+def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
+    """USR1 to one rank that waits for another: heard at once, and all stop after the same step."""
+    script = SCRIPT.replace("RANK", "1").replace("STEP", "9").replace(
+        "FAULT", f"open({str(tmp_path / 'ready')!r}, 'w').write(str(os.getppid())); time.sleep(3)")
+    folder = tmp_path / "run"
+    from conftest import ROOT, sys
+
+    mpirun = Path(sys.executable).with_name("mpirun")
+    process = subprocess.Popen([str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
+                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)  # rank 0 is in the collective by now
+    os.kill(read(folder)[0].pid, 10)
+    assert process.wait(60) == 85
+    found = json.loads((folder / "summary.json").read_text())
+    # the step at hand, number 10, was told before the signal came: the request travels with the next one's gradient
+    assert (found["steps"], found["finished"]) == (11, False)
+
+
+# ---- the board alone
+
+
+def a_word(rank: int, **news: object) -> Word:
+    return Word(**{"rank": rank, "host": f"h{rank}", "pid": 1, "step": 9, "doing": "waiting in x", "collectives": 50,
+                   "time": 0.0, **news})  # type: ignore[arg-type]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "rank", "text"), [
+    ([a_word(0), a_word(1, state="failed: boom"), a_word(2, time=-20)], 1, "boom"),
+    ([a_word(0), a_word(1), a_word(2, time=-20)], 2, "not a word for 20 s"),
+    ([a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)], 1, "behind the others, computing"),
+    ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
+    ([a_word(0), a_word(2)], 1, "never said a word"),
+    ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
+])  # fmt: skip
+def test_who_is_suspected(words: list[Word], rank: int, text: str) -> None:
+    words = [replace(word, time=time.time() + word.time) for word in words]
+    word, cause = suspect(words, 3, words[0], "otherwise")
+    assert word.rank == rank
+    assert cause.startswith(text)
+
+
+def test_the_first_verdict_stands(tmp_path: Path) -> None:
+    first = conclude(tmp_path, a_word(2), "planted")
+    assert first == "rank 2 on h2 failed at step 9: planted"
+    assert conclude(tmp_path, a_word(1), "another") == first
+    assert line(json.loads((tmp_path / "failure.json").read_text())) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]
+
+
+def test_ranks_speak_at_most_once_a_second(tmp_path: Path) -> None:
+    board = Board(tmp_path, 3, 4)
+    board.publish(step=1)
+    assert [word.step for word in read(tmp_path)] == [0], "it said a word when it was made"
+    board.publish(now=True)
+    assert [word.step for word in read(tmp_path)] == [1]
+    assert read(tmp_path)[0].pid == os.getpid()
+
+
+def test_the_watchdog_publishes(tmp_path: Path) -> None:
+    watchdog = Watchdog(0, 60)
+    watchdog.board = Board(tmp_path, 0, 1)
+    watchdog.step = 41
+    with watchdog.waiting("a collective of the test"):
+        deadline = time.monotonic() + 5
+        while not read(tmp_path) or read(tmp_path)[0].doing != "waiting in a collective of the test":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert read(tmp_path)[0].step == 41
+    watchdog.board = None
