@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,41 @@ def save_checkpoint(
         if not orphan.with_name(orphan.name.replace(".state", "")).exists():
             orphan.unlink()
     return path
+
+
+class Saver:
+    """Saves checkpoints in a thread of its own, one after another: training waits for the copies only.
+
+    What goes wrong with one is raised by the next `start` or `wait`.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, *arguments: Any) -> None:
+        """Begin `save_checkpoint(*arguments)`, once the one before is done; the tensors must be copies."""
+        self.wait()
+        self.used = True
+        # no daemon: an ending process lets it finish
+        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last one is on disk."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _save(self, *arguments: Any) -> None:
+        try:
+            save_checkpoint(*arguments)
+        except BaseException as error:
+            self._error = error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from distrib import checkpoint as ckpt
 from distrib import mnist
 from distrib.board import Board
 from distrib.config import Config
@@ -225,9 +224,8 @@ def train(config: Config) -> int:
     with listening(trainer), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
+        trainer.saved(run)  # and verified before anyone counts on it
         with world.agree():
-            if run and trainer.stopped:
-                ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, trainer.at.step))  # verified before it is counted on
             if run:
                 run.finish(summary)
         report(screen, summary, run)

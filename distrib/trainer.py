@@ -33,6 +33,9 @@ HISTORY = 256
 """Steps whose results may stay on the device before they are read."""
 
 
+SAVING = 10
+"""Timeouts that the ranks wait for a checkpoint of rank 0: a shared file system may be slow."""
+
 PHASES = ("data", "forward", "backward", "sums", "gradients", "optimizer")
 """Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the backward."""
 
@@ -109,6 +112,7 @@ class Trainer:
         self.copies: deque[Any] = deque()  # results on their way to the host
         self.sums = self.sum_over_ranks if world.size > 1 else None
         graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
+        self.saver = ckpt.Saver()
         self.graphs: Graphs | None = None
         if graph:
             self.graphs = Graphs(backend.cuda, lambda: self.model.ws.generation, self.capturable, world.size == 1)
@@ -247,7 +251,7 @@ class Trainer:
                         f" try a lower --lr than {self.config.lr}, --warmup-epochs, or --precision float64")  # fmt: skip
 
     def save(self, run: Run | None) -> None:
-        """A checkpoint of this moment. Every rank comes here; rank 0 writes."""
+        """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0 writes."""
         at = asdict(self.at)
         at["wall_seconds"] = self.wall_seconds()
         at["images_per_rank"] = self.images_per_rank()
@@ -256,7 +260,8 @@ class Trainer:
         assert not self.unread, "a checkpoint needs the results of all steps"
         assert not self.copies, "a checkpoint needs the results of all steps"
         self.share_statistics()
-        with self.world.agree():
+        with self.world.agree(SAVING):
+            self.saver.wait()
             if run:
                 c = self.config
                 about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
@@ -265,7 +270,14 @@ class Trainer:
                     for moment, flat in self.optimizer.state.items()
                     for name, tensor in self.params.to_checkpoint(flat).items()
                 }
-                ckpt.save_checkpoint(run.checkpoints, self.at.step, self.model.state_dict(), about, moments, at, c.keep)
+                self.saver.start(run.checkpoints, self.at.step, self.model.state_dict(), about, moments, at, c.keep)
+
+    def saved(self, run: Run | None) -> None:
+        """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
+        with self.world.agree(SAVING):
+            self.saver.wait()
+            if run and self.saver.used:
+                ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, self.at.step))
 
     def share_statistics(self) -> None:
         """With local batch norm, rank 0's running statistics count; with sync they are equal anyway."""

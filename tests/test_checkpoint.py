@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from conftest import ROOT, run, summary
 from safetensors.numpy import load_file
 from test_bad_input import SMALL, assert_one_line, snapshot
 
+import distrib.train
 from distrib import checkpoint as ckpt
 from distrib.command import main
+from distrib.config import Config
 from distrib.errors import UserError
 
 LENGTHS = (0, 1, 7, 8, 9, 100, 0.5, -1)  # bytes, a fraction, or from the end
@@ -26,6 +30,7 @@ LIMITED = """import resource, sys
 size = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 from distrib.command import main
+from distrib.config import Config
 sys.exit(main())"""
 Call = Callable[..., tuple[int, str, str]]
 
@@ -218,3 +223,39 @@ def test_read_only_disk(disk: Path, call: Call) -> None:
     code, _, err = call(disk / "run")
     assert_one_line(code, err, disk / "run", "Read-only")
     assert snapshot(disk) == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that saves waits for the next step, which would never come if saving held training up."""
+    seen, plain = [], ckpt.save_checkpoint
+    made: list[Any] = []
+
+    def slow(*arguments: Any) -> Path:
+        step, deadline = arguments[1], time.monotonic() + 10
+        while step < 4 and made[0].at.step == step:
+            assert time.monotonic() < deadline, "training waits for the checkpoint"
+            time.sleep(0.01)
+        seen.append((step, made[0].at.step))
+        return plain(*arguments)
+
+    class Known(distrib.train.Trainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", slow)
+    monkeypatch.setattr(distrib.train, "Trainer", Known)
+    options = Config(epochs=1, batch_size=8, limit_train=32, limit_test=8, width=1 / 16, checkpoint_every=1, run_dir=str(tmp_path))
+    assert distrib.train.train(options) == 0
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert all(at > step for step, at in seen[:3])
+    for path in ckpt.list_checkpoints(tmp_path / "checkpoints"):
+        assert ckpt.load_checkpoint(path).position["step"] == int(path.stem.split("-")[1]), "of the moment, not of later"
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    saver = ckpt.Saver()
+    saver.start(tmp_path / "nowhere", 1, {"a": np.ones(1)}, {}, {}, {}, 3)
+    with pytest.raises(UserError, match="cannot be written"):
+        saver.wait()
+    saver.wait()
