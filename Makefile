@@ -14,7 +14,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 
-.PHONY: help demo test test-quick test-gpu lint bench wheel clean
+.PHONY: help demo test test-quick test-gpu lint bench soak wheel clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,9 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	mpirun -n 2 distrib bench allreduce
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
+
+soak: $(VENV)/.dev  ## failures and kills in full numbers: half an hour
+	FAULT_ROUNDS=3 KILL_ROUNDS=50 $(BIN)/python -m pytest -s tests/test_failures.py tests/test_kill.py tests/test_hosts.py
 
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel

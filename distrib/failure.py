@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 
 from distrib.board import Board
@@ -97,7 +99,26 @@ class Watchdog:
         for callback in self.on_expiry:
             threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
+        end_launcher(LAUNCHER_GRACE)
         os._exit(EXIT_CRASH)
+
+
+LAUNCHER_GRACE = 8
+"""Seconds that mpirun has to end the job after a rank has given up."""
+
+LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra_pmi_proxy")
+
+
+def end_launcher(seconds: int) -> None:
+    """Kill the launcher's process above this one, if it is still there after a while.
+
+    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left alone.
+    """
+    parent = os.getppid()
+    with suppress(OSError):
+        if Path(f"/proc/{parent}/comm").read_text().strip() in LAUNCHERS:
+            subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -9 {parent} 2>/dev/null"], start_new_session=True,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 
 def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:

@@ -33,6 +33,10 @@ Look at what came out:
     distrib evaluate runs/first
 
     distrib predict runs/first digit.png
+
+Is this machine fit for it, alone or under mpirun or srun:
+
+    distrib doctor
 """,
 )
 app.command("train")(train_command)
@@ -109,13 +113,15 @@ def predict(
         print(f"{result['image']}: {result['digit']}  {100 * result['probability']:.1f} %{note}")
 
 
-def _add_bench() -> None:
+def _add_commands() -> None:
     from launch import bench
+    from launch.doctor import doctor
 
+    app.command()(doctor)
     app.add_typer(bench.app, name="bench")
 
 
-_add_bench()
+_add_commands()
 
 
 def main() -> None:

@@ -1,0 +1,59 @@
+"""kill -9 of a whole job at random moments, some of them inside a save: the run always goes on, and ends alike.
+
+KILL_ROUNDS in the environment asks for more kills than a quick pass has (`make soak`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, environment, summary, train
+
+from distrib import checkpoint as ckpt
+
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
+OPTIONS = ("--epochs", 40, "--batch-size", 16, "--limit-train", 320, "--limit-test", 1, "--width", 0.25, "--schedule", "onecycle",
+           "--checkpoint-every", 1, "--keep", 2, "--log-every", 100)  # fmt: skip
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    mpirun = Path(sys.executable).with_name("mpirun")
+    command = [str(mpirun) if mpirun.exists() else "mpirun", "-n", "2", sys.executable, "-m", "distrib.train", "--run-dir", str(folder)]
+    return subprocess.Popen([*command, *map(str, OPTIONS)], cwd=ROOT, env=environment(), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    train(tmp_path / "whole", *OPTIONS, ranks=2)
+    folder, dice, steps, inside = tmp_path / "run", random.Random(0), [], 0
+    for round_ in range(ROUNDS):
+        process = start(folder)
+        before, deadline = (steps[-1] if steps else 0), time.monotonic() + 60
+        # into the steps of this process, then a random moment, in every other round one inside a save
+        while (found := ckpt.list_checkpoints(folder / "checkpoints")[:1]) == [] or int(found[0].stem.split("-")[1]) <= before:
+            assert time.monotonic() < deadline, "no step was saved"
+            assert process.poll() is None, f"ended by itself with {process.returncode}: give it more epochs"
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.1))
+        while round_ % 2 and not list((folder / "checkpoints").glob(".*.tmp")):
+            assert time.monotonic() < deadline, "no save was seen"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.2)  # ranks die with their launcher, or are what the next line waits for
+        inside += bool(list((folder / "checkpoints").glob(".*.tmp")))
+        newest, _ = ckpt.newest_valid(folder / "checkpoints")
+        assert newest is not None, "no valid checkpoint is left"
+        steps.append(newest.position["step"])
+    assert steps == sorted(steps)
+    train(folder, *OPTIONS, ranks=2)
+    found, expected = summary(folder), summary(tmp_path / "whole")
+    assert found["finished"]
+    assert found["parameter_digest"] == expected["parameter_digest"]
+    assert inside, "no kill fell into a save"
+    print(f"{ROUNDS} kills, {inside} of them inside a save, at steps {steps}")
