@@ -52,6 +52,9 @@ class Board:
             (self.ranks / f"{rank:05}-collectives.json").unlink(missing_ok=True)
             if rank == 0:
                 (folder / "failure.json").unlink(missing_ok=True)
+                for path in self.ranks.glob("[0-9]*.json"):  # of a start with more ranks
+                    if int(path.name[:5]) >= size:
+                        path.unlink(missing_ok=True)
         self.publish(now=True)
 
     def publish(self, now: bool = False, **news: Any) -> None:

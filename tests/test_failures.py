@@ -189,6 +189,13 @@ def test_ranks_speak_at_most_once_a_second(tmp_path: Path) -> None:
     assert read(tmp_path)[0].pid == os.getpid()
 
 
+def test_ranks_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
+    for rank in range(4):
+        Board(tmp_path, rank, 4)
+    Board(tmp_path, 0, 2)
+    assert [word.rank for word in read(tmp_path)] == [0, 1]
+
+
 def test_the_watchdog_publishes(tmp_path: Path) -> None:
     watchdog = Watchdog(0, 60)
     watchdog.board = Board(tmp_path, 0, 1)
