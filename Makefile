@@ -63,6 +63,7 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 
 soak: $(VENV)/.dev  ## failures and kills in full numbers: half an hour
 	FAULT_ROUNDS=3 KILL_ROUNDS=50 $(BIN)/python -m pytest -s tests/test_failures.py tests/test_kill.py tests/test_hosts.py
+	DISTRIB_SOAK=1 $(BIN)/python -m pytest tests/test_slurm.py
 
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel

@@ -115,8 +115,12 @@ def end_launcher(seconds: int) -> None:
     mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left alone.
     """
     parent = os.getppid()
-    with suppress(OSError):
-        if Path(f"/proc/{parent}/comm").read_text().strip() in LAUNCHERS:
+    with suppress(OSError, ValueError):
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+        if name in ("bash", "sh"):  # a script around each rank
+            parent = int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            name = Path(f"/proc/{parent}/comm").read_text().strip()
+        if name in LAUNCHERS:
             subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -9 {parent} 2>/dev/null"], start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 

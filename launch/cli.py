@@ -116,8 +116,10 @@ def predict(
 def _add_commands() -> None:
     from launch import bench
     from launch.doctor import doctor
+    from launch.submit import submit
 
     app.command()(doctor)
+    app.command("submit")(submit)
     app.add_typer(bench.app, name="bench")
 
 

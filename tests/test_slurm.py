@@ -1,0 +1,288 @@
+"""slurm/train.sh on a real Slurm: two nodes on this machine, brought up by slurm_cluster.sh.
+
+It needs root and Debian's packages, and fails where it cannot have them: nothing here is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, metrics, summary
+
+from distrib.checkpoint import newest_valid
+
+CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+FOLDER = Path("/tmp/distrib-slurm")
+SCRIPT = ROOT / "slurm" / "train.sh"
+WITHIN = 50  # seconds for a job to come where a test wants it
+DEAD_WITHIN = 10  # seconds from the death of a rank to the end of its job
+
+SMALL = ["--backend", "numpy", "--width", "0.125", "--limit-train", "6400", "--limit-test", "100", "--log-every", "1",
+         "--batch-size-per-rank", "16"]  # fmt: skip
+NODES = {
+    1: ["--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1"],
+    2: ["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"],
+}
+"""Two ranks on one node and on two, with one BLAS thread each: both train alike."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm() -> Iterator[None]:
+    """A real Slurm of two nodes with four pretend GPUs each."""
+    env = {**os.environ, "SLURM_CLUSTER_DIR": str(FOLDER)}
+    subprocess.run([CLUSTER, "down"], env=env, capture_output=True)
+    try:
+        up = subprocess.run([CLUSTER, "up", "2"], env=env, capture_output=True, text=True, timeout=300)
+        if up.returncode:
+            reason = (up.stderr.strip() or "no reason given").splitlines()[-1]
+            pytest.fail(f"NO SLURM, so nothing of slurm/train.sh was tested: {reason}", pytrace=False)
+        yield
+    finally:
+        subprocess.run([CLUSTER, "down"], env=env, capture_output=True)
+
+
+class Job:
+    """A job that was submitted with `options` of sbatch and `arguments` of the program, from `folder`."""
+
+    def __init__(self, folder: Path, options: list[str], *arguments: object, **variables: str) -> None:
+        self.folder = folder
+        self._env = {"SLURM_CONF": str(FOLDER / "slurm.conf"), "PYTHON": sys.executable, **variables}
+        self.number = self.call("sbatch", "--parsable", *options, str(SCRIPT), *map(str, arguments))
+        self.run_dir = folder / "runs" / f"slurm-{self.number}"
+
+    def call(self, *command: str) -> str:
+        return subprocess.run(command, cwd=self.folder, env=environment(self._env), check=True, capture_output=True,
+                              text=True, timeout=WITHIN).stdout.strip()  # fmt: skip
+
+    def about(self, name: str) -> str:
+        """A field of `scontrol show job`."""
+        found = re.search(rf"\b{name}=(\S+)", self.call("scontrol", "show", "job", self.number))
+        return found[1] if found else ""
+
+    @property
+    def log(self) -> str:
+        path = self.folder / f"slurm-{self.number}.log"
+        return path.read_text().replace("\0", "") if path.exists() else ""  # mpirun leaves some NULs
+
+    def wait(self, condition: Callable[[], object], what: str, within: float = WITHIN) -> None:
+        end = time.monotonic() + within
+        while not condition():
+            assert time.monotonic() < end, f"no {what} of job {self.number} in {within} s, {self.about('JobState')}:\n{self.log}"
+            time.sleep(0.05)
+
+    def end(self, within: float = WITHIN) -> tuple[str, str]:
+        """(state, exit code) of the job once it has ended."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.about("JobState") in ended, "end", within)
+        return self.about("JobState"), self.about("ExitCode")
+
+    def train_some(self, steps: int = 5) -> None:
+        """Come back after some steps."""
+        path = self.run_dir / "metrics.jsonl"
+        self.wait(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}")
+
+    def rank(self, number: int) -> int:
+        """The process of one rank."""
+        marks = {f"SLURM_JOB_ID={self.number}".encode(), f"PMIX_RANK={number}".encode()}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                given = (process / "environ").read_bytes().split(b"\0")
+                if marks <= set(given) and (process / "cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"distrib.train"]:
+                    return int(process.name)
+            except OSError:
+                continue
+        raise AssertionError(f"no rank {number} of job {self.number}")
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str], str]:
+    """A stand-in for Python, in shell: what `python -m distrib.train` does instead of training."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "program"
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, slurm: None) -> Job:
+    """An uninterrupted run on two nodes."""
+    job = Job(tmp_path_factory.mktemp("whole"), NODES[2], *SMALL)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    return job
+
+
+def test_two_nodes(whole: Job) -> None:
+    result = summary(whole.run_dir)
+    assert result["finished"]
+    assert (result["world_size"], result["steps"]) == (2, 200)
+    assert "2 rank(s) on node1, node2, 1 BLAS thread(s) each" in whole.log
+    assert (whole.run_dir / f"slurm-{whole.number}.log").read_text() == whole.log
+
+
+def test_one_node_as_it_is(tmp_path: Path) -> None:
+    job = Job(tmp_path, [], "--backend", "numpy", "--width", "0.125", "--limit-train", "320", "--limit-test", "100")
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    config = json.loads((job.run_dir / "config.json").read_text())
+    assert (config["recipe"], config["batch_size_per_rank"], config["optimizer"]) == ("fast99", 64, "sgd")
+    assert summary(job.run_dir)["finished"]
+
+
+def test_one_node_trains_as_two_do(whole: Job, tmp_path: Path) -> None:
+    job = Job(tmp_path, NODES[1], *SMALL)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
+
+
+@pytest.mark.parametrize("launcher", ["pmix", "mpirun"])
+def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path, launcher: str) -> None:
+    job = Job(tmp_path, NODES[2], *SMALL, LAUNCHER=launcher)
+    job.train_some()
+    job.call("scancel", "--signal=USR1", "--batch", job.number)  # what --signal=B:USR1@120 does
+    job.wait(lambda: job.about("Restarts") == "1", "requeue")
+    state = json.loads((job.run_dir / "summary.json").read_text())
+    assert not state["finished"]
+    assert 5 <= state["steps"] < 200
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert f"going on from step-{state['steps']:08d}" in job.log
+    assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
+    assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
+
+
+def test_usr1_before_the_ranks_listen_is_not_lost(tmp_path: Path, program: Callable[[str], str]) -> None:
+    late = program(f'sleep 1\nexec {sys.executable} "$@"')
+    job = Job(tmp_path, NODES[2], *SMALL, "--epochs", "20", PYTHON=late)
+    job.wait(lambda: job.about("JobState") == "RUNNING" and (job.run_dir / "restarts").exists(), "start")
+    job.call("scancel", "--signal=USR1", "--batch", job.number)
+    job.wait(lambda: job.about("Restarts") == "1", "requeue")
+    job.call("scancel", job.number)
+    assert "stopped at step" in job.log
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("pmix", "85:0"), ("mpirun", "1:0")])
+def test_scancel_saves_and_does_not_requeue(tmp_path: Path, launcher: str, code: str) -> None:
+    job = Job(tmp_path, NODES[2], *SMALL, "--epochs", "20", LAUNCHER=launcher)
+    job.train_some()
+    job.call("scancel", job.number)
+    assert job.end(DEAD_WITHIN) == ("CANCELLED", code), job.log
+    found, problems = newest_valid(job.run_dir / "checkpoints")
+    assert found is not None
+    assert not problems
+    assert job.about("Restarts") == "0"
+    assert f"cancelled, stopped at step {found.position['step']}" in job.log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("launcher", ["pmix", "mpirun"])
+def test_a_killed_rank_ends_the_job(tmp_path: Path, launcher: str) -> None:
+    job = Job(tmp_path, NODES[2], *SMALL, "--epochs", "20", LAUNCHER=launcher)
+    job.train_some()
+    killed = job.rank(1)
+    os.kill(killed, signal.SIGKILL)
+    state, code = job.end(DEAD_WITHIN)
+    assert state == "FAILED"
+    assert code.split(":")[0] not in ("0", "85")
+    verdict = json.loads((job.run_dir / "failure.json").read_text())
+    assert (verdict["rank"], verdict["host"], verdict["pid"], verdict["cause"]) == (1, "node2", killed, "killed by signal 9")
+    assert job.log.splitlines()[-1] == (f"train.sh: job {job.number}: failed with exit code {code.split(':')[0]}: rank 1 on"
+                                        f" node2 failed at step {verdict['step']}: killed by signal 9")  # fmt: skip
+
+
+def test_requeueing_stops_without_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
+    job = Job(tmp_path, NODES[1], PYTHON=program("exit 85"), STALLS="2")
+    assert job.end() == ("FAILED", "1:0"), job.log
+    assert job.about("Restarts") == "1"
+    assert "given up: 2 starts ended without a step beyond 0" in job.log.splitlines()[-1]
+
+
+def test_a_step_a_start_is_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
+    step = 'folder=${@: -1}/checkpoints; mkdir -p $folder; touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors'
+    job = Job(tmp_path, NODES[1], PYTHON=program(f"{step}\n[ \"$SLURM_RESTART_COUNT\" = 2 ] || exit 85"), STALLS="1")
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert job.about("Restarts") == "2"
+
+
+def test_a_finished_run_is_a_success(whole: Job) -> None:
+    again = Job(whole.folder, NODES[2], *SMALL, "--run-dir", whole.run_dir)
+    assert again.end() == ("COMPLETED", "0:0"), again.log
+    assert again.log.splitlines()[-1].endswith("holds a finished run: nothing to do")
+
+
+def test_a_mistake_ends_with_its_line(tmp_path: Path) -> None:
+    job = Job(tmp_path, NODES[2], "--limit-train", "70000")
+    assert job.end() == ("FAILED", "2:0"), job.log
+    assert "--limit-train 70000: the data has only 60000 images" in job.log.splitlines()[-1]
+
+
+SHOW = 'echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $OMP_NUM_THREADS [$CUDA_VISIBLE_DEVICES] $*"'
+ALL = "--recipe fast99 --batch-size-per-rank 64"
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "threads", "visible"),
+    [
+        (["--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=2"], "", 2, ["0,1", "0,1"]),
+        (["--gpus-per-node=2", "--ntasks-per-node=2"], "--gpu-bind=single:1", 2, ["0", "1"]),
+        (["--gpus-per-node=2"], "", 1, ["0,1", "0,1"]),  # CPUs for one task a node, shared
+        (["--gpus-per-node=0", "--ntasks-per-node=2"], "", 2, ["", ""]),
+    ],
+)
+def test_a_rank_per_gpu_or_task(tmp_path: Path, program: Callable[[str], str], options: list[str], more: str,
+                                threads: int, visible: list[str]) -> None:  # fmt: skip
+    job = Job(tmp_path, ["--nodes=2", *options], PYTHON=program(SHOW), LAUNCHER_OPTIONS=more)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    end = f"-m distrib.train {ALL} --run-dir runs/slurm-{job.number}"
+    want = {f"{2 * node + i} {node} {i} {threads} [{visible[i]}] {end}" for node in (0, 1) for i in (0, 1)}
+    assert want <= set(job.log.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["--lr", "0.1"], f"{ALL} --lr 0.1 --run-dir runs/slurm-JOB"),
+        (["--batch-size=32", "--run-dir=a"], "--recipe fast99 --batch-size=32 --run-dir=a --run-dir a"),
+        (["--recipe", "demo", "--run-dir", "b c"], "--recipe demo --run-dir b c --run-dir b c"),
+    ],
+)
+def test_what_follows_the_script_wins(tmp_path: Path, program: Callable[[str], str], given: list[str], passed: str) -> None:
+    job = Job(tmp_path, NODES[1], *given, PYTHON=program(SHOW))
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert job.log.count(f"] -m distrib.train {passed.replace('JOB', job.number)}\n") == 2
+
+
+def test_the_tasks_of_an_array_train_with_seeds_of_their_own(tmp_path: Path, program: Callable[[str], str]) -> None:
+    job = Job(tmp_path, ["--array=0-1", "--gpus-per-node=0"], PYTHON=program(SHOW))
+    job.wait(lambda: job.call("squeue", "-h", "--job", job.number) == "", "end")
+    logs = "".join(path.read_text() for path in tmp_path.glob("slurm-*.log"))
+    for task in (0, 1):
+        assert f"{ALL} --seed {task} --run-dir runs/slurm-{job.number}_{task}\n" in logs
+
+
+def test_an_unknown_launcher_is_one_line(tmp_path: Path) -> None:
+    job = Job(tmp_path, NODES[1], LAUNCHER="pmi9")
+    assert job.end() == ("FAILED", "2:0"), job.log
+    assert re.fullmatch(r"train\.sh: srun has no --mpi=pmi9: set LAUNCHER to mpirun or to one of [\w ]*\bpmix\b[\w ]*\n", job.log)
+
+
+if os.environ.get("DISTRIB_SOAK") == "1":  # as long as Slurm's clock wants it: its limits are whole minutes
+
+    def test_a_real_time_limit(tmp_path: Path) -> None:
+        arguments = [*SMALL[:4], "--limit-test", "100", "--batch-size-per-rank", "16", "--epochs", "6"]
+        limit = ["--time=1", "--signal=B:USR1@20"]
+        job = Job(tmp_path, [*NODES[2], *limit], *arguments)
+        assert job.end(600) == ("COMPLETED", "0:0"), job.log
+        assert int(job.about("Restarts")) >= 1
+        other = Job(tmp_path, NODES[2], *arguments)
+        assert other.end(600) == ("COMPLETED", "0:0"), other.log
+        assert summary(job.run_dir)["parameter_digest"] == summary(other.run_dir)["parameter_digest"]
