@@ -17,6 +17,14 @@ _SIZE_VARIABLES = (
 )
 
 
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
+def launched_rank() -> int:
+    """This process's rank by the launcher's environment, before or without MPI; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in _RANK_VARIABLES if os.environ.get(name)), 0)
+
+
 def launched_ranks() -> int:
     """Number of ranks that mpirun or srun started, read from the environment; 1 without a launcher."""
     return max((int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES), default=1)

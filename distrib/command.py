@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distrib import launched_ranks
+from distrib import launched_rank, launched_ranks
 from distrib.config import Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
 
@@ -102,19 +102,11 @@ def run_app(app: typer.Typer) -> int:
 
 def _say(message: str) -> int:
     """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it."""
-    if launched_ranks() == 1 or _rank() == 0:
+    if launched_ranks() == 1 or launched_rank() == 0:
         print(f"distrib: error: {message}", file=sys.stderr, flush=True)
     elif "mpi4py.MPI" not in sys.modules:
         time.sleep(10)  # mpirun ends the job with the first rank to fail: not before rank 0 spoke. With MPI, its end waits
     return EXIT_USAGE
-
-
-def _rank() -> int:
-    """This process's rank by the launcher's environment, before or without MPI."""
-    import os
-
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
 
 
 def main() -> int:

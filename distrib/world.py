@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import warnings
@@ -58,10 +59,18 @@ class World:
             return list(self.control.allgather(value))
 
 
-def _import_mpi() -> Any:
-    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing."""
+MPI_INIT_SECONDS = 300
+"""MPI_Init of a large job may take minutes; after these it hangs."""
+
+
+def import_mpi() -> Any:
+    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing.
+
+    The import calls MPI_Init, which keeps Python's threads from running: what ends one that hangs is a thread in C.
+    """
     os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # a second less in MPI_Init
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
+    faulthandler.dump_traceback_later(MPI_INIT_SECONDS, exit=True, file=2)
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -69,6 +78,8 @@ def _import_mpi() -> Any:
     except RuntimeError as error:  # mpi4py without a library says so in many lines
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return MPI
 
 
@@ -80,7 +91,7 @@ def _control(comm: str) -> tuple[Any, str]:
     if comm in ("auto", "none") and launched == 1:
         return SingleControl(), "one process: no mpirun or srun started more"
     try:
-        mpi = _import_mpi()
+        mpi = import_mpi()
     except RuntimeError as error:
         raise UserError(f"--comm {comm} with {launched} ranks: {error}") from None
     world = mpi.COMM_WORLD

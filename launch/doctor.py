@@ -37,11 +37,10 @@ from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_info
 
-from distrib import __version__, launched_ranks, mnist
-from distrib.command import _rank
+from distrib import __version__, launched_rank, launched_ranks, mnist
 from distrib.console import on_terminal
 from distrib.errors import EXIT_USAGE, UserError
-from distrib.world import MULTI_RANK_NCCL, World, _import_mpi, connect
+from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
 from launch.bench_allreduce import Values
 from nn.backend import cupy_version, import_cupy
 
@@ -195,7 +194,7 @@ def nccl() -> Finding:
 
 def mpi_library() -> Finding:
     try:
-        text = _import_mpi().Get_library_version()
+        text = import_mpi().Get_library_version()
     except RuntimeError as error:
         return Finding(FAILURE if launched_ranks() > 1 else WARNING, *parted(str(error)))
     return Finding(OK, f"{family(text)} {version(text)}, {installed('mpi4py')}")
@@ -407,9 +406,9 @@ def doctor(
         raise UserError(f"--timeout {timeout:g}: give a finite number above 0")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # with it mpirun ends the job; there is time for the report
     findings = ask(timeout, data, str(run_dir))
-    if _rank() > 0:  # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
+    if launched_rank() > 0:  # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
         if findings[-1].state == FAILURE:
-            print(f"distrib doctor: rank {_rank()} on {socket.gethostname()}: {findings[-1].found}", file=sys.stderr, flush=True)
+            print(f"distrib doctor: rank {launched_rank()} on {socket.gethostname()}: {findings[-1].found}", file=sys.stderr, flush=True)
         return
     if as_json:
         print(json.dumps([{"name": finding.name} | finding._asdict() for finding in findings], indent=2), flush=True)

@@ -186,10 +186,10 @@ def test_out_of_memory_ends_the_list(as_json: bool) -> None:
 def test_memory_that_one_rank_lacks_ends_the_list_of_all() -> None:
     before = """
 import numpy as np
-from distrib.command import _rank
+from distrib import launched_rank
 empty = np.empty
 def limited(shape, *more, **options):
-    if _rank() == 1 and shape == 20000:
+    if launched_rank() == 1 and shape == 20000:
         raise MemoryError("planted")
     return empty(shape, *more, **options)
 np.empty = limited

@@ -15,17 +15,17 @@ case ${1:-} in
 up)
     down
     ip link add brdistrib type bridge
-    ip addr add 10.79.0.1/24 dev brdistrib
+    ip addr add 10.80.0.1/24 dev brdistrib
     ip link set brdistrib up
     for i in 1 2; do
         ip netns add h$i
         ip link add vd$i type veth peer name eth0 netns h$i
         ip link set vd$i master brdistrib up
-        ip -n h$i addr add 10.79.0.1$i/24 dev eth0
+        ip -n h$i addr add 10.80.0.1$i/24 dev eth0
         ip -n h$i link set eth0 up
         ip -n h$i link set lo up
         mkdir -p /etc/netns/h$i
-        printf '127.0.0.1 localhost\n10.79.0.1 %s\n10.79.0.11 h1\n10.79.0.12 h2\n' "$(hostname)" > /etc/netns/h$i/hosts
+        printf '127.0.0.1 localhost\n10.80.0.1 %s\n10.80.0.11 h1\n10.80.0.12 h2\n' "$(hostname)" > /etc/netns/h$i/hosts
     done ;;
 down) down ;;
 cut) ip link set "vd${2#h}" down ;;
