@@ -12,13 +12,14 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-SILENT = 3.0
-"""Seconds without a word, of a rank that speaks every second, after which it counts as stopped or gone."""
+SILENT = 2.5
+"""Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or gone."""
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Board:
         self.folder, self.size = folder, size
         self.word = Word(rank, socket.gethostname(), os.getpid())
         self.ranks = folder / "ranks"
-        self._published = 0.0
+        self._published, self._speaking = 0.0, threading.Lock()
         with contextlib.suppress(OSError):
             self.ranks.mkdir(parents=True, exist_ok=True)
             (self.ranks / f"{rank:05}-collectives.json").unlink(missing_ok=True)
@@ -59,28 +60,33 @@ class Board:
 
     def publish(self, now: bool = False, **news: Any) -> None:
         """Take in `news` (fields of Word) and write them, at most once a second unless `now`. A full disk is no failure."""
-        for name, value in news.items():
-            setattr(self.word, name, value)
-        if now or time.monotonic() - self._published >= 1:
-            self._published, self.word.time = time.monotonic(), time.time()
-            with contextlib.suppress(OSError):
-                _write(self.ranks / f"{self.word.rank:05}.json", asdict(self.word))
+        with self._speaking:
+            for name, value in news.items():
+                setattr(self.word, name, value)
+            if now or time.monotonic() - self._published >= 1:
+                self._published, self.word.time = time.monotonic(), time.time()
+                with contextlib.suppress(OSError):
+                    _write(self.ranks / f"{self.word.rank:05}.json", asdict(self.word))
 
-    def keep_trace(self, last: list[str]) -> None:
-        """Write this rank's last collectives, for who wants to compare those of all ranks."""
-        with contextlib.suppress(OSError):
-            _write(self.ranks / f"{self.word.rank:05}-collectives.json", last)
-
-    def fail(self, cause: str, rank: int | None = None) -> str:
-        """Say that this rank (or another one that is known) failed; returns the verdict as a line."""
-        self.publish(now=True, state=f"failed: {cause}" if rank in (None, self.word.rank) else self.word.state)
+    def fail(self, cause: str, rank: int, step: int) -> str:
+        """Say that `rank`, this one or another, failed; returns the verdict as a line."""
+        self.publish(now=True, step=step, state=f"failed: {cause}" if rank == self.word.rank else self.word.state)
         found = [replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank]
         return conclude(self.folder, found[0] if found else self.word, cause)
 
-    def accuse(self, otherwise: str) -> str:
-        """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out."""
-        word, cause = suspect([*read(self.folder)], self.size, self.word, otherwise)
-        return conclude(self.folder, word, cause)
+    def accuse(self, otherwise: str, last: list[str]) -> str:
+        """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out.
+
+        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks.
+        """
+        self.publish(now=True)
+        with contextlib.suppress(OSError):
+            _write(self.ranks / f"{self.word.rank:05}-collectives.json", last)
+        before = {word.rank: word.time for word in read(self.folder)}
+        time.sleep(SILENT)  # the clocks of hosts differ: silent is who says nothing new
+        words = read(self.folder)
+        silent = {word.rank for word in words if before.get(word.rank) == word.time}
+        return conclude(self.folder, *suspect(words, silent, self.size, self.word, otherwise))
 
     def dead_neighbour(self) -> str | None:
         """The verdict on a rank of this host whose process is gone without a word, if there is one."""
@@ -93,25 +99,25 @@ class Board:
 def read(folder: Path) -> list[Word]:
     """What all ranks said last, by rank."""
     words = []
-    for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            words.append(Word(**json.loads(path.read_text())))
+    with contextlib.suppress(OSError):
+        for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                words.append(Word(**json.loads(path.read_text())))
     return words
 
 
-def suspect(words: list[Word], size: int, witness: Word, otherwise: str) -> tuple[Word, str]:
-    """(rank, cause) by what the ranks said last."""
+def suspect(words: list[Word], silent: set[int], size: int, witness: Word, otherwise: str) -> tuple[Word, str]:
+    """(rank, cause) by what the ranks said last, and which of them say nothing new."""
     heard = {word.rank for word in words}
     for word in words:
         if word.state.startswith("failed: "):
             return word, word.state.removeprefix("failed: ")
-    now, running = time.time(), [word for word in words if word.running]
-    silent = [word for word in running if now - word.time > SILENT]
-    if silent:
-        word = min(silent, key=lambda word: word.time)
-        return word, f"not a word for {now - word.time:.0f} s: stopped, killed, or its host is gone"
+    running = [word for word in words if word.running]
+    if quiet := [word for word in running if word.rank in silent]:
+        word = min(quiet, key=lambda word: word.time)
+        return word, f"not a word for {time.time() - word.time:.0f} s: stopped, killed, or its host is gone"
     missing = sorted(set(range(size)) - heard)
-    if missing:
+    if missing and len({word.host for word in words}) > 1:  # else the folder is not shared between hosts
         return Word(missing[0], "an unknown host", 0), "never said a word: it did not start, or cannot write to the run's folder"
     behind = min(running, key=lambda word: (word.step, word.collectives, word.rank), default=witness)
     if (behind.step, behind.collectives) < (witness.step, witness.collectives) or behind.doing == "computing":
@@ -130,9 +136,10 @@ def conclude(folder: Path, word: Word, cause: str) -> str:
     except FileExistsError:
         with contextlib.suppress(OSError, ValueError):
             verdict = json.loads(path.read_text())
-    except OSError:
-        pass  # a full or lost disk: the line is still said
-    finally:
+    except OSError:  # no hard links here, or a full or lost disk: the line is still said
+        with contextlib.suppress(OSError), open(path, "x") as file:
+            file.write(json.dumps(verdict, indent=2))
+    with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
     return line(verdict)
 
@@ -152,6 +159,8 @@ def _gone(pid: int) -> bool:
     """Whether there is no such process on this host, or only what is left of a dead one."""
     try:
         os.kill(pid, 0)
+        if not Path("/proc/self/stat").exists():
+            return False
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except PermissionError:
         return False

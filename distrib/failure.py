@@ -44,7 +44,8 @@ class Watchdog:
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
-        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+        for name, work in (("watchdog", self._run), ("board", self._speak)):  # a file system that hangs must not stop the clock
+            threading.Thread(target=work, daemon=True, name=name).start()
 
     @contextmanager
     def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
@@ -70,10 +71,29 @@ class Watchdog:
             doing = f"waiting in {wait[0]}" if wait else "computing"
             self.board.publish(now, step=self.step, doing=doing, collectives=self._begun, **news)
 
-    def _run(self) -> None:
+    def _speak(self) -> None:
         while True:
             time.sleep(0.5)
             self.publish()
+
+    def ask(self, question: Callable[[Board], str | None]) -> str | None:
+        """What the board answers, within a few seconds; None where there is none, or its files cannot be had."""
+        board, answers = self.board, list[str | None]()
+        if board is None:
+            return None
+
+        def put(board: Board = board) -> None:
+            with suppress(Exception):  # whatever is wrong with the disk, the job must end
+                answers.append(question(board))
+
+        thread = threading.Thread(target=put, daemon=True)
+        thread.start()
+        thread.join(6)
+        return answers[0] if answers else None
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.5)
             wait = self._wait
             if wait and time.monotonic() - wait[1] > wait[2]:
                 self._expire(f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
@@ -91,11 +111,8 @@ class Watchdog:
 
     def _expire(self, what: str) -> None:
         print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)
-        if self.board:
-            self.publish(now=True)
-            self.board.keep_trace(list(self.collectives))
-            time.sleep(1.5)  # for ranks in the same trouble to say where they are
-            print(f"distrib: {self.board.accuse(what)}", file=sys.stderr, flush=True)
+        if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives))):
+            print(f"distrib: {verdict}", file=sys.stderr, flush=True)
         for callback in self.on_expiry:
             threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
@@ -143,11 +160,13 @@ def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None])
     elif isinstance(error, SystemExit):
         cause = f"it called sys.exit({error.code!r})"
     line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
-    if watchdog.board:
-        watchdog.publish()
-        line = watchdog.board.fail(cause, rank)
+    line = watchdog.ask(lambda board: board.fail(cause, rank, watchdog.step)) or line
     print(f"distrib: {line}", file=sys.stderr, flush=True)
     time.sleep(0.2)  # for the launcher to pass the line on
+    end_launcher(LAUNCHER_GRACE)
+    ends = threading.Timer(5, os._exit, (EXIT_CRASH,))  # where abort cannot reach the launcher
+    ends.daemon = True
+    ends.start()
     abort()
     os._exit(EXIT_CRASH)  # where there is nobody to abort
 

@@ -24,7 +24,7 @@ def code_digest() -> str:
     sha = hashlib.sha256(distrib.__version__.encode())
     for package in (nn, distrib):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
-            if path.suffix in (".py", ".cu"):
+            if path.suffix in (".py", ".cu") and path.is_file():
                 sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()
 
@@ -60,7 +60,8 @@ def compare_replicas(trainer: Trainer) -> None:
     """Failure naming the rank whose parameters are not those of the most: its memory, a link or a kernel corrupts data."""
     if trainer.world.size == 1:
         return
-    values = trainer.world.backend.to_host(trainer.params.values)
+    with trainer.waiting("the comparison of parameters"):
+        values = trainer.world.backend.to_host(trainer.params.values)
     mine = hashlib.blake2b(values.data.cast("B"), digest_size=16).hexdigest()
     everyone = trainer.world.allgather(mine, "the comparison of parameters")
     common, count = Counter(everyone).most_common(1)[0]

@@ -40,21 +40,22 @@ def listening(trainer: Trainer) -> Iterator[None]:
 
 def _hear(ear: int, trainer: Trainer) -> None:
     with os.fdopen(ear, "rb", buffering=0) as pipe:
+        interrupts = 0
         while numbers := pipe.read(1):
             number = numbers[0]
-            if number == signal.SIGINT and trainer.stop_requested:
+            trainer.stop_requested = trainer.stop_requested or number in HEARD
+            interrupts += number == signal.SIGINT
+            if interrupts > 1:
                 os._exit(EXIT_CRASH)
             if number == signal.SIGTERM and trainer.world.size > 1:
                 _look_for_the_dead(trainer)
-            if number in HEARD:
-                trainer.stop_requested = True
 
 
 def _look_for_the_dead(trainer: Trainer) -> None:
     """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for it."""
     watchdog = trainer.world.watchdog
     watchdog.publish(now=True, state="told to stop")
-    if watchdog.board and (verdict := watchdog.board.dead_neighbour()):
+    if verdict := watchdog.ask(lambda board: board.dead_neighbour()):
         print(f"distrib: {verdict}", file=sys.stderr, flush=True)
         time.sleep(0.1)
         os._exit(EXIT_CRASH)

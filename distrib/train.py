@@ -76,7 +76,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             trainer.read_results(now)
         if screen.due():
             screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
-        if config.check_every and (at.step % config.check_every == 0 or save or last or end):
+        if config.check_every and (at.step % config.check_every == 0 or save or last or end or trainer.stopped):
             compare_replicas(trainer)
         if save and not trainer.stopped:
             meter.pause()
@@ -229,8 +229,9 @@ def train(config: Config) -> int:
             if run:
                 run.finish(summary)
         report(screen, summary, run)
-    world.watchdog.publish(now=True, state="finished")
-    trainer.close()
+        world.watchdog.publish(now=True, state="finished")
+        trainer.close()
+    world.watchdog.board = None
     return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
 
 
@@ -245,8 +246,9 @@ def verdict_of(world: World) -> Iterator[None]:
         if world.size > 1:
             traceback.print_exc()
             give_up(world.watchdog, error, world.comm.abort)
-        if world.watchdog.board and not isinstance(error, KeyboardInterrupt):
-            world.watchdog.board.fail(f"{type(error).__name__}: {error}")
+        if not isinstance(error, KeyboardInterrupt):
+            cause = f"{type(error).__name__}: {error}"
+            world.watchdog.ask(lambda board: board.fail(cause, 0, world.watchdog.step))
         raise
 
 

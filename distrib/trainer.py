@@ -260,6 +260,7 @@ class Trainer:
         assert not self.unread, "a checkpoint needs the results of all steps"
         assert not self.copies, "a checkpoint needs the results of all steps"
         self.share_statistics()
+        self.world.allgather(None, "the beginning of a checkpoint")  # the wait for rank 0's disk alone is a patient one
         with self.world.agree(SAVING):
             self.saver.wait()
             if run:

@@ -163,11 +163,13 @@ def a_word(rank: int, **news: object) -> Word:
     ([a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)], 1, "behind the others, computing"),
     ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
     ([a_word(0), a_word(2)], 1, "never said a word"),
+    ([a_word(0, host="h"), a_word(2, host="h")], 0, "otherwise"),
     ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
 ])  # fmt: skip
 def test_who_is_suspected(words: list[Word], rank: int, text: str) -> None:
     words = [replace(word, time=time.time() + word.time) for word in words]
-    word, cause = suspect(words, 3, words[0], "otherwise")
+    silent = {word.rank for word in words if time.time() - word.time > 10}
+    word, cause = suspect(words, silent, 3, words[0], "otherwise")
     assert word.rank == rank
     assert cause.startswith(text)
 
