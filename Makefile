@@ -58,6 +58,8 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --against torch
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --width 0.125 --against torch
 	mpirun -n 2 distrib bench allreduce
+	mpirun -n 2 distrib bench save
+	OMP_NUM_THREADS=1 distrib bench save
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 

@@ -4,6 +4,8 @@ Importing this package decides the number of BLAS threads, which must happen bef
 """
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,17 @@ def launched_rank() -> int:
 def launched_ranks() -> int:
     """Number of ranks that mpirun or srun started, read from the environment; 1 without a launcher."""
     return max((int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES), default=1)
+
+
+def parent() -> tuple[int, str]:
+    """(pid, name) of the process that started this one, a shell around each rank left aside; a launcher's, on Linux."""
+    pid, name = os.getppid(), ""
+    with suppress(OSError, ValueError):
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        if name in ("bash", "dash", "sh"):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+    return pid, name
 
 
 if launched_ranks() > 1:  # a rank per core: element-wise work then runs on all cores too

@@ -21,6 +21,8 @@ from typing import Any
 SILENT = 2.5
 """Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or gone."""
 
+TOLD_TO_STOP = "told to stop"
+
 
 @dataclass
 class Word:
@@ -32,7 +34,7 @@ class Word:
     step: int = 0
     doing: str = "starting"  # a collective that it waits in, or "computing"
     collectives: int = 0  # begun so far
-    state: str = "running"  # or "finished", "told to stop", "failed: …"
+    state: str = "running"  # or "finished", TOLD_TO_STOP, "failed: …"
     time: float = 0.0
 
     @property
@@ -112,7 +114,7 @@ def suspect(words: list[Word], silent: set[int], size: int, witness: Word, other
     for word in words:
         if word.state.startswith("failed: "):
             return word, word.state.removeprefix("failed: ")
-    running = [word for word in words if word.running]
+    running = [word for word in words if word.running or word.state == TOLD_TO_STOP]
     if quiet := [word for word in running if word.rank in silent]:
         word = min(quiet, key=lambda word: word.time)
         return word, f"not a word for {time.time() - word.time:.0f} s: stopped, killed, or its host is gone"

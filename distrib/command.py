@@ -101,11 +101,17 @@ def run_app(app: typer.Typer) -> int:
 
 
 def _say(message: str) -> int:
-    """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it."""
-    if launched_ranks() == 1 or launched_rank() == 0:
-        print(f"distrib: error: {message}", file=sys.stderr, flush=True)
-    elif "mpi4py.MPI" not in sys.modules:
-        time.sleep(10)  # mpirun ends the job with the first rank to fail: not before rank 0 spoke. With MPI, its end waits
+    """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it.
+
+    Before MPI a rank cannot know whether it is alone with its mistake: it leaves rank 0 some seconds, with which the
+    launcher ends the job, then says it. With MPI all ranks agreed on it.
+    """
+    rank = launched_rank() if launched_ranks() > 1 else 0
+    alone = "mpi4py.MPI" not in sys.modules
+    if rank and alone:
+        time.sleep(10)
+    if not rank or alone:
+        print(f"distrib: error: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr, flush=True)
     return EXIT_USAGE
 
 

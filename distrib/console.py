@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from distrib import launched_ranks
+from distrib import launched_ranks, parent
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines of progress where the output is a file."""
@@ -24,7 +24,7 @@ def on_terminal() -> bool:
     if not sys.stdout.isatty() or launched_ranks() == 1:
         return sys.stdout.isatty()
     try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+        return os.readlink(f"/proc/{parent()[0]}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
     except OSError:
         return False
 

@@ -12,9 +12,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import TracebackType
 
+from distrib import parent
 from distrib.board import Board
 from distrib.errors import EXIT_CRASH, UserError
 
@@ -131,14 +131,10 @@ def end_launcher(seconds: int) -> None:
 
     mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left alone.
     """
-    parent = os.getppid()
-    with suppress(OSError, ValueError):
-        name = Path(f"/proc/{parent}/comm").read_text().strip()
-        if name in ("bash", "sh"):  # a script around each rank
-            parent = int(Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            name = Path(f"/proc/{parent}/comm").read_text().strip()
-        if name in LAUNCHERS:
-            subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -9 {parent} 2>/dev/null"], start_new_session=True,
+    pid, name = parent()
+    if name in LAUNCHERS:
+        with suppress(OSError):
+            subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -9 {pid} 2>/dev/null"], start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
 

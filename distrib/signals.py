@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from distrib.board import TOLD_TO_STOP
 from distrib.errors import EXIT_CRASH
 from distrib.trainer import Trainer
 
@@ -34,7 +35,7 @@ def listening(trainer: Trainer) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else handler)  # a late one must not kill
         os.close(mouth)  # ends the thread
 
 
@@ -54,7 +55,7 @@ def _hear(ear: int, trainer: Trainer) -> None:
 def _look_for_the_dead(trainer: Trainer) -> None:
     """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for it."""
     watchdog = trainer.world.watchdog
-    watchdog.publish(now=True, state="told to stop")
+    watchdog.publish(now=True, state=TOLD_TO_STOP)
     if verdict := watchdog.ask(lambda board: board.dead_neighbour()):
         print(f"distrib: {verdict}", file=sys.stderr, flush=True)
         time.sleep(0.1)

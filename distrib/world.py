@@ -144,7 +144,8 @@ def _devices(control: Any, backend: Backend) -> tuple[int, int]:
     """(this rank's device, most ranks on any one GPU)."""
     runtime = backend.xp.cuda.runtime
     device = int(runtime.getDevice())
-    identity = str(runtime.getDeviceProperties(device)["uuid"])
+    # CuPy cuts the UUID at a zero byte; the bus alone is shared by the parts of a divided GPU
+    identity = f"{runtime.deviceGetPCIBusId(device)} {runtime.getDeviceProperties(device)['uuid']!r}"
     places = control.allgather((socket.gethostname(), identity))
     return device, max(places.count(place) for place in places)
 

@@ -8,6 +8,7 @@ from launch.bench_allreduce import allreduce
 from launch.bench_kernels import kernels
 from launch.bench_ops import ops
 from launch.bench_run import run
+from launch.bench_save import save
 from launch.bench_step import step
 
 app = typer.Typer(help="Measure speed, against PyTorch in the same run.", no_args_is_help=True)
@@ -15,6 +16,7 @@ app.command()(step)
 app.command()(ops)
 app.command()(allreduce)
 app.command()(kernels)
+app.command()(save)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
 
 

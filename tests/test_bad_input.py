@@ -146,6 +146,19 @@ def test_two_ranks_say_it_once(option: str, late: int, small_data: Path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_alone_with_a_mistake_before_mpi_says_it(small_data: Path, tmp_path: Path) -> None:
+    """As where one host has no MPI library: rank 0 waits in MPI_Init and can say nothing."""
+    code = ("import os, sys; from distrib import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
+            "plain = world.import_mpi\n"
+            "def missing():\n    raise RuntimeError('no MPI library (planted)')\n"
+            "world.import_mpi = missing if alone else plain\n"
+            "from distrib.command import main; sys.exit(main())")  # fmt: skip
+    done = run("-c", code, *SMALL, "--run-dir", tmp_path / "run", "--data", small_data, ranks=2, check=False)
+    assert done.returncode == EXIT_USAGE
+    own = [line for line in done.stderr.splitlines() if line.startswith("distrib:")]
+    assert own == ["distrib: error: --comm auto with 2 ranks: no MPI library (planted) (rank 1)"]
+
+
 @pytest.fixture
 def stopped(call: Call, small_data: Path, tmp_path: Path) -> Path:
     """A run of 4 steps that ended after 3."""

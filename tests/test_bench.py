@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,3 +199,13 @@ def test_how_many_ranks_to_start(cores: int, ranks: int, threads: int, batch: in
     line = distrib.train.advice(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_checkpoint_costs(ranks: int, tmp_path: Path) -> None:
+    result = bench("save", "--batch-size", "4", "--every", "3", "--folder", str(tmp_path), ranks=ranks)
+    assert (result["ranks"], len(result["step_ms"]), len(result["cost_percent"])) == (ranks, 2, 2)
+    for step, held, percent in zip(result["step_ms"], result["held_up_ms"], result["held_up_percent"], strict=True):
+        assert held > 0
+        assert percent == pytest.approx(100 * held / (3 * step))
+    assert not list(tmp_path.iterdir()), "its checkpoints are removed"

@@ -10,15 +10,16 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import environment, run, train
+from conftest import ROOT, environment, run, train
 
 from distrib import checkpoint as ckpt
-from distrib.board import Board, Word, conclude, line, read, suspect
+from distrib.board import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
 from distrib.failure import Watchdog
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
@@ -132,8 +133,6 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     script = SCRIPT.replace("RANK", "1").replace("STEP", "9").replace(
         "FAULT", f"open({str(tmp_path / 'ready')!r}, 'w').write(str(os.getppid())); time.sleep(3)")
     folder = tmp_path / "run"
-    from conftest import ROOT, sys
-
     mpirun = Path(sys.executable).with_name("mpirun")
     process = subprocess.Popen([str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
                                cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -149,6 +148,27 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     assert (found["steps"], found["finished"]) == (11, False)
 
 
+def test_a_late_signal_does_not_kill() -> None:
+    """Slurm's USR1 may come again while MPI ends."""
+    code = """
+import os, signal
+from types import SimpleNamespace
+from distrib.signals import listening
+with listening(SimpleNamespace(stop_requested=False)) as _: pass
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+    assert run("-c", code).stdout == "alive\n"
+
+
+def test_a_shell_around_a_rank_is_not_its_launcher() -> None:
+    code = "from distrib import parent; print(*parent())"
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}'; true"], env=environment(), text=True, capture_output=True)
+    name = Path(f"/proc/{os.getpid()}/comm").read_text().strip()
+    assert done.stdout == f"{os.getpid()} {name}\n"
+    assert run("-c", code).stdout == done.stdout
+
+
 # ---- the board alone
 
 
@@ -162,6 +182,8 @@ def a_word(rank: int, **news: object) -> Word:
     ([a_word(0), a_word(1), a_word(2, time=-20)], 2, "not a word for 20 s"),
     ([a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)], 1, "behind the others, computing"),
     ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
+    ([a_word(0, state=TOLD_TO_STOP), a_word(1, state=TOLD_TO_STOP, time=-20)], 1, "not a word for 20 s"),
+    ([a_word(1), a_word(0, state="finished", time=-20), a_word(2)], 1, "otherwise"),
     ([a_word(0), a_word(2)], 1, "never said a word"),
     ([a_word(0, host="h"), a_word(2, host="h")], 0, "otherwise"),
     ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
