@@ -36,6 +36,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 1, "limit_train": 30000, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "momentum": 0.9,
         "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.25,
     },
+    "best": {
+        "epochs": 20, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 5e-4, "label_smoothing": 0.1, "schedule": "onecycle", "variant": "avgpool", "width": 0.5,
+        "shift": 2.0, "rotate": 10.0, "average": 0.998,
+    },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
@@ -68,6 +73,9 @@ class Config:
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
     loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
     label_smoothing: float = option(0.0, "Share of the target that is spread over all classes (ce only).")
+    shift: float = option(0.0, "Move each training image by up to so many pixels each way, anew in every epoch.")
+    rotate: float = option(0.0, "Turn each training image by up to so many degrees, anew in every epoch.")
+    average: float = option(0.0, "Decay of a moving average of the weights, which is evaluated and saved; 0: the weights themselves.")
     variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
     width: float = option(1.0, "Multiplier of all channel counts.")
     batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
@@ -85,7 +93,7 @@ class Config:
     check_every: int = option(500, "Steps between comparisons of the ranks' parameters, made at checkpoints too; 0: never.")
     resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
     max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
-    recipe: str | None = option(None, "A named set of options: demo, fast99, reference or reference-sgd; others given win.")
+    recipe: str | None = option(None, "A named set of options: demo, fast99, best, reference or reference-sgd; others given win.")
     gradients: str = option("float32", "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16; one rank sends none.")
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
@@ -100,13 +108,16 @@ class Config:
         for name in ("lr", "width", "timeout"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed", "check_every"):
+        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed", "check_every", "shift", "rotate",
+                     "average"):  # fmt: skip
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
-        self._require("momentum", self.momentum < 1, "give less than 1")
+        for name in ("momentum", "label_smoothing", "average"):
+            self._require(name, getattr(self, name) < 1, "give less than 1")
+        self._require("shift", self.shift < 28, "give less than the 28 pixels of an image")
+        self._require("rotate", self.rotate <= 180, "give 180 or less")
         self._require("momentum", not self.momentum or self.optimizer == "sgd", "is of --optimizer sgd only")
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
-        self._require("label_smoothing", self.label_smoothing < 1, "give less than 1")
         self._require("label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only")
         self._require("gradients", self.gradients == "float32" or self.precision != "float64", "is not for --precision float64")
         self._require("width", self.width <= 64, "give 64 or less")

@@ -6,8 +6,8 @@ import numpy as np
 
 from distrib.comm import Communicator
 from distrib.sampler import share
-from nn import functional as F
 from nn.backend import Array
+from nn.batch import take_batch
 from nn.layers import Pass
 from nn.losses import loss_and_gradient
 from nn.resnet9 import ResNet9
@@ -25,7 +25,7 @@ def infer(model: ResNet9, images: Array, labels: Array, start: int, stop: int) -
     """Logits (n, 10) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
     xp, n = model.backend.xp, stop - start
     x, y = model.ws.image("input", (n, *images.shape[1:], 1)), model.ws.keep("labels", (n,), "uint8")
-    F.take_batch(images, labels, xp.arange(start, stop, dtype=np.int32), xp.zeros(1, np.int64), n, 0, x, y)
+    take_batch(images, labels, xp.arange(start, stop, dtype=np.int32), xp.zeros(1, np.int64), n, 0, x, y)
     return model.forward(x, Pass(train=False)), y
 
 

@@ -10,6 +10,15 @@ def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(images)
 
 
+def warps(seed: int, epoch: int, images: int, shift: float, rotate: float) -> np.ndarray:
+    """(images, 4) float32 for `nn.functional.warp`: each image of `epoch` moved by up to `shift` pixels each way and
+    turned by up to `rotate` degrees, uniformly; an image's row depends on (seed, epoch, its index) alone.
+    """
+    drawn = np.random.default_rng((seed, epoch, 1)).uniform(-1, 1, (images, 3))
+    angle = np.radians(rotate) * drawn[:, 0]
+    return np.stack([np.cos(angle), np.sin(angle), *(shift * drawn[:, 1:].T)], 1).astype(np.float32)
+
+
 def steps_per_epoch(images: int, batch: int) -> int:
     """Steps of an epoch; the last may have fewer than `batch` images."""
     return -(-images // batch)

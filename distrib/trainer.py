@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -24,9 +24,10 @@ from distrib.reducer import Reducer
 from distrib.run import Run, environment
 from distrib.world import World
 from nn import functional as F
+from nn.batch import take_batch
 from nn.layers import Pass
 from nn.losses import loss_and_gradient
-from nn.optim import SGD, Adam, Optimizer
+from nn.optim import SGD, Adam, Optimizer, average
 from nn.resnet9 import ResNet9
 
 HISTORY = 256
@@ -100,6 +101,10 @@ class Trainer:
         xp, dtype = backend.xp, self.params.dtype
         self.stop, self.own, self.cursor = xp.zeros(1, dtype), xp.zeros(1, dtype), xp.zeros(1, np.int64)
         self.order = xp.zeros(len(data.train_images), np.int32)
+        self.warps = xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
+        # (average, what it is of), where weights are averaged: parameters and running statistics
+        averaged = (self.params.values, self.model.statistics) if config.average else ()
+        self.averages = [(values.copy(), values) for values in averaged]
         self.at = Position(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -141,6 +146,9 @@ class Trainer:
         lrs = [self.config.rate(first + s, self.steps_per_epoch) for s in range(self.steps_per_epoch)]
         self.order[...] = backend.asarray(order.astype(np.int32))
         self.rates[...] = backend.asarray(self.optimizer.rates(lrs, first))
+        if self.warps is not None:
+            warps = sampler.warps(self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate)
+            self.warps[...] = backend.asarray(warps)
         self.cursor.fill(self.at.step - first)
         self.epoch = epoch
 
@@ -185,7 +193,8 @@ class Trainer:
         this = Pass(True, count, self.sums) if config.batch_norm == "sync" else Pass(True, max(1, n))
         laps.start()
         x, labels = ws.image("input", (n, mnist.SIDE, mnist.SIDE, 1)), ws.keep("labels", (n,), "uint8")
-        F.take_batch(self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels)
+        take_batch(self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels,
+                     self.warps)  # fmt: skip
         laps.lap("data")
         logits = model.forward(x, this)
         dlogits = ws.keep("dlogits", logits.shape, str(model.dtype))
@@ -197,6 +206,8 @@ class Trainer:
         self.reducer.wait()
         laps.lap("gradients")
         self.optimizer.update(self.rates, self.cursor)
+        for mean, values in self.averages:
+            average(mean, values, self.optimizer.scratch, decay=config.average)
         F.end_step(self.history, self.own, self.params.tail, self.cursor)
         laps.lap("optimizer")
 
@@ -204,6 +215,23 @@ class Trainer:
         """Let go of the graphs, then of the communicator: NCCL waits for graphs that hold its calls."""
         self.graphs = None
         self.world.comm.close()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model has the averaged weights, where the run averages them."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for mean, values in self.averages:
+            other = values.copy()
+            values[...] = mean
+            mean[...] = other
+        if self.averages:
+            self.params.refresh()
 
     def capturable(self) -> bool:
         """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
@@ -271,7 +299,14 @@ class Trainer:
                     for moment, flat in self.optimizer.state.items()
                     for name, tensor in self.params.to_checkpoint(flat).items()
                 }
-                self.saver.start(run.checkpoints, self.at.step, self.model.state_dict(), about, moments, at, c.keep)
+                if self.averages:  # the model's file has their average
+                    moments |= {f"last/{name}": tensor for name, tensor in self.model.state_dict().items()}
+                self.saver.start(run.checkpoints, self.at.step, self.state_dict(), about, moments, at, c.keep)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The model as it is evaluated and saved: with averaged weights, where the run averages them."""
+        with self.averaged():
+            return self.model.state_dict()
 
     def saved(self, run: Run | None) -> None:
         """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
@@ -283,7 +318,7 @@ class Trainer:
     def share_statistics(self) -> None:
         """With local batch norm, rank 0's running statistics count; with sync they are equal anyway."""
         if self.config.batch_norm == "local":
-            for value in self.model.buffers.values():
+            for value in (self.model.statistics, *(mean for mean, _ in self.averages[1:])):
                 self.world.comm.broadcast(value)
 
     def restore(self, saved: ckpt.Checkpoint) -> list[str]:
@@ -304,10 +339,12 @@ class Trainer:
                             f" not {self.world.size}")  # fmt: skip
         try:
             self.model.load_state_dict(saved.model)
+            for mean, values in self.averages:
+                mean[...] = values
+            if self.averages:
+                self.model.load_state_dict(self._named(saved.optimizer, "last"))
             for moment, flat in self.optimizer.state.items():
-                tensors = {name.split("/", 1)[1]: tensor for name, tensor in saved.optimizer.items()
-                           if name.startswith(f"{moment}/")}  # fmt: skip
-                self.params.from_checkpoint(tensors, flat)
+                self.params.from_checkpoint(self._named(saved.optimizer, moment), flat)
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: does not fit this run ({error}): use a matching checkpoint") from None
         self.optimizer.steps = at.pop("optimizer_steps")
@@ -316,6 +353,11 @@ class Trainer:
         self.at.images_per_rank = [0] * self.world.size
         now = {**self.environment(), "world_size": self.world.size}
         return [f"{name}: {before[name]} → {now[name]}" for name in now if before.get(name) != now[name]]
+
+    @staticmethod
+    def _named(tensors: dict[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
+        """Those named "group/…", by the rest of their names."""
+        return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")}
 
     def environment(self) -> dict[str, Any]:
         """What must be the same for a resumed run to agree to the bit."""
@@ -334,7 +376,7 @@ class Trainer:
     def test(self) -> dict[str, float]:
         """test_loss and test_accuracy (percent)."""
         self.share_statistics()
-        with self.waiting("the evaluation"):
+        with self.waiting("the evaluation"), self.averaged():
             loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
@@ -351,7 +393,7 @@ class Trainer:
         at, world = self.at, self.world
         if at.images:  # stopped in the middle of an epoch: its running figures
             result = {**result, **self.running()}
-        digest = ckpt.digest(self.model.state_dict())
+        digest = ckpt.digest(self.state_dict())
         images = self.images_per_rank()
         return {
             "finished": at.step >= self.steps,

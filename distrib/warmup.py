@@ -60,7 +60,8 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
         return
     choose_plans(trainer, run)
     model, rank, size = trainer.model, trainer.world.rank, trainer.world.size
-    arrays = [trainer.params.values, *trainer.optimizer.state.values(), *model.buffers.values()]
+    arrays = [trainer.params.values, *trainer.optimizer.state.values(), model.statistics]
+    arrays += [mean for mean, _ in trainer.averages]
     before = [array.copy() for array in arrays]
     tracked = model.batches_tracked
     for n in evaluation_sizes(trainer, rank):

@@ -378,18 +378,6 @@ def linear_backward(dy: Array, x: Array, w: Array, dw: Array, db: Array) -> Arra
 
 
 @replaceable
-def take_batch(images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array) -> None:
-    """x (n, H, W, 1) and y (n,): images / 255 and labels number order[at·batch + start + i] for i < n.
-
-    `at` (1,) is this rank's step in the epoch, in memory of the device, so that a captured step needs no new argument.
-    """
-    indices = order[at * batch + namespace(order).arange(start, start + len(x))]
-    x[..., 0] = images[indices]
-    x /= 255
-    y[...] = labels[indices]
-
-
-@replaceable
 def end_step(history: Array, own: Array, tail: Array, at: Array) -> None:
     """Row at mod H of `history` (H, 4) becomes own, tail; then at += 1."""
     row = at % len(history)

@@ -47,13 +47,13 @@ class ConvBN:
             Spec(f"{self.name}.1.bias", (self.c_out,)),
         ]
 
-    def bind(self, params: Parameters, ws: Workspace, buffers: dict[str, Array]) -> None:
-        """Take memory: views of the flat vectors, a scope of the workspace, running statistics."""
+    def bind(self, params: Parameters, ws: Workspace, statistics: Array) -> None:
+        """Take memory: views of the flat vectors, a scope of the workspace, `statistics` (2, C) for running mean and variance."""
         self.w, self.gamma, self.beta = (params[spec.name] for spec in self.specs())
         self.ws = ws.scope(self.name)
-        xp, dtype = params.backend.xp, params.dtype
-        self.running_mean = buffers[f"{self.name}.1.running_mean"] = xp.zeros(self.c_out, dtype)
-        self.running_var = buffers[f"{self.name}.1.running_var"] = xp.ones(self.c_out, dtype)
+        self.running_mean, self.running_var = statistics
+        self.running_mean.fill(0)
+        self.running_var.fill(1)
 
     def forward(self, x: Array, step: Pass, residual: Array | None = None) -> Array:
         ws, shape = self.ws, self.geometry.out_shape(x.shape, self.w.value.shape)

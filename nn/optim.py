@@ -32,7 +32,7 @@ class Optimizer(ABC):
         xp = params.backend.xp
         self.state: dict[str, Array] = {name: xp.zeros_like(params.values) for name in self.moments}
         size = params.values.size
-        self._scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else 0), params.dtype)
+        self.scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else 0), params.dtype)
         self._first = xp.zeros(1, np.int64)
 
     def rates(self, lrs: Sequence[float], done: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class SGD(Optimizer):
 
     def update(self, rates: Array, at: Array) -> None:
         p = self.params
-        sgd(p.values, p.grads, self.state.get("momentum"), rates, at, p.compute, self._scratch,
+        sgd(p.values, p.grads, self.state.get("momentum"), rates, at, p.compute, self.scratch,
             weight_decay=self.weight_decay, momentum=self.momentum, nesterov=self.nesterov)  # fmt: skip
 
 
@@ -78,7 +78,7 @@ class Adam(Optimizer):
 
     def update(self, rates: Array, at: Array) -> None:
         p = self.params
-        adam(p.values, p.grads, self.state["m"], self.state["v"], rates, at, p.compute, self._scratch,
+        adam(p.values, p.grads, self.state["m"], self.state["v"], rates, at, p.compute, self.scratch,
              weight_decay=self.weight_decay)  # fmt: skip
 
 
@@ -157,6 +157,16 @@ def adam(
         θ -= update
     if compute is not None:
         narrow(values, compute)
+
+
+@replaceable
+def average(mean: Array, values: Array, scratch: Array, *, decay: float) -> None:
+    """mean += (1 − decay)·(values − mean): an exponential moving average of weights; `scratch` as in `sgd`."""
+    xp = namespace(mean)
+    for update, _, μ, θ in _blocks(scratch, mean, values):
+        xp.subtract(θ, μ, out=update)
+        update *= 1 - decay
+        μ += update
 
 
 def learning_rate(schedule: str, peak: float, step: int, steps: int, warmup: int = 0) -> float:

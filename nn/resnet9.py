@@ -35,7 +35,7 @@ def channels(width: float) -> tuple[int, int, int]:
 
 
 class ResNet9:
-    """The network: parameters, running statistics, forward and backward.
+    """The network: parameters, running statistics (views, by name in `buffers`, of one vector), forward and backward.
 
     `variant` is one of VARIANTS, `width` multiplies all channel counts; weights come from `seed` alone.
     `activations` is their dtype where it is not the parameters': uint16, which holds the bits of bfloat16.
@@ -61,10 +61,13 @@ class ResNet9:
         self.head = Head(c3, CLASSES, average=variant == "avgpool")
         self.ws = Workspace(backend, activations or dtype)
         self.params = Parameters(self._specs(), backend, dtype, narrow=activations)
+        self.statistics = backend.xp.zeros(2 * sum(conv.c_out for conv in self.convs()), self.dtype)
         self.buffers: dict[str, Array] = {}
-        self.batches_tracked = 0
+        self.batches_tracked, at = 0, 0
         for conv in self.convs():
-            conv.bind(self.params, self.ws, self.buffers)
+            conv.bind(self.params, self.ws, self.statistics[at : at + 2 * conv.c_out].reshape(2, -1))
+            self.buffers |= {f"{conv.name}.1.running_mean": conv.running_mean, f"{conv.name}.1.running_var": conv.running_var}
+            at += 2 * conv.c_out
         self.head.bind(self.params, self.ws)
         self.params.initialise(np.random.default_rng(seed))
 

@@ -120,7 +120,7 @@ def test_json_round_trip() -> None:
 
 OTHER = {"batch_size": 9, "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "loss": "bce", "label_smoothing": 0.1,
          "warmup_epochs": 1.0, "variant": "avgpool", "width": 0.5, "batch_norm": "local", "precision": "float64",
-         "limit_train": 5, "limit_test": 5, "seed": 1, "gradients": "bf16"}  # fmt: skip
+         "limit_train": 5, "limit_test": 5, "seed": 1, "gradients": "bf16", "shift": 2.0, "rotate": 10.0, "average": 0.99}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -142,7 +142,7 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
     layer = ConvBN("layer", 2, 3, kernel=kernel, relu=relu, pool=pool)
     layer.form = "winograd" if kernel == 3 and order == "HWNC" else None  # by shape, images this small would take patches
     params, step = Parameters(layer.specs(), ws.backend, "float64"), Pass(True, 3)
-    layer.bind(params, ws, {})
+    layer.bind(params, ws, np.zeros((2, layer.c_out)))
     x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))
     r = rng.standard_normal((3, 3, 3, 3) if pool else more.shape)
 

@@ -57,11 +57,12 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.9, "loss": "bce"}
+AUGMENTED = {"shift": 2.0, "rotate": 15.0, "average": 0.5}
 
 
 @pytest.mark.parametrize(("variant", "precision", "optimizer"), [
-    ("baseline", "float32", {"label_smoothing": 0.1}), ("avgpool", "tf32", SGD), ("conv-shortcut", "bf16", SGD),
-    ("three-blocks", "bf16", {"weight_decay": 0.1}), ("three-blocks", "float32", SGD),
+    ("baseline", "float32", {"label_smoothing": 0.1}), ("avgpool", "tf32", {**SGD, **AUGMENTED}), ("conv-shortcut", "bf16", SGD),
+    ("three-blocks", "bf16", {"weight_decay": 0.1, **AUGMENTED}), ("three-blocks", "float32", SGD),
 ])  # fmt: skip
 def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, optimizer: dict) -> None:
     """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a graph."""

@@ -15,9 +15,11 @@ from cudnn_double import from_bf16, to_bf16
 from device_double import REAL, DoubleBackend, device, double_only
 from test_functional import on_ranks
 
+from distrib import sampler
 from nn import functional as F
 from nn import losses, optim, params
 from nn.backend import NUMPY, REPLACEABLE
+from nn.batch import take_batch
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
 from nn.kernels.dropins import DropIns, rows_of
@@ -221,18 +223,21 @@ def test_loss(both: Both, loss: str, smoothing: float, n: int) -> None:
     TESTED.add("loss_and_gradient")
 
 
+@pytest.mark.parametrize("warped", [False, True])
 @pytest.mark.parametrize("n", [3, 0])
-def test_take_batch(both: Both, n: int) -> None:
+def test_take_batch(both: Both, n: int, warped: bool) -> None:
+    warps = sampler.warps(1, 2, 20, 30, 180)  # some beyond the edges
     both.exact("images", both.rng.integers(0, 256, (20, 28, 28), np.uint8))
     both.exact("labels", both.rng.integers(0, 10, 20, np.uint8))
     both.exact("order", both.rng.permutation(20).astype(np.int32))
     both.exact("at", np.array([2]))
     both.add("x", np.full((n, 28, 28, 1), np.nan))
     both.exact("y", np.full(n, 255, np.uint8))
-    for side, run in enumerate((F.take_batch.plain, F.take_batch)):
+    both.exact("warps", warps)
+    for side, run in enumerate((take_batch.plain, take_batch)):
         a = both[side]
-        run(a("images"), a("labels"), a("order"), a("at"), 5, 1, a("x"), a("y"))
-    both.check("x")
+        run(a("images"), a("labels"), a("order"), a("at"), 5, 1, a("x"), a("y"), a("warps") if warped else None)
+    both.check("x", bound=2e-5 if warped and both.element == "float32" else None)
     both.check("images", "labels", "order", "at", "y", bound=0)
     TESTED.add("take_batch")
 
@@ -288,6 +293,16 @@ def test_optimizers(both: Both, name: str, options: dict) -> None:
         expected = to_bf16(both.backend.to_host(both.pairs["values"][1]))
         assert (both.backend.to_host(compute) == expected).all()
     TESTED.add(name)
+
+
+def test_average(both: Both) -> None:
+    both.add("mean", both.rng.normal(0, 1, 1000), real=True)
+    both.add("values", both.rng.normal(0, 1, 1000), real=True)
+    for side, run in enumerate((optim.average.plain, optim.average)):
+        a = both[side]
+        run(a("mean"), a("values"), np.empty((2, 100)), decay=0.75)
+    both.check("mean", "values", bound=1e-12 if both.element == "float64" else 3e-7)
+    TESTED.add("average")
 
 
 def test_narrow_and_widen() -> None:

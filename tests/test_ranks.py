@@ -10,7 +10,8 @@ from conftest import losses, run, summary, train
 from safetensors.numpy import load_file
 
 SAME = ("--epochs", 2, "--batch-size", 26, "--limit-train", 1042, "--limit-test", 103, "--width", 0.125,
-        "--precision", "float64", "--lr", 1e-3, "--log-every", 1, "--seed", 3)  # fmt: skip
+        "--precision", "float64", "--lr", 1e-3, "--log-every", 1, "--seed", 3,
+        "--shift", 2, "--rotate", 10, "--average", 0.9)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ BASE = ("--epochs", 2, "--batch-size", 32, "--limit-train", 200, "--limit-test",
         "--log-every", 2, "--schedule", "cosine", "--warmup-epochs", 0.5)  # fmt: skip
 OPTIMIZERS = {
     "adam": ("--optimizer", "adam", "--weight-decay", 0.01),
-    "sgd": ("--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.9, "--nesterov", "--weight-decay", 1e-4),
+    "sgd": ("--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.9, "--nesterov", "--weight-decay", 1e-4,
+            "--shift", 1.5, "--rotate", 8, "--average", 0.8),
 }
 STEPS = 14  # two epochs of 7, the last batch of each has 8 images
 SAME_FIELDS = ("parameter_digest", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps",

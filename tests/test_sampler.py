@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distrib.sampler import batch_indices, permutation, share, steps_per_epoch
+from distrib.sampler import batch_indices, permutation, share, steps_per_epoch, warps
 
 
 def test_permutation_depends_on_seed_and_epoch_alone() -> None:
@@ -56,3 +56,18 @@ def test_ranks_together_compute_the_single_process_batch(images: int, size: int)
         seen.append(alone)
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(images))
     np.testing.assert_array_equal(np.concatenate(seen), order)
+
+
+def test_warps_depend_on_seed_epoch_and_image_alone() -> None:
+    whole = warps(3, 2, 1000, 2, 15)
+    np.testing.assert_array_equal(warps(3, 2, 10, 2, 15), whole[:10])
+    assert len({warps(seed, epoch, 10, 2, 15).tobytes() for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_warps_are_within_their_limits() -> None:
+    a, b, p, q = warps(0, 0, 60000, 2, 15).astype("float64").T
+    np.testing.assert_allclose(a**2 + b**2, 1, atol=1e-6)
+    angle = np.degrees(np.arctan2(b, a))
+    for drawn, limit in ((angle, 15), (p, 2), (q, 2)):
+        assert abs(drawn.mean()) < 0.03 * limit
+        assert 0.999 * limit < np.abs(drawn).max() <= limit * 1.000001

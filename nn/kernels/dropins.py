@@ -53,7 +53,7 @@ class DropIns:
         """Name of each replaced operation → its drop-in."""
         return {name: getattr(self, name) for name in (
             "norm_forward", "norm_backward", "norm_inference", "head_forward", "head_backward", "add",
-            "loss_and_gradient", "take_batch", "end_step", "adam", "sgd", "narrow", "widen",
+            "loss_and_gradient", "take_batch", "end_step", "adam", "sgd", "average", "narrow", "widen",
         )}  # fmt: skip
 
     def _launch(self, like: Array, name: str, tiles: tuple[tuple[int, ...], tuple[int, ...]], *arguments: Any) -> None:
@@ -142,11 +142,12 @@ class DropIns:
                      smoothing, *logits.shape, loss == "bce")  # fmt: skip
 
     def take_batch(
-        self, images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array
-    ) -> None:
+        self, images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array,
+        warps: Array | None = None,
+    ) -> None:  # fmt: skip
         if len(x):
-            self._launch(x, "take_batch", ((len(x),), (THREADS,)), images, labels, order, at, batch, start, x, y,
-                         x.size // len(x))  # fmt: skip
+            self._launch(x, "take_batch", ((len(x),), (THREADS,)), images, labels, order, at, batch, start, x, y, warps,
+                         *x.shape[1:3])  # fmt: skip
 
     def end_step(self, history: Array, own: Array, tail: Array, at: Array) -> None:
         self._launch(history, "end_step", ((1,), (1,)), history, own, tail, at, len(history))
@@ -164,6 +165,9 @@ class DropIns:
     ) -> None:  # fmt: skip
         self._launch(values if compute is None else compute, "sgd", flat(values.size), values, grads, velocity, rates,
                      at, compute, momentum, nesterov, weight_decay, values.size)  # fmt: skip
+
+    def average(self, mean: Array, values: Array, scratch: Array, *, decay: float) -> None:
+        self._launch(values, "average", flat(values.size), mean, values, decay, values.size)
 
     def narrow(self, x: Array, y: Array) -> None:
         self._launch(y, "narrow", flat(x.size), x, y, x.size)

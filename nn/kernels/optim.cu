@@ -35,6 +35,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sgd(
     }
 }
 
+// mean += (1 − decay)(values − mean).
+extern "C" __global__ void __launch_bounds__(THREADS) average(
+    REAL* __restrict__ mean, const REAL* __restrict__ values, double decay, Step size) {
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) mean[i] += (values[i] - mean[i]) * (REAL)(1 - decay);
+}
+
 // history[at mod rows] = own, tail; then the step counter moves on. One thread.
 extern "C" __global__ void end_step(REAL* history, const REAL* own, const REAL* tail, Step* at, int rows) {
     REAL* row = history + at[0] % rows * 4;

@@ -1,0 +1,56 @@
+"""The batch of a step, and images turned and moved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import map_coordinates
+
+from distrib.sampler import warps
+from nn.batch import WARPED_AT_ONCE, take_batch, warp
+
+
+def rows(*each: tuple[float, float, float]) -> np.ndarray:
+    """Rows for `warp` of (degrees, down, right)."""
+    return np.array([(np.cos(np.radians(turn)), np.sin(np.radians(turn)), p, q) for turn, p, q in each])
+
+
+def warped(images: np.ndarray, table: np.ndarray) -> np.ndarray:
+    out = np.full(images.shape, np.nan)
+    warp(images, table, out)
+    return out
+
+
+def test_nothing_whole_pixels_and_right_angles_are_exact() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
+    still, up, beyond, turned = warped(image.repeat(4, 0), rows((0, 0, 0), (0, 3, -2), (0, 40, 0), (90, 0, 0)))
+    np.testing.assert_array_equal(still, image[0])
+    np.testing.assert_array_equal(up[:-3, 2:], image[0, 3:, :-2])
+    assert not up[-3:].any()
+    assert not up[:, :2].any()
+    assert not beyond.any()
+    np.testing.assert_allclose(turned, np.rot90(image[0], -1), atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(5, 28, 28), (3, 6, 9)])
+def test_against_scipy(shape: tuple[int, int, int]) -> None:
+    n, h, w = shape
+    rng = np.random.default_rng(1)
+    images, table = rng.integers(0, 256, shape, np.uint8), warps(0, 0, n, 4, 60).astype("float64")
+    u, v = np.meshgrid(np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2, indexing="ij")
+    for image, (a, b, p, q), found in zip(images, table, warped(images, table), strict=True):
+        at = a * u - b * v + p + (h - 1) / 2, b * u + a * v + q + (w - 1) / 2
+        np.testing.assert_allclose(found, map_coordinates(image.astype("float64"), at, order=1, mode="grid-constant"), atol=1e-9)
+
+
+def test_each_image_of_a_batch_has_its_own_row() -> None:
+    """More images than are warped at once, in another order, into both memory layouts."""
+    rng, n = np.random.default_rng(2), 2 * WARPED_AT_ONCE + 3
+    images, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
+    order, table = rng.permutation(n).astype(np.int32), warps(0, 0, n, 2, 20)
+    expected = warped(images, table.astype("float64"))[order] / 255
+    for x in (np.empty((n, 28, 28, 1)), np.empty((28, 28, n, 1)).transpose(2, 0, 1, 3)):
+        y = np.empty(n, np.uint8)
+        take_batch(images, labels, order, np.zeros(1, np.int64), n, 0, x, y, table)
+        np.testing.assert_allclose(x[..., 0], expected, atol=1e-12)
+        np.testing.assert_array_equal(y, labels[order])
