@@ -21,7 +21,7 @@ from typing import Any
 SILENT = 2.5
 """Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or gone."""
 
-TOLD_TO_STOP = "told to stop"
+TOLD_TO_STOP, REFUSED, FAILED = "told to stop", "ended with a message", "failed: "
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Word:
     step: int = 0
     doing: str = "starting"  # a collective that it waits in, or "computing"
     collectives: int = 0  # begun so far
-    state: str = "running"  # or "finished", TOLD_TO_STOP, "failed: …"
+    state: str = "running"  # or "finished", TOLD_TO_STOP, REFUSED, FAILED…
     time: float = 0.0
 
     @property
@@ -52,12 +52,6 @@ class Board:
         self._published, self._speaking = 0.0, threading.Lock()
         with contextlib.suppress(OSError):
             self.ranks.mkdir(parents=True, exist_ok=True)
-            (self.ranks / f"{rank:05}-collectives.json").unlink(missing_ok=True)
-            if rank == 0:
-                (folder / "failure.json").unlink(missing_ok=True)
-                for path in self.ranks.glob("[0-9]*.json"):  # of a start with more ranks
-                    if int(path.name[:5]) >= size:
-                        path.unlink(missing_ok=True)
         self.publish(now=True)
 
     def publish(self, now: bool = False, **news: Any) -> None:
@@ -72,7 +66,7 @@ class Board:
 
     def fail(self, cause: str, rank: int, step: int) -> str:
         """Say that `rank`, this one or another, failed; returns the verdict as a line."""
-        self.publish(now=True, step=step, state=f"failed: {cause}" if rank == self.word.rank else self.word.state)
+        self.publish(now=True, step=step, state=f"{FAILED}{cause}" if rank == self.word.rank else self.word.state)
         found = [replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank]
         return conclude(self.folder, found[0] if found else self.word, cause)
 
@@ -112,8 +106,8 @@ def suspect(words: list[Word], silent: set[int], size: int, witness: Word, other
     """(rank, cause) by what the ranks said last, and which of them say nothing new."""
     heard = {word.rank for word in words}
     for word in words:
-        if word.state.startswith("failed: "):
-            return word, word.state.removeprefix("failed: ")
+        if word.state.startswith(FAILED):
+            return word, word.state.removeprefix(FAILED)
     running = [word for word in words if word.running or word.state == TOLD_TO_STOP]
     if quiet := [word for word in running if word.rank in silent]:
         word = min(quiet, key=lambda word: word.time)
@@ -131,7 +125,7 @@ def conclude(folder: Path, word: Word, cause: str) -> str:
     """Write failure.json unless there is one; returns the verdict that stands, as a line."""
     verdict = {"rank": word.rank, "host": word.host, "pid": word.pid, "step": word.step, "cause": cause, "time": time.time()}
     path = folder / "failure.json"
-    temporary = path.with_name(f".failure-{os.getpid()}.tmp")
+    temporary = path.with_name(f".failure-{word.host}-{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(verdict, indent=2))
         os.link(temporary, path)  # fails where another rank was first
@@ -139,8 +133,12 @@ def conclude(folder: Path, word: Word, cause: str) -> str:
         with contextlib.suppress(OSError, ValueError):
             verdict = json.loads(path.read_text())
     except OSError:  # no hard links here, or a full or lost disk: the line is still said
-        with contextlib.suppress(OSError), open(path, "x") as file:
-            file.write(json.dumps(verdict, indent=2))
+        try:
+            with open(path, "x") as file:
+                file.write(json.dumps(verdict, indent=2))
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                verdict = json.loads(path.read_text())
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
     return line(verdict)
@@ -182,12 +180,19 @@ def main() -> int:
         print(f"distrib: {line(json.loads(path.read_text()))}")
         return 0
     words = read(folder)
-    alive = [word for word in words if word.running]
-    if not alive:
+    failed = [word for word in words if word.state.startswith(FAILED)]
+    alive = [word for word in words if word.running]  # those that were told to stop, or finished, said so
+    if alive and not failed:
+        time.sleep(SILENT)
+        if any(word.time != before.time for word, before in zip(read(folder), words, strict=False)):
+            print(f"distrib: {folder}: the run goes on")
+            return 0
+    if not failed and not alive:
         print(f"distrib: {folder} tells of no rank that failed")
         return 0
-    word = min(alive, key=lambda word: word.time)  # those that were told to stop, or finished, said so
-    print(f"distrib: {conclude(folder, word, 'it ended without a word: killed, or out of memory')}")
+    word = min(failed or alive, key=lambda word: word.time)
+    cause = word.state.removeprefix(FAILED) if failed else "it ended without a word: killed, or out of memory"
+    print(f"distrib: {conclude(folder, word, cause)}")
     return 0
 
 

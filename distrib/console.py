@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -29,11 +30,19 @@ def on_terminal() -> bool:
         return False
 
 
+class Lines(Console):
+    """A console whose reader may go away: the training goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # also what Python flushes at its end
+
+
 class Screen:
     """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
 
     def __init__(self, active: bool) -> None:
-        self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
+        self._console = Lines(quiet=not active, highlight=False, force_terminal=on_terminal())
         if not self._console.is_terminal:  # a log file has no width to wrap at
             self._console.width = 200
         self._bar: Progress | None = None
@@ -79,7 +88,7 @@ class Screen:
             self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info)
             return
         rate = (time.monotonic() - self._begin) / max(1, step - self._first)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._steps - step)))
+        left = timedelta(seconds=round(rate * (self._steps - step)))
         self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  {info}  left {left}")
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any
 
 from distrib import parent
 from distrib.board import Board
@@ -76,9 +78,9 @@ class Watchdog:
             time.sleep(0.5)
             self.publish()
 
-    def ask(self, question: Callable[[Board], str | None]) -> str | None:
+    def ask(self, question: Callable[[Board], Any]) -> Any:
         """What the board answers, within a few seconds; None where there is none, or its files cannot be had."""
-        board, answers = self.board, list[str | None]()
+        board, answers = self.board, list[Any]()
         if board is None:
             return None
 
@@ -160,9 +162,7 @@ def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None])
     print(f"distrib: {line}", file=sys.stderr, flush=True)
     time.sleep(0.2)  # for the launcher to pass the line on
     end_launcher(LAUNCHER_GRACE)
-    ends = threading.Timer(5, os._exit, (EXIT_CRASH,))  # where abort cannot reach the launcher
-    ends.daemon = True
-    ends.start()
+    faulthandler.dump_traceback_later(5, exit=True, file=2)  # where abort cannot reach the launcher: it lets no thread run
     abort()
     os._exit(EXIT_CRASH)  # where there is nobody to abort
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
-import distrib
-import nn
 from distrib import mnist
 from distrib.config import Config
 from distrib.errors import UserError
 from distrib.failure import Failure
+from distrib.run import code_digest
 from distrib.trainer import Trainer
 from distrib.world import World
-
-
-@functools.cache
-def code_digest() -> str:
-    """SHA-256 over the sources of `nn` and `distrib`."""
-    sha = hashlib.sha256(distrib.__version__.encode())
-    for package in (nn, distrib):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
-            if path.suffix in (".py", ".cu") and path.is_file():
-                sha.update(path.name.encode() + path.read_bytes())
-    return sha.hexdigest()
 
 
 def guard(world: World, config: Config, data: mnist.Dataset) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
+import hashlib
 import json
 import platform
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
+import distrib
+import nn
 from distrib import __version__
 from distrib import checkpoint as ckpt
 from distrib.config import Config
@@ -32,13 +39,24 @@ def new_folder(config: Config) -> Path:
 
 
 class Run:
-    """The folder of one run, opened for a new run or to go on with the one it holds."""
+    """The folder of one run, opened for a new run or to go on with the one it holds; a context, after which others may."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.metrics_path = path / "metrics.jsonl"
+    def __init__(self, path: Path | None, config: Config | None = None) -> None:
+        """At `path`, or at a new one named after `config`."""
+        self._config = config if path is None else None
+        self._at(path or new_folder(self._config or Config()))
         self.notes: list[str] = []
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def _at(self, path: Path) -> None:
+        self.path, self.checkpoints, self.metrics_path = path, path / "checkpoints", path / "metrics.jsonl"
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -54,7 +72,7 @@ class Run:
 
     def stored(self) -> dict[str, Any] | None:
         """The configuration of the run that the folder holds."""
-        return self._read_json("config.json")
+        return None if self._config else self._read_json("config.json")
 
     def open(self, config: Config) -> ckpt.Checkpoint | None:
         """Make the folder or check the run that it holds; returns the checkpoint to go on from.
@@ -62,6 +80,9 @@ class Run:
         UserError: a finished run; a run of other settings; --resume none on a folder that holds a run;
         checkpoints none of which is valid.
         """
+        if self._config:  # a new folder, whatever another run that starts now puts there
+            return None if config.resume in ("auto", "none") else ckpt.load_checkpoint(Path(config.resume))
+        self._claim()
         stored = self.stored()
         summary = self._read_json("summary.json") or {}
         holds_run = stored is not None or bool(ckpt.list_checkpoints(self.checkpoints))
@@ -75,6 +96,18 @@ class Run:
                 raise UserError(f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
                                 " give the same ones, or a new folder")  # fmt: skip
         return self._find(config)
+
+    def _claim(self) -> None:
+        """UserError where another process has this run's folder; from here on this one has it."""
+        if self._lock or not self.path.is_dir():
+            return
+        try:
+            self._lock = open(self.path / "lock", "a")  # noqa: SIM115  # held as long as this
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--run-dir {self.path}: another run is writing there: wait for its end, or give another folder") from None
+        except OSError:  # no locks on this file system, or no right to write: that is told where it is tried
+            pass
 
     def _find(self, config: Config) -> ckpt.Checkpoint | None:
         if config.resume not in ("auto", "none"):
@@ -90,9 +123,19 @@ class Run:
     def prepare(self, config: Config, found: ckpt.Checkpoint | None, environment: dict[str, Any]) -> None:
         """Make the folder ready to go on from `found`: the first change to it."""
         try:
+            while fresh := self._config:  # runs that start together must not take the same new folder
+                try:
+                    self.path.mkdir(parents=True)
+                    self._config = None
+                except FileExistsError:
+                    self._at(new_folder(fresh))
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--run-dir {self.path}: cannot be made ({error.strerror}): give another folder") from None
+        self._claim()
+        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what was said in an earlier start
+        with contextlib.suppress(OSError):
+            (self.path / "failure.json").unlink(missing_ok=True)
         for leftover in self.checkpoints.glob(".*.tmp"):
             leftover.unlink()
         whole = {**asdict(config), "environment": environment}
@@ -134,12 +177,24 @@ class Run:
         ckpt.write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode())
 
 
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the sources of `nn` and `distrib`."""
+    sha = hashlib.sha256(__version__.encode())
+    for package in (nn, distrib):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
+            if path.suffix in (".py", ".cu") and path.is_file():
+                sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
 def environment(threads: int, backend: Backend) -> dict[str, Any]:
     """What besides the configuration must be the same for a resumed run to agree to the bit."""
     blas = next((f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
                  for p in threadpool_info() if p["user_api"] == "blas"), "unknown")  # fmt: skip
     return {
         "distrib": __version__,
+        "code": code_digest()[:12],
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": blas,

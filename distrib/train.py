@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from distrib import mnist
-from distrib.board import Board
+from distrib.board import REFUSED, Board
 from distrib.config import Config
 from distrib.console import Screen
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.failure import give_up
 from distrib.guard import compare_replicas, guard, guard_layout
-from distrib.run import Run, new_folder
+from distrib.run import Run
 from distrib.signals import listening
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
@@ -189,8 +189,13 @@ def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Tr
 def train(config: Config) -> int:
     """Run one configuration on this rank; returns the exit code."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
+    with Run(Path(config.run_dir) if config.run_dir else None, config) if world.rank == 0 else nullcontext() as run:
+        return train_on(world, config, run)
+
+
+def train_on(world: World, config: Config, run: Run | None) -> int:
+    """`train`, with the ranks joined; rank 0 has the run's folder."""
     screen = Screen(active=world.rank == 0)
-    run = Run(Path(config.run_dir) if config.run_dir else new_folder(config)) if world.rank == 0 else None
     stored, saved = None, None
     with world.agree():
         data = mnist.load(config.data, config.limit_train, config.limit_test)
@@ -229,7 +234,7 @@ def train(config: Config) -> int:
             if run:
                 run.finish(summary)
         report(screen, summary, run)
-        world.watchdog.publish(now=True, state="finished")
+        world.watchdog.ask(lambda board: board.publish(now=True, state="finished"))
         trainer.close()
     world.watchdog.board = None
     return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
@@ -240,15 +245,15 @@ def verdict_of(world: World) -> Iterator[None]:
     """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends the job."""
     try:
         yield
-    except UserError:
+    except UserError:  # all ranks have it
+        world.watchdog.ask(lambda board: board.publish(now=True, state=REFUSED))
         raise
     except BaseException as error:
         if world.size > 1:
             traceback.print_exc()
             give_up(world.watchdog, error, world.comm.abort)
-        if not isinstance(error, KeyboardInterrupt):
-            cause = f"{type(error).__name__}: {error}"
-            world.watchdog.ask(lambda board: board.fail(cause, 0, world.watchdog.step))
+        cause = f"{type(error).__name__}: {error}"
+        world.watchdog.ask(lambda board: board.fail(cause, 0, world.watchdog.step))
         raise
 
 

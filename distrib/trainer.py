@@ -22,7 +22,7 @@ from distrib.evaluate import evaluate
 from distrib.graph import Graphs
 from distrib.reducer import Reducer
 from distrib.run import Run, environment
-from distrib.world import World
+from distrib.world import PATIENCE, World
 from nn import functional as F
 from nn.batch import take_batch
 from nn.layers import Pass
@@ -33,9 +33,6 @@ from nn.resnet9 import ResNet9
 HISTORY = 256
 """Steps whose results may stay on the device before they are read."""
 
-
-SAVING = 10
-"""Timeouts that the ranks wait for a checkpoint of rank 0: a shared file system may be slow."""
 
 PHASES = ("data", "forward", "backward", "sums", "gradients", "optimizer")
 """Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the backward."""
@@ -289,7 +286,7 @@ class Trainer:
         assert not self.copies, "a checkpoint needs the results of all steps"
         self.share_statistics()
         self.world.allgather(None, "the beginning of a checkpoint")  # the wait for rank 0's disk alone is a patient one
-        with self.world.agree(SAVING):
+        with self.world.agree(PATIENCE):
             self.saver.wait()
             if run:
                 c = self.config
@@ -310,7 +307,7 @@ class Trainer:
 
     def saved(self, run: Run | None) -> None:
         """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
-        with self.world.agree(SAVING):
+        with self.world.agree(PATIENCE):
             self.saver.wait()
             if run and self.saver.used:
                 ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, self.at.step))
@@ -352,7 +349,8 @@ class Trainer:
         self.earlier_images = self.at.images_per_rank
         self.at.images_per_rank = [0] * self.world.size
         now = {**self.environment(), "world_size": self.world.size}
-        return [f"{name}: {before[name]} → {now[name]}" for name in now if before.get(name) != now[name]]
+        return [f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}" for name in {**now, **before}
+                if before.get(name) != now.get(name)]  # fmt: skip
 
     @staticmethod
     def _named(tensors: dict[str, np.ndarray], group: str) -> dict[str, np.ndarray]:

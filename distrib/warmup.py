@@ -10,9 +10,7 @@ from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate
 from distrib.run import Run
 from distrib.trainer import Trainer
-
-PATIENCE = 10
-"""Timeouts that the ranks wait for rank 0 to choose plans: each of some hundred candidates is built and timed."""
+from distrib.world import PATIENCE
 
 
 def counts(trainer: Trainer) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import socket
@@ -15,6 +16,9 @@ from distrib.errors import UserError
 from distrib.failure import Agreement, Watchdog, abort_on_crash
 from nn import backend as backends
 from nn.backend import NUMPY, Backend
+
+PATIENCE = 10
+"""Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice of plans."""
 
 MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 
@@ -81,6 +85,14 @@ def import_mpi() -> Any:
     finally:
         faulthandler.cancel_dump_traceback_later()
     return MPI
+
+
+def end_mpi(mpi: Any, seconds: float) -> None:
+    """MPI_Finalize, which waits for all ranks and lets no thread run: the process ends after `seconds` all the same."""
+    if not mpi.Is_finalized():
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        mpi.Finalize()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _control(comm: str) -> tuple[Any, str]:
@@ -192,7 +204,13 @@ def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32
     watchdog = Watchdog(rank, timeout)
     if not single:
         abort_on_crash(watchdog, lambda: control.Abort(1))
+        atexit.register(end_mpi, import_mpi(), PATIENCE * timeout)  # rank 0 may still be writing a checkpoint
     with watchdog.waiting("the choice of backend and communicator"):
+        everyone = control.allgather((comm, backend, precision))
+        for other, asked in enumerate(everyone):
+            for option, wanted, first in zip(("comm", "backend", "precision"), asked, everyone[0], strict=True):
+                if wanted != first:
+                    raise UserError(f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all ranks alike")
         chosen, why = _choose_backend(backend, precision, control)
         communicator: Communicator
         if chosen.on_host and comm == "nccl":

@@ -356,13 +356,14 @@ def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
 
     def listen() -> None:
         nonlocal doing, found, said
-        for line in child.stdout or ():
-            if line.startswith(MARK):
-                doing, lines = json.loads(line.removeprefix(MARK))
-                found = [Finding(*each) for each in lines]
-            else:
-                said = line.strip(" -=*\n") or said  # libraries frame their last words
-        child.wait()
+        with child:
+            for line in child.stdout or ():
+                if line.startswith(MARK):
+                    with contextlib.suppress(ValueError):  # cut off where the child died
+                        doing, lines = json.loads(line.removeprefix(MARK))
+                        found = [Finding(*each) for each in lines]
+                else:
+                    said = line.strip(" -=*\n") or said  # libraries frame their last words
 
     thread = threading.Thread(target=listen, daemon=True)
     try:

@@ -82,8 +82,8 @@ def submit(
     partition: Annotated[str | None, typer.Option(help="Partition.", show_default="the cluster's")] = None,
     account: Annotated[str | None, typer.Option(help="Account.", show_default="the person's")] = None,
     array: Annotated[str | None, typer.Option(help="Array, as sbatch takes it: 0-4; each task's number is its seed.")] = None,
-    launcher: Annotated[str, typer.Option(help="pmix or pmi2 (srun --mpi), or mpirun.")] = "pmix",
-    run_dir: Annotated[str | None, typer.Option(help="The run's folder; one with a run is gone on with.", show_default="runs/slurm-JOB")] = None,
+    launcher: Annotated[str, typer.Option(envvar="LAUNCHER", help="pmix or pmi2 (srun --mpi), or mpirun.")] = "pmix",
+    run_dir: Annotated[str | None, typer.Option(envvar="RUN_DIR", help="The run's folder; one with a run is gone on with.", show_default="runs/slurm-JOB")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and the script, submit nothing.")] = False,
 ) -> None:
     """Submit a training run to Slurm; sbatch's options win over the #SBATCH lines of slurm/train.sh.

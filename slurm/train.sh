@@ -173,7 +173,7 @@ stop() {
     trap '' USR1
     while kill -USR1 "$child" 2>/dev/null; do sleep 2; done &
 }
-rm -f "$run_dir/failure.json" # of an earlier start
+rm -rf "$run_dir/failure.json" "$run_dir/ranks" # of an earlier start
 "${launch[@]}" ${more[@]+"${more[@]}"} "${rank[@]}" &
 child=$!
 trap stop USR1
@@ -184,10 +184,12 @@ while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends a wai
 wait "$child"
 code=$?
 
+# the program's last line of this start
+last=$(tail -n "+$((${earlier:-0} + 1))" "$log" 2>/dev/null | grep -a '^distrib: ' | tail -n 1)
 case $code in
     0) exit 0 ;;
     2)
-        if grep -qs '"finished": true' "$run_dir/summary.json"; then
+        if [[ $last == *" holds a finished run: "* ]]; then
             say "job $job: $run_dir holds a finished run: nothing to do"
             exit 0
         fi ;;
@@ -205,7 +207,7 @@ else
     [ "$code" = 2 ] || verdict=$("$python" -m distrib.board "$run_dir" 2>/dev/null)
     case $verdict in
         *" failed at step "*) ;;
-        *) verdict=$(tail -n "+$((${earlier:-0} + 1))" "$log" 2>/dev/null | grep -a '^distrib: ' | tail -n 1) ;;
+        *) verdict=$last ;;
     esac
     say "job $job: failed with exit code $code${verdict:+: ${verdict#distrib: }}"
 fi

@@ -331,6 +331,17 @@ def test_whose_mpirun(monkeypatch: pytest.MonkeyPatch, library: str, mpirun: str
     assert "/opt/bin/mpirun is of" in found.found
 
 
+def test_a_child_that_dies_in_the_middle_of_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/bash\necho '{doctor.MARK}[\"disk\", [[\"ok\", \"fine\", \"\", \"Python\"]]]'\n"
+                     f"printf '{doctor.MARK}[\"da'\nkill -9 $$\n")  # fmt: skip
+    child.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(child))
+    found = doctor.ask(20, None, "runs")
+    assert [each.state for each in found] == [OK, FAILURE]
+    assert found[1].found.startswith("disk: SIGKILL")
+
+
 def test_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     assert doctor.launcher().state == WARNING

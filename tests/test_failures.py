@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, run, train
+from conftest import ROOT, environment, run, summary, train
 
 from distrib import checkpoint as ckpt
 from distrib.board import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
@@ -129,9 +130,9 @@ sys.exit(main())
 
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
-    """USR1 to one rank that waits for another: heard at once, and all stop after the same step."""
-    script = SCRIPT.replace("RANK", "1").replace("STEP", "9").replace(
-        "FAULT", f"open({str(tmp_path / 'ready')!r}, 'w').write(str(os.getppid())); time.sleep(3)")
+    """A signal to one rank that waits for another is heard while it waits, and all stop after the same step."""
+    script = SCRIPT.replace("RANK", "1").replace("STEP", "9").replace("FAULT", (
+        f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(6); open({str(tmp_path / 'woken')!r}, 'w')"))
     folder = tmp_path / "run"
     mpirun = Path(sys.executable).with_name("mpirun")
     process = subprocess.Popen([str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
@@ -141,11 +142,75 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)  # rank 0 is in the collective by now
-    os.kill(read(folder)[0].pid, 10)
+    os.kill(read(folder)[0].pid, signal.SIGTERM)
+    while read(folder)[0].state != TOLD_TO_STOP:
+        assert not (tmp_path / "woken").exists(), "it was not heard before the collective ended"
+        time.sleep(0.05)
     assert process.wait(60) == 85
-    found = json.loads((folder / "summary.json").read_text())
+    found = summary(folder)
     # the step at hand, number 10, was told before the signal came: the request travels with the next one's gradient
     assert (found["steps"], found["finished"]) == (11, False)
+
+
+def test_a_rank_that_hangs_after_its_last_line_ends_the_job(tmp_path: Path) -> None:
+    """In MPI_Finalize no thread runs: what ends it is a timer in C."""
+    script = """
+import sys, os, signal
+from distrib import train, world
+world.PATIENCE = 1
+plain = train.Trainer.close
+def close(self):
+    if self.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    plain(self)
+train.Trainer.close = close
+from distrib.command import main
+sys.exit(main())
+"""
+    begin = time.monotonic()
+    done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, "--timeout", 3, ranks=2, check=False)
+    assert done.returncode not in (0, 2, 85)
+    assert time.monotonic() - begin < 60
+    assert summary(tmp_path / "run")["finished"]
+
+
+@pytest.mark.parametrize("option", [("--comm", "mpi"), ("--backend", "numpy"), ("--precision", "float64"), ("--lr", "0.5")])
+def test_a_rank_with_another_option_is_named(tmp_path: Path, option: tuple[str, str]) -> None:
+    script = f"""
+import os, sys
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    sys.argv += {list(option)!r}
+from distrib.command import main
+sys.exit(main())
+"""
+    done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
+    assert done.returncode == 2
+    assert f"rank 1 was started with {option[0]} {option[1]}, rank 0 with" in done.stderr
+
+
+def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: Path) -> None:
+    """Neither is a failure, and none is written down."""
+    folder = tmp_path / "run"
+    slow = SCRIPT.replace("RANK", "0").replace("STEP", "8").replace("FAULT", "time.sleep(8)")
+    process = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(folder), *map(str, OPTIONS)], cwd=ROOT,
+                               env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not read(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert run("-m", "distrib.board", folder).stdout == f"distrib: {folder}: the run goes on\n"
+    assert process.wait(60) == 0
+    assert "tells of no rank" in run("-m", "distrib.board", folder).stdout
+    assert train(tmp_path / "refused", *OPTIONS, "--lr", 1e30, check=False).returncode == 2
+    assert "tells of no rank" in run("-m", "distrib.board", tmp_path / "refused").stdout
+    assert not list(tmp_path.glob("*/failure.json"))
+
+
+def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
+    for rank in range(3):
+        Board(tmp_path, rank, 3).publish(now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {}))
+    assert run("-m", "distrib.board", tmp_path).stdout.startswith("distrib: rank 1 on ")
+    assert json.loads((tmp_path / "failure.json").read_text())["cause"] == "ValueError: planted"
 
 
 def test_a_late_signal_does_not_kill() -> None:
@@ -211,13 +276,6 @@ def test_ranks_speak_at_most_once_a_second(tmp_path: Path) -> None:
     board.publish(now=True)
     assert [word.step for word in read(tmp_path)] == [1]
     assert read(tmp_path)[0].pid == os.getpid()
-
-
-def test_ranks_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
-    for rank in range(4):
-        Board(tmp_path, rank, 4)
-    Board(tmp_path, 0, 2)
-    assert [word.rank for word in read(tmp_path)] == [0, 1]
 
 
 def test_the_watchdog_publishes(tmp_path: Path) -> None:

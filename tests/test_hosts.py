@@ -70,7 +70,8 @@ def test_a_link_that_goes_down(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_text(errors="replace")
     assert "waited 5 s in all_reduce" in text or "failed at step" in text, text
     verdict = json.loads((folder / "failure.json").read_text())
-    assert verdict["cause"]
+    # nobody is silent: the folder is on a disk that both hosts still reach; so it is who waits first, and for what
+    assert verdict["cause"].startswith(("waited 5 s in ", "behind the others, waiting in ")), verdict
     deadline = time.monotonic() + 20
     while left := left_running(folder):
         assert time.monotonic() < deadline, f"left running: {left}"

@@ -63,8 +63,9 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         inside += bool(list((folder / "checkpoints").glob(".*.tmp")))
-        newest, _ = ckpt.newest_valid(folder / "checkpoints")
+        newest, problems = ckpt.newest_valid(folder / "checkpoints")
         assert newest is not None, "no valid checkpoint is left"
+        assert not problems, "a checkpoint is whole or not there"
         steps.append(newest.position["step"])
     assert steps == sorted(steps)
     train(folder, *OPTIONS, ranks=2)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, summary, train
+from conftest import ROOT, environment, metrics, run, summary, train
 
 BASE = ("--epochs", 2, "--batch-size", 32, "--limit-train", 200, "--limit-test", 50, "--width", 0.125,
         "--log-every", 2, "--schedule", "cosine", "--warmup-epochs", 0.5)  # fmt: skip
@@ -141,3 +141,54 @@ sys.exit(main())
     assert subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
     train(folder, *whole[1])
     compare(folder, whole[0])
+
+
+def test_other_code_is_said(tmp_path: Path) -> None:
+    options = (*BASE, *OPTIMIZERS["adam"])
+    train(tmp_path / "run", *options, "--max-steps", 5)
+    script = """
+import sys
+from distrib import run
+run.code_digest = lambda: "another version"
+from distrib.command import main
+sys.exit(main())
+"""
+    done = run("-c", script, "--run-dir", tmp_path / "run", *options)
+    assert " → another vers" in done.stdout
+    assert "equal within rounding only: code: " in done.stdout
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Neither one that was given twice, nor the new one of two that start in the same second."""
+    slow = """
+import sys, time
+from distrib import train
+plain = train.Trainer.step
+def step(self):
+    time.sleep(0.2)
+    plain(self)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+    first = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(tmp_path / "run"), *map(str, BASE)], cwd=ROOT,
+                             env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = train(tmp_path / "run", *BASE, check=False)
+    assert (second.returncode, second.stderr) == (2, (
+        f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there: wait for its end, or give another folder\n"))
+    assert first.wait(60) == 0
+    command = [sys.executable, "-m", "distrib.train", *map(str, BASE)]
+    for process in [subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) for _ in range(3)]:
+        assert process.wait(60) == 0
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 3
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}; echo $? > {tmp_path / 'rc'}"
+    subprocess.run(["bash", "-c", f"({command}) | head -1"], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "rc").read_text() == "0\n"
+    assert summary(tmp_path / "run")["finished"]

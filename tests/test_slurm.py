@@ -219,6 +219,12 @@ def test_a_finished_run_is_a_success(whole: Job) -> None:
     assert again.log.splitlines()[-1].endswith("holds a finished run: nothing to do")
 
 
+def test_a_mistake_over_a_finished_run_is_no_success(whole: Job) -> None:
+    again = Job(whole.folder, NODES[2], *SMALL, "--run-dir", whole.run_dir, "--lr", "0")
+    assert again.end() == ("FAILED", "2:0"), again.log
+    assert "--lr 0.0: give a finite number above 0" in again.log.splitlines()[-1]
+
+
 def test_a_mistake_ends_with_its_line(tmp_path: Path) -> None:
     job = Job(tmp_path, NODES[2], "--limit-train", "70000")
     assert job.end() == ("FAILED", "2:0"), job.log
