@@ -29,8 +29,13 @@ def infer(model: ResNet9, images: Array, labels: Array, start: int, stop: int) -
     return model.forward(x, Pass(train=False)), y
 
 
-def evaluate(model: ResNet9, images: Array, labels: Array, loss: str, comm: Communicator) -> tuple[float, float]:
-    """(mean loss, accuracy in percent) over all images, each rank taking a contiguous part."""
+def evaluate(
+    model: ResNet9, images: Array, labels: Array, loss: str, comm: Communicator, keep: list[np.ndarray] | None = None
+) -> tuple[float, float]:
+    """(mean loss, accuracy in percent) over all images, each rank taking a contiguous part.
+
+    The logits of this rank's part are appended to `keep`, batch by batch, where it is given.
+    """
     xp, dtype = model.backend.xp, model.dtype
     part = share(len(images), comm.rank, comm.size)
     sums, zero, own, tail = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
@@ -39,6 +44,8 @@ def evaluate(model: ResNet9, images: Array, labels: Array, loss: str, comm: Comm
         unused = model.ws.keep("dlogits", logits.shape, str(dtype))
         loss_and_gradient(logits, wanted, zero, unused, own, tail, loss=loss, count=1)
         sums += tail[:2]
+        if keep is not None:
+            keep.append(np.array(model.backend.to_host(logits)))
     comm.all_reduce(sums).wait()
     total, correct = model.backend.to_host(sums)
     return float(total) / len(images), 100 * float(correct) / len(images)

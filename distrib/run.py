@@ -9,17 +9,19 @@ import hashlib
 import json
 import platform
 import shutil
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from safetensors.numpy import save
 from threadpoolctl import threadpool_info
 
 import distrib
 import nn
-from distrib import __version__
+from distrib import __version__, events
 from distrib import checkpoint as ckpt
 from distrib.config import Config
 from distrib.errors import UserError
@@ -142,9 +144,16 @@ class Run:
         ckpt.write_atomically(self.path / "config.json", json.dumps(whole, indent=2).encode())
         (self.path / "summary.json").unlink(missing_ok=True)
         step = found.position["step"] if found else 0
+        kept: list[str] = []
         if self.metrics_path.exists():
             kept = [line for line in self.metrics_path.read_text(errors="replace").splitlines(True) if self._within(line, step)]
             ckpt.write_atomically(self.metrics_path, "".join(kept).encode())
+        for earlier in self.path.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        begin = time.time()
+        self.events_path = self.path / f"events.out.tfevents.{begin:.0f}.{socket.gethostname()}"
+        lines = [{"time": begin, **json.loads(line)} for line in kept]
+        ckpt.write_atomically(self.events_path, events.head(begin) + b"".join(map(events.scalars, lines)))
 
     @staticmethod
     def _within(line: str, step: int) -> bool:
@@ -164,13 +173,27 @@ class Run:
         ckpt.write_atomically(self.path / "plans.json", json.dumps({"about": about, "plans": plans}, indent=2).encode())
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and to TensorBoard's file."""
+        values = {"time": time.time(), **values}
+        path = self.metrics_path
         try:
-            with open(self.metrics_path, "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+            path = self.events_path
+            with open(path, "ab") as beside:
+                beside.write(events.scalars(values))
         except OSError as error:
-            raise UserError(f"{self.metrics_path}: cannot be written ({error.strerror}): free space is missing; the"
+            raise UserError(f"{path}: cannot be written ({error.strerror}): free space is missing; the"
                             " last checkpoint is unharmed") from None  # fmt: skip
+
+    def keep_logits(self, batches: list[np.ndarray], step: int) -> None:
+        """Write logits.safetensors: what the model says of each test image after the last step, (images, 10) float32."""
+        path = self.path / "logits.safetensors"
+        if batches:
+            logits = np.concatenate(batches).astype(np.float32)
+            ckpt.write_atomically(path, save({"logits": logits}, {"step": str(step)}))
+        else:  # it was stopped: there is no last evaluation
+            path.unlink(missing_ok=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the last file of a run."""

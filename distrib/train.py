@@ -230,8 +230,10 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
         trainer.saved(run)  # and verified before anyone counts on it
+        logits = world.allgather(trainer.logits, "the logits of the test images")
         with world.agree():
             if run:
+                run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
                 run.finish(summary)
         report(screen, summary, run)
         world.watchdog.ask(lambda board: board.publish(now=True, state="finished"))

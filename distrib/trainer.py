@@ -122,6 +122,7 @@ class Trainer:
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
         self.started = time.perf_counter()
+        self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step
         self.evaluated: float | None = None  # when the evaluation of this very step ended
 
     def sum_over_ranks(self, x: Any) -> None:
@@ -372,10 +373,11 @@ class Trainer:
         return self.at.wall_seconds + (time.perf_counter() if end is None else end) - self.started
 
     def test(self) -> dict[str, float]:
-        """test_loss and test_accuracy (percent)."""
+        """test_loss and test_accuracy (percent). After the run's last step the logits are kept, too."""
         self.share_statistics()
         with self.waiting("the evaluation"), self.averaged():
-            loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm)
+            self.logits = [] if self.at.step >= self.limit else None
+            loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm, self.logits)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"

@@ -33,7 +33,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def without_times(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if "second" not in k} for line in metrics(folder)]
+    return [{k: v for k, v in line.items() if "second" not in k and k != "time"} for line in metrics(folder)]
 
 
 def compare(folder: Path, whole: Path) -> None:

@@ -1,0 +1,67 @@
+"""How all figures look, and how they leave: as SVG in a page, or as PNG files. Needs matplotlib (the extra `report`)."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrib.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Okabe and Ito (2008): told apart by the colour-blind; dashes tell what comes after the last."""
+
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4, "figure.constrained_layout.use": True,
+    "svg.fonttype": "none", "svg.hashsalt": "distrib", "savefig.dpi": 160,
+}  # fmt: skip
+
+
+def require(*modules: str) -> None:
+    """UserError where a library of the extra `report` is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{module} is not installed: pip install 'distrib[report]'")
+
+
+@contextmanager
+def figure(width: float = 6.4, height: float = 3.2, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of `columns` axes side by side, in inches, drawn in this project's style."""
+    require("matplotlib")
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    cycle = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle}):
+        made = Figure(figsize=(width, height))
+        yield made, list(made.subplots(1, columns, squeeze=False)[0])
+
+
+def svg(made: Figure, title: str) -> str:
+    """The figure as an <svg> element for a page, with `title` for those who cannot see it."""
+    file = io.StringIO()
+    made.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    head, rest = text.split(">", 1)
+    return f'{head} role="img"><title>{html.escape(title)}</title>{rest}'
+
+
+def save(made: Figure, path: Path) -> None:
+    """The figure as a PNG file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.savefig(path, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): give another place") from None
