@@ -109,7 +109,7 @@ def _say(message: str) -> int:
     rank = launched_rank() if launched_ranks() > 1 else 0
     alone = "mpi4py.MPI" not in sys.modules
     if rank and alone:
-        time.sleep(10)
+        time.sleep(3)  # less than the 10 s after which srun kills who is left
     if not rank or alone:
         print(f"distrib: error: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr, flush=True)
     return EXIT_USAGE

@@ -19,11 +19,27 @@ from nn.resnet9 import ResNet9
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model from a checkpoint, ready on the host."""
+    """A model from a checkpoint, ready on the host. `about` is its variant, width, loss and dtype."""
 
     path: Path
     model: ResNet9
-    loss: str
+    about: dict[str, Any]
+
+    @property
+    def loss(self) -> str:
+        return str(self.about["loss"])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of one file as the network takes them, white on black: uint8 (N, 28, 28)."""
+
+    path: Path
+    pixels: np.ndarray
+    inverted: bool  # the file has dark ink on a bright ground
+
+    def name(self, i: int) -> str:
+        return f"{self.path}[{i}]" if len(self.pixels) > 1 else str(self.path)
 
 
 def load(path: Path) -> Loaded:
@@ -41,50 +57,57 @@ def load(path: Path) -> Loaded:
     try:
         model = ResNet9(about["variant"], about["width"], dtype=about["dtype"])
         model.load_state_dict(tensors)
+        return Loaded(path, model, {name: about[name] for name in ("variant", "width", "loss", "dtype")})
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: does not hold the model that it describes ({error}): use another checkpoint") from None
-    return Loaded(path, model, about["loss"])
 
 
 def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
-    """For each image of each file: its name, digit, probability, all probabilities, whether it was inverted."""
-    results: list[dict[str, Any]] = []
-    for path in paths:
-        for name, images, inverted in _read(path):
-            for start in range(0, len(images), HOST_BATCH):
-                stop = min(start + HOST_BATCH, len(images))
-                for i, p in enumerate(_probabilities(loaded, images, start, stop), start):
-                    results.append({
-                        "image": f"{name}[{i}]" if len(images) > 1 else name,
-                        "digit": int(p.argmax()), "probability": float(p.max()),
-                        "probabilities": p.tolist(), "inverted": inverted,
-                    })  # fmt: skip
-    return results
+    """`predict` for each image of each file."""
+    return [result for path in paths for result in predict(loaded, read_pictures(path))]
 
 
-def _probabilities(loaded: Loaded, images: np.ndarray, start: int, stop: int) -> np.ndarray:
-    logits, _ = infer(loaded.model, images, np.zeros(len(images), np.uint8), start, stop)
-    logits = logits.astype(np.float64)
-    if loaded.loss == "bce":
-        return 1 / (1 + np.exp(-logits))
-    exp = np.exp(logits - logits.max(1, keepdims=True))
+def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
+    """For each image: its name, digit, probability, all ten probabilities, whether it was inverted.
+
+    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each digit's by itself,
+    which need not sum to 1. The digit is that of the largest logit, the first of equals.
+    """
+    count = len(pictures.pixels)
+    for start in range(0, count, HOST_BATCH):
+        z = logits(loaded.model, pictures.pixels, start, min(start + HOST_BATCH, count)).astype(np.float64)
+        for i, (row, p) in enumerate(zip(z, probabilities(z, loaded.loss), strict=True), start):
+            digit = int(row.argmax())  # large sigmoids round to equal ones
+            yield {"image": pictures.name(i), "digit": digit, "probability": float(p[digit]),
+                   "probabilities": p.tolist(), "inverted": pictures.inverted}  # fmt: skip
+
+
+def logits(model: ResNet9, images: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Logits (n, 10) of images[start:stop] (uint8), as an array of their own."""
+    return np.array(infer(model, images, np.zeros(len(images), np.uint8), start, stop)[0])
+
+
+def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
+    """softmax(z), or for `loss` bce sigmoid(z), of logits z (N, 10) in float64."""
+    if loss == "bce":
+        return np.exp(-np.logaddexp(0, -z))  # 1 / (1 + exp(−z)), which would overflow
+    exp = np.exp(z - z.max(1, keepdims=True))
     return exp / exp.sum(1, keepdims=True)
 
 
-def _read(path: Path) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """(name, images uint8 (N, 28, 28), inverted) in the file `path`."""
+def read_pictures(path: Path) -> Pictures:
+    """The images in the picture or IDX file `path`."""
     try:
         with Image.open(path) as picture:
             flat = Image.new("RGBA", picture.size, "white")
             flat.alpha_composite(picture.convert("RGBA"))
             pixels = np.asarray(flat.convert("L").resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS))
     except UnidentifiedImageError:
-        yield str(path), mnist.read_idx(path, mnist.IMAGES), False
-        return
+        return Pictures(path, mnist.read_idx(path, mnist.IMAGES), False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give PNG pictures or IDX files of images") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files") from None
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     inverted = bool(np.median(border) > 127)
-    yield str(path), (255 - pixels if inverted else pixels)[None], inverted
+    return Pictures(path, (255 - pixels if inverted else pixels)[None], inverted)

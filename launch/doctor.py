@@ -379,7 +379,7 @@ def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
     if not why:
         return found
     return [*found, Finding(FAILURE, f"{doing}: {why}" + (f": {said}" if said else ""),
-                            "read what other ranks say; all need one MPI library; under srun try --mpi=pmix", "outcome")]  # fmt: skip
+                            "read what other ranks say; all need one MPI library; under srun --mpi=pmix is for Open MPI, --mpi=pmi2 for MPICH", "outcome")]  # fmt: skip
 
 
 def show(findings: list[Finding]) -> None:

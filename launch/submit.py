@@ -15,6 +15,8 @@ import typer
 from distrib.command import parse
 from distrib.errors import UserError
 
+LAUNCHERS = ("pmix", "pmi2", "mpirun")
+
 PLACES = ("../slurm/train.sh", "slurm/train.sh")
 """The batch script, seen from this file: in the repository, in an installed package."""
 
@@ -94,6 +96,8 @@ def submit(
 
       distrib submit --gpus-per-node 0 --ntasks-per-node 8 --dry-run
     """
+    if launcher not in LAUNCHERS:
+        raise UserError(f"--launcher {launcher}: choose {', '.join(LAUNCHERS)}")
     given = list(training or [])
     config = parse(given)  # a mistake is told now, not when the job starts
     if run_dir is not None and config.run_dir is not None:

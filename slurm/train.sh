@@ -27,6 +27,9 @@
 
 RECIPE=(--recipe fast99 --batch-size-per-rank 64)
 
+# What srun and mpirun say when they lose a node, or cannot start ranks on one: no fault of the run's
+NODE_LOST='Node failure on|launch failed|lost communication|Unable to contact slurmd|Timed out waiting for job step'
+
 set -uo pipefail
 say() { echo "train.sh: $*" >&2; }
 [ -n "${SLURM_JOB_ID:-}" ] || { say "start me with sbatch: sbatch slurm/train.sh"; exit 2; }
@@ -174,6 +177,8 @@ stop() {
     while kill -USR1 "$child" 2>/dev/null; do sleep 2; done &
 }
 rm -rf "$run_dir/failure.json" "$run_dir/ranks" # of an earlier start
+result() { cksum "$run_dir/summary.json" 2>/dev/null; }
+earlier_result=$(result)
 "${launch[@]}" ${more[@]+"${more[@]}"} "${rank[@]}" &
 child=$!
 trap stop USR1
@@ -184,10 +189,15 @@ while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends a wai
 wait "$child"
 code=$?
 
-# the program's last line of this start
-last=$(tail -n "+$((${earlier:-0} + 1))" "$log" 2>/dev/null | grep -a '^distrib: ' | tail -n 1)
+said() { tail -n "+$((${earlier:-0} + 1))" "$log" 2>/dev/null | grep -aE "$1"; } # in this start
+last=$(said '^distrib: ' | tail -n 1)
+lost=''
 case $code in
-    0) exit 0 ;;
+    0) # launchers say so, too, when they have lost a node
+        [ "$(result)" = "$earlier_result" ] || exit 0
+        case " $* " in *" --help "*) exit 0 ;; esac
+        [ -n "$cancelled" ] || lost='the launcher ended without a result of the run'
+        code=1 ;;
     2)
         if [[ $last == *" holds a finished run: "* ]]; then
             say "job $job: $run_dir holds a finished run: nothing to do"
@@ -195,13 +205,17 @@ case $code in
         fi ;;
     138) [ -z "$stopping" ] || code=85 ;; # the launcher itself was not up yet
 esac
-if [ "$code" = 85 ] && [ -z "$cancelled" ]; then
+[ -n "$cancelled" ] || [ -n "$lost" ] || [ "$code" = 2 ] || lost=$(said "$NODE_LOST" | tr -d '\000' | tail -n 1)
+if [ -z "$cancelled" ] && { [ "$code" = 85 ] || [ -n "$lost" ]; }; then
+    [ -z "$lost" ] || say "job $job: a node or a launch was lost: $lost"
     stalls_left || exit 1
     say "job $job: stopped at step $(newest_step), requeued"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     say "job $job: cannot be requeued: sbatch it again with --run-dir $run_dir to go on"
 elif [ -n "$cancelled" ]; then
-    say "job $job: cancelled, stopped at step $(newest_step): sbatch it again with --run-dir $run_dir to go on"
+    at=$(newest_step)
+    [ "$at" = 0 ] && at='before a checkpoint' || at="at step $at: sbatch it again with --run-dir $run_dir to go on"
+    say "job $job: cancelled, stopped $at"
 else
     verdict=''
     [ "$code" = 2 ] || verdict=$("$python" -m distrib.board "$run_dir" 2>/dev/null)
@@ -209,6 +223,9 @@ else
         *" failed at step "*) ;;
         *) verdict=$last ;;
     esac
+    if [ -z "$verdict" ] && [ ! -d "$run_dir/ranks" ] && [ "$launcher" = pmix ]; then
+        verdict='no rank started; MPICH and its kin need LAUNCHER=pmi2 (slurm/README.md)'
+    fi
     say "job $job: failed with exit code $code${verdict:+: ${verdict#distrib: }}"
 fi
 exit "$code"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine, as root, from Debian's packages, without systemd: slurm_cluster.sh up [NODES] | down | env
+# A real Slurm on one machine, as root, from Debian's packages, without systemd: slurm_cluster.sh up [NODES] | down | crash NODE | env
 #
 # Each node is a slurmd in a network namespace with a host name of its own (node1, node2, ...) on the bridge
 # 10.79.0.0/24, where this machine is 10.79.0.1. Its GPUs are device files that nobody opens. Munge has its own key
@@ -98,6 +98,19 @@ namespaces() { # NODES
     done
 }
 
+node() { # I: start its slurmd
+    start "slurmd$1" ip netns exec "slurm-node$1" unshare --uts sh -c "hostname node$1 && exec slurmd -D -N node$1"
+}
+
+crash() { # I: all that runs on it is gone at once, as when its power fails; then it is rebooted, some seconds later
+    local pid
+    for pid in $(ip netns pids "slurm-node$1"); do kill -KILL "$pid" 2>/dev/null || true; done
+    sleep "${2:-10}"
+    rm -rf "$D/spool/node$1" "$D/tmp/node$1"
+    mkdir -p "$D/spool/node$1" "$D/tmp/node$1"
+    node "$1"
+}
+
 up() { # NODES
     [ "$(id -u)" = 0 ] || fail "needs root, for network namespaces and packages"
     [ ! -s "$D/pids" ] || fail "is already up in $D"
@@ -115,10 +128,7 @@ up() { # NODES
     for i in $(seq 100); do [ ! -S "$D/munge/socket" ] || break; sleep 0.1; done
     start slurmctld slurmctld -c -D
     for i in $(seq 100); do ! scontrol ping 2>/dev/null | grep -q 'is UP' || break; sleep 0.1; done # else slurmd asks again late
-    for i in $(seq "$1"); do
-        start "slurmd$i" ip netns exec "slurm-node$i" unshare --uts \
-            sh -c "hostname node$i && exec slurmd -D -N node$i"
-    done
+    for i in $(seq "$1"); do node "$i"; done
     for i in $(seq 300); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" != "$1" ] || return 0
         sleep 0.1
@@ -150,6 +160,7 @@ down() {
 case ${1:-} in
     up) up "${2:-1}" ;;
     down) down ;;
+    crash) crash "$2" "${3:-}" ;;
     env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-    *) echo "usage: $0 up [NODES] | down | env" >&2; exit 2 ;;
+    *) echo "usage: $0 up [NODES] | down | crash NODE [SECONDS] | env" >&2; exit 2 ;;
 esac

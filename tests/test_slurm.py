@@ -103,6 +103,10 @@ class Job:
         raise AssertionError(f"no rank {number} of job {self.number}")
 
 
+RESULT = 'echo "$RANDOM $SLURM_PROCID" >"${@: -1}/summary.json"'
+"""What a stand-in does at the end of a good run; the run's folder is its last argument."""
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[[str], str]:
     """A stand-in for Python, in shell: what `python -m distrib.train` does instead of training."""
@@ -208,9 +212,21 @@ def test_requeueing_stops_without_progress(tmp_path: Path, program: Callable[[st
 
 def test_a_step_a_start_is_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
     step = 'folder=${@: -1}/checkpoints; mkdir -p $folder; touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors'
-    job = Job(tmp_path, NODES[1], PYTHON=program(f"{step}\n[ \"$SLURM_RESTART_COUNT\" = 2 ] || exit 85"), STALLS="1")
+    job = Job(tmp_path, NODES[1], PYTHON=program(f"{step}; {RESULT}\n[ \"$SLURM_RESTART_COUNT\" = 2 ] || exit 85"), STALLS="1")
     assert job.end() == ("COMPLETED", "0:0"), job.log
     assert job.about("Restarts") == "2"
+
+
+def test_a_launcher_that_lost_its_ranks_is_no_success(tmp_path: Path, program: Callable[[str], str]) -> None:
+    """As when a node goes down under mpirun, which then ends with 0; and as when srun could not start a rank."""
+    job = Job(tmp_path, NODES[1], PYTHON=program("exit 0"), STALLS="2")
+    assert job.end() == ("FAILED", "1:0"), job.log
+    assert "a node or a launch was lost: the launcher ended without a result of the run" in job.log
+    assert job.about("Restarts") == "1"
+    srun = program("echo 'srun: error: Node failure on node2' >&2; exit 1")
+    job = Job(tmp_path, NODES[1], PYTHON=srun, STALLS="1")
+    assert job.end() == ("FAILED", "1:0"), job.log
+    assert "a node or a launch was lost: srun: error: Node failure on node2" in job.log
 
 
 def test_a_finished_run_is_a_success(whole: Job) -> None:
@@ -231,7 +247,7 @@ def test_a_mistake_ends_with_its_line(tmp_path: Path) -> None:
     assert "--limit-train 70000: the data has only 60000 images" in job.log.splitlines()[-1]
 
 
-SHOW = 'echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $OMP_NUM_THREADS [$CUDA_VISIBLE_DEVICES] $*"'
+SHOW = f'{RESULT}; echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $OMP_NUM_THREADS [$CUDA_VISIBLE_DEVICES] $*"'
 ALL = "--recipe fast99 --batch-size-per-rank 64"
 
 
@@ -279,6 +295,19 @@ def test_an_unknown_launcher_is_one_line(tmp_path: Path) -> None:
     job = Job(tmp_path, NODES[1], LAUNCHER="pmi9")
     assert job.end() == ("FAILED", "2:0"), job.log
     assert re.fullmatch(r"train\.sh: srun has no --mpi=pmi9: set LAUNCHER to mpirun or to one of [\w ]*\bpmix\b[\w ]*\n", job.log)
+
+
+@pytest.mark.parametrize("launcher", ["pmix", "mpirun"])
+def test_a_node_that_crashes(whole: Job, tmp_path: Path, launcher: str) -> None:
+    """The job is requeued, waits for the node, and ends at the right digest."""
+    job = Job(tmp_path, NODES[2], *SMALL, "--checkpoint-every", "10", LAUNCHER=launcher)
+    job.train_some(25)
+    env = {**os.environ, "SLURM_CLUSTER_DIR": str(FOLDER)}
+    subprocess.run([CLUSTER, "crash", "2"], env=env, check=True, timeout=60)
+    assert job.end(180) == ("COMPLETED", "0:0"), job.log
+    assert "a node or a launch was lost: " in job.log
+    assert int(job.about("Restarts")) >= 1
+    assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
 
 
 if os.environ.get("DISTRIB_SOAK") == "1":  # as long as Slurm's clock wants it: its limits are whole minutes

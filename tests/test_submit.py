@@ -100,6 +100,7 @@ def test_refusal_of_sbatch_is_one_line(call, sbatch: Path) -> None:
         (["--gpus-per-node", "4", "--ntasks-per-node", "2"], "--ntasks-per-node 2"),
         (["--gpus-per-node", "0", "--ntasks-per-node", "0"], "--ntasks-per-node 0"),
         (["--run-dir", "a", "--", "--run-dir", "b"], "--run-dir a"),
+        (["--launcher", "srun"], "--launcher srun"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_submitted(call, sbatch: Path, arguments: list[str], words: str) -> None:

@@ -1,0 +1,233 @@
+"""`distrib export`: a checkpoint as an ONNX graph, or as plain tensors for PyTorch. ONNX needs the extra `report`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+import distrib
+from distrib import checkpoint as ckpt
+from distrib.errors import UserError
+from distrib.evaluate import HOST_BATCH
+from distrib.mnist import SIDE
+from distrib.predict import Loaded, load, logits
+from launch.plots import require
+from nn.functional import EPS
+from nn.layers import ConvBN
+from nn.resnet9 import CLASSES
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FORMATS = ("onnx", "safetensors")
+OPSET, IR = 17, 8
+"""Of ONNX 1.12 (2022): all that the network needs, and what runtimes of these years read."""
+
+TOLERANCE = 1e-5
+"""Of logits, relative to the largest: ten times what float32 sums in another order were seen to make."""
+
+
+class Graph:
+    """The nodes of an ONNX graph in order, and its constants by their names in the `state_dict`."""
+
+    def __init__(self, state: dict[str, np.ndarray]) -> None:
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self._state = state
+
+    def constant(self, name: str) -> str:
+        """The tensor `name`, in float32."""
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(self._state[name].astype(np.float32), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], y: str, **attributes: Any) -> str:
+        """y = kind(*inputs); returns y."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, [y], y, **attributes))
+        return y
+
+    def conv_bn(self, conv: ConvBN, x: str, residual: str | None = None) -> str:
+        """What `ConvBN.forward` computes with the running statistics, on N×C×H×W."""
+        name, pad = conv.name, [conv.geometry.padding] * 4
+        y = self.add("Conv", [x, self.constant(f"{name}.0.weight")], f"{name}.conv", kernel_shape=[conv.kernel] * 2, pads=pad)
+        norm = [self.constant(f"{name}.1.{part}") for part in ("weight", "bias", "running_mean", "running_var")]
+        y = self.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
+        if residual:
+            y = self.add("Add", [y, residual], f"{name}.sum")
+        if conv.relu:
+            y = self.add("Relu", [y], f"{name}.relu")
+        if conv.pool:
+            y = self.add("MaxPool", [y], f"{name}.pool", kernel_shape=[2, 2], strides=[2, 2])
+        return y
+
+
+def build(loaded: Loaded) -> ModelProto:
+    """The network as an ONNX model: images float32 (N, 1, 28, 28) in [0, 1] → logits float32 (N, 10), N free."""
+    from onnx import TensorProto, helper
+
+    model = loaded.model
+    graph = Graph(model.state_dict())
+    x = "images"
+    for stage in model.stages:
+        if isinstance(stage, ConvBN):
+            x = graph.conv_bn(stage, x)
+        else:
+            short = graph.conv_bn(stage.shortcut, x) if stage.shortcut else x
+            x = graph.conv_bn(stage.second, graph.conv_bn(stage.first, x), short)
+    x = graph.add("GlobalAveragePool" if model.head.average else "GlobalMaxPool", [x], "head.pool")
+    x = graph.add("Flatten", [x], "head.flat")
+    graph.add("Gemm", [x, graph.constant("fc.weight"), graph.constant("fc.bias")], "logits", transB=1)
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, SIDE, SIDE])
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])
+    after = "sigmoid" if loaded.loss == "bce" else "softmax"
+    made = helper.make_model(
+        helper.make_graph(graph.nodes, "ResNet9", [images], [output], graph.constants),
+        opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR,
+        producer_name="distrib", producer_version=distrib.__version__,
+        doc_string="ResNet-9. images: float32 N×1×28×28, white on black, scaled to [0, 1]. logits: N×10, one for each"
+                   f" digit; probabilities are their {after}, which is left to the caller.",
+    )  # fmt: skip
+    helper.set_model_props(made, description(loaded))
+    return made
+
+
+def description(loaded: Loaded) -> dict[str, str]:
+    """What a file's metadata say of the model; `step` is the training steps that it has had."""
+    return {**{name: str(value) for name, value in loaded.about.items()},
+            "step": str(loaded.model.batches_tracked), "version": distrib.__version__}  # fmt: skip
+
+
+def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int]:
+    """How far onnxruntime's logits of the ONNX model `data` are from ours on `images` (uint8).
+
+    max |theirs − ours| / max |ours|, infinite where one is not finite, and the images whose digit differs.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns of machines without a GPU
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    largest = difference = 0.0
+    others = 0
+    for start in range(0, len(images), HOST_BATCH):
+        stop = min(start + HOST_BATCH, len(images))
+        ours = logits(loaded.model, images, start, stop)
+        scaled = images[start:stop, None].astype(np.float32) / 255
+        theirs = session.run(["logits"], {"images": scaled})[0]
+        if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+            return np.inf, len(images)
+        largest = max(largest, float(np.abs(ours).max()))
+        difference = max(difference, float(np.abs(theirs - ours).max()))
+        others += int((theirs.argmax(1) != ours.argmax(1)).sum())
+    return difference / largest if difference else 0.0, others
+
+
+def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
+    """Compare with our own logits on the test set; a line that says how near they are. UserError where they are not."""
+    from distrib import mnist
+
+    test = mnist.load(data, limit_test=limit)
+    difference, others = compare(made.SerializeToString(), loaded, test.test_images)
+    if difference > TOLERANCE:
+        raise UserError(f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest, above"
+                        f" {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with {loaded.path}")  # fmt: skip
+    return (f"checked with onnxruntime on {len(test.test_images)} images of {test.name}: logits differ by at most"
+            f" {difference:.1e} of the largest, {others or 'no'} digit(s)")  # fmt: skip
+
+
+def to_safetensors(loaded: Loaded) -> bytes:
+    """The model's tensors by PyTorch's names, to the bit those of the checkpoint."""
+    from safetensors.numpy import load as read
+    from safetensors.numpy import save
+
+    state = loaded.model.state_dict()
+    data = save(state, {"format": "pt", **description(loaded)})
+    assert ckpt.digest(read(data)) == ckpt.digest(state), "safetensors changed a tensor"
+    return data
+
+
+def format_of(out: Path, asked: str | None) -> str:
+    """The format by name or by the ending of `out`; UserError where it is none of FORMATS."""
+    found = asked or out.suffix.removeprefix(".").lower()
+    if found not in FORMATS:
+        given = f"--format {asked}" if asked else f"{out}: an unknown ending"
+        raise UserError(f"{given}: {'choose' if asked else 'give .onnx or .safetensors, or --format'} onnx or safetensors")
+    return found
+
+
+def require_place(out: Path, checkpoint: Path) -> None:
+    """UserError where `out` cannot be a new file, or lies among the checkpoints of a run."""
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}: make it, or give another place")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder: give a file's name")
+    if out.exists() and out.samefile(checkpoint):
+        raise UserError(f"{out}: is the checkpoint itself: give another place")
+
+
+def write(out: Path, data: bytes) -> None:
+    """`out` holds all of `data`, or what it held before."""
+    try:
+        ckpt.write_atomically(out, data)
+    except UserError as error:  # whose remedy is a run's
+        raise UserError(f"{str(error).partition(';')[0]}; nothing was written") from None
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")],
+    out: Annotated[Path, typer.Argument(help="The file to write: NAME.onnx or NAME.safetensors.")],
+    format: Annotated[str | None, typer.Option(help="onnx or safetensors.", show_default="by the ending of OUT")] = None,
+    check: Annotated[bool | None, typer.Option(
+        "--check/--no-check", help="Compare an ONNX graph's logits with our own before it is written.",
+        show_default="where onnxruntime is installed",
+    )] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with the IDX files of the check; without it, MNIST.")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="Check with the first N test images only.", show_default="all")] = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
+
+    The ONNX graph takes `images`, float32 N×1×28×28 in [0, 1], and gives `logits`, N×10: softmax (or, of a model
+    trained with --loss bce, sigmoid) is left to the caller. Examples:
+
+      distrib export runs/first digits.onnx
+
+      distrib export runs/first digits.safetensors
+    """
+    kind = format_of(out, format)
+    if limit_test is not None and limit_test < 1:
+        raise UserError(f"--limit-test {limit_test}: give 1 or more")
+    if kind == "onnx":
+        require("onnx")
+        if check:
+            require("onnxruntime")
+    found = load(checkpoint)
+    require_place(out, found.path)
+    about, dtype, notes = found.about, found.about["dtype"], []
+    if kind == "safetensors":
+        content = to_safetensors(found)
+        notes.append("tensors are those of the checkpoint to the bit; load_state_dict takes them with strict=True")
+    else:
+        from onnx import checker
+
+        made = build(found)
+        checker.check_model(made, full_check=True)
+        if check or (check is None and importlib.util.find_spec("onnxruntime")):
+            notes.append(check_onnx(made, found, data, limit_test))
+        elif check is None:
+            notes.append("note: not checked against our own logits: onnxruntime is missing: pip install 'distrib[report]'")
+        if dtype != "float32":
+            notes.append(f"note: the checkpoint is in {dtype}, the graph in float32")
+        content, dtype = made.SerializeToString(), f"opset {OPSET}, float32"
+    write(out, content)
+    print(f"{os.fspath(found.path)} → {out}: {kind}, {len(content) / 1e6:.2f} MB, {about['variant']}, width {about['width']},"
+          f" {about['loss']}, step {found.model.batches_tracked}, {dtype}")  # fmt: skip
+    for note in notes:
+        print(note)

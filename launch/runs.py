@@ -1,0 +1,116 @@
+"""A run's folder, read for those who want to look at it: what happened, and what the model says of the test images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from distrib import mnist
+from distrib.errors import UserError
+from distrib.evaluate import HOST_BATCH, infer
+from distrib.predict import load
+
+POINTS = 600
+"""Most points of a curve: more are averaged, as no screen shows them."""
+
+
+@dataclass
+class RunData:
+    """config.json, metrics.jsonl and summary.json of one run; `summary` is empty while it is running."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    steps: list[dict[str, Any]]
+    epochs: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def state(self) -> str:
+        """finished, stopped, or unfinished: running, or ended without a word."""
+        return "unfinished" if not self.summary else "finished" if self.summary["finished"] else "stopped"
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, values) of a number of the logged steps, averaged where there are many; epochs may be fractions."""
+        found = [(line["step"], line[name]) for line in self.steps if line.get(name) is not None]
+        if not found:
+            return np.empty(0), np.empty(0)
+        parts = np.array_split(np.array(found, float), min(len(found), POINTS))
+        steps, values = np.array([part.mean(0) for part in parts]).T
+        return steps / self.steps_per_epoch, values
+
+    def by_epoch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, values) of a number of the epochs' lines."""
+        found = [(line["epoch"], line[name]) for line in self.epochs if name in line]
+        epochs, values = np.array(found, float).reshape(-1, 2).T
+        return epochs, values
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Of the first whole epoch; before its end, by the options."""
+        if self.epochs:
+            return float(self.epochs[0]["step"] / self.epochs[0]["epoch"])
+        return float(-(-(self.config["limit_train"] or mnist.TRAINING_IMAGES) // self.config["batch_size"]))
+
+    def parts_ms(self) -> dict[str, float] | None:
+        """Milliseconds of a step that go to compute, communication and data; None where a GPU's graph hides them."""
+        names = ("compute", "communication", "data")
+        sums = [sum(line.get(f"{name}_seconds") or 0.0 for line in self.steps) for name in names]
+        timed = [line["step"] for line in self.steps if line.get("compute_seconds") is not None]
+        return {name: 1e3 * total / max(timed) for name, total in zip(names, sums, strict=True)} if timed else None
+
+
+def read_run(path: Path) -> RunData:
+    """The run in a folder; UserError where it holds none."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: holds no run (it has no config.json): give a run's folder")
+    config = _json(path / "config.json")
+    environment = config.pop("environment", {})
+    lines = []
+    if (path / "metrics.jsonl").exists():
+        for text in (path / "metrics.jsonl").read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # the last line of a run that is going on, or was killed
+                continue
+    summary = _json(path / "summary.json") if (path / "summary.json").exists() else {}
+    return RunData(path, path.resolve().name, config, environment, [line for line in lines if "loss" in line],
+                   [line for line in lines if "loss" not in line], summary)  # fmt: skip
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): restore it, or leave this run out") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: cannot be read (no JSON object): restore it, or leave this run out")
+    return value
+
+
+def test_logits(run: RunData) -> tuple[np.ndarray, mnist.Dataset] | None:
+    """(logits (images, 10), data) of the test images after the run's last step, or at its newest checkpoint.
+
+    None where the run has no checkpoint yet. The first are read from logits.safetensors, the second computed.
+    """
+    data = mnist.load(run.config["data"], 1, run.config["limit_test"])
+    try:
+        with safe_open(run.path / "logits.safetensors", framework="numpy") as file:
+            logits, step = file.get_tensor("logits"), int(file.metadata()["step"])
+        if logits.shape == (len(data.test_images), 10) and step == run.summary.get("steps"):
+            return logits, data
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        pass  # a run that goes on, or was stopped
+    try:
+        model = load(run.path).model
+    except UserError:
+        return None
+    found = [np.array(infer(model, data.test_images, data.test_labels, start, min(start + HOST_BATCH, len(data.test_images)))[0])
+             for start in range(0, len(data.test_images), HOST_BATCH)]  # fmt: skip
+    return np.concatenate(found), data
