@@ -87,7 +87,7 @@ class Board:
     def dead_neighbour(self) -> str | None:
         """The verdict on a rank of this host whose process is gone without a word, if there is one."""
         for word in read(self.folder):
-            if word.host == self.word.host and word.running and _gone(word.pid):
+            if word.host == self.word.host and word.running and gone(word.pid):
                 return conclude(self.folder, word, "its process is gone without a word: killed, or out of memory")
         return None
 
@@ -155,7 +155,7 @@ def _write(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _gone(pid: int) -> bool:
+def gone(pid: int) -> bool:
     """Whether there is no such process on this host, or only what is left of a dead one."""
     try:
         os.kill(pid, 0)

@@ -32,7 +32,13 @@ Look at what came out:
 
     distrib evaluate runs/first
 
-    distrib predict runs/first digit.png
+    distrib predict runs/first digit.png --draw
+
+    distrib report runs/first
+
+From another terminal, while it runs:
+
+    distrib watch runs/first
 
 Is this machine fit for it, alone or under mpirun or srun:
 
@@ -90,36 +96,17 @@ def evaluate(
         print(f"{found.path}: test accuracy {accuracy:.2f} %, loss {loss:.4f} on {result['images']} images of {test.name}")
 
 
-@app.command()
-def predict(
-    checkpoint: Model,
-    images: Annotated[list[Path], typer.Argument(help="PNG (or other picture) or IDX files, gzipped or not.")],
-    as_json: AsJson = False,
-) -> None:
-    """The digit in each image, with its probability.
-
-    Pictures are made grey and 28×28; MNIST's digits are white on black, so dark ink on a bright
-    ground is inverted. Example: distrib predict runs/first digit.png
-    """
-    from distrib.predict import load, predict_files
-
-    found = load(checkpoint)
-    results = predict_files(found, images)
-    if as_json:
-        print(json.dumps(results, indent=2))
-        return
-    for result in results:
-        note = "  (inverted: dark on bright)" if result["inverted"] else ""
-        print(f"{result['image']}: {result['digit']}  {100 * result['probability']:.1f} %{note}")
-
-
 def _add_commands() -> None:
     from launch import bench
     from launch.doctor import doctor
+    from launch.export import export
+    from launch.predict import predict
+    from launch.report import report
     from launch.submit import submit
+    from launch.watch import watch
 
-    app.command()(doctor)
-    app.command("submit")(submit)
+    for command in (predict, watch, report, export, doctor, submit):
+        app.command()(command)
     app.add_typer(bench.app, name="bench")
 
 

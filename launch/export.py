@@ -140,7 +140,7 @@ def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | 
         raise UserError(f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest, above"
                         f" {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with {loaded.path}")  # fmt: skip
     return (f"checked with onnxruntime on {len(test.test_images)} images of {test.name}: logits differ by at most"
-            f" {difference:.1e} of the largest, {others or 'no'} digit(s)")  # fmt: skip
+            f" {difference:.1e} of the largest, and {others or 'no'} images get another digit")  # fmt: skip
 
 
 def to_safetensors(loaded: Loaded) -> bytes:
@@ -164,13 +164,13 @@ def format_of(out: Path, asked: str | None) -> str:
 
 
 def require_place(out: Path, checkpoint: Path) -> None:
-    """UserError where `out` cannot be a new file, or lies among the checkpoints of a run."""
+    """UserError where `out` cannot be a file, or is a checkpoint."""
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}: make it, or give another place")
     if out.is_dir():
         raise UserError(f"{out}: is a folder: give a file's name")
-    if out.exists() and out.samefile(checkpoint):
-        raise UserError(f"{out}: is the checkpoint itself: give another place")
+    if out.exists() and (out.samefile(checkpoint) or ckpt.state_path(out).exists()):
+        raise UserError(f"{out}: is a checkpoint: give another place")
 
 
 def write(out: Path, data: bytes) -> None:

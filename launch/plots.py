@@ -43,7 +43,8 @@ def figure(width: float = 6.4, height: float = 3.2, columns: int = 1) -> Iterato
     from matplotlib.figure import Figure
 
     cycle = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
-    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle}):
+    style: Any = {**STYLE, "axes.prop_cycle": cycle}
+    with matplotlib.rc_context(style):
         made = Figure(figsize=(width, height))
         yield made, list(made.subplots(1, columns, squeeze=False)[0])
 

@@ -58,12 +58,27 @@ class RunData:
             return float(self.epochs[0]["step"] / self.epochs[0]["epoch"])
         return float(-(-(self.config["limit_train"] or mnist.TRAINING_IMAGES) // self.config["batch_size"]))
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """The figures of the last lines, named as in summary.json, of a run that has none yet."""
+        last = {**(self.epochs[-1] if self.epochs else {}), "epochs": len(self.epochs)}
+        return {**last, "steps": max((line["step"] for line in (*self.steps, *self.epochs)), default=0)}
+
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of a step that go to compute, communication and data; None where a GPU's graph hides them."""
         names = ("compute", "communication", "data")
         sums = [sum(line.get(f"{name}_seconds") or 0.0 for line in self.steps) for name in names]
         timed = [line["step"] for line in self.steps if line.get("compute_seconds") is not None]
         return {name: 1e3 * total / max(timed) for name, total in zip(names, sums, strict=True)} if timed else None
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and its neighbours, a thirtieth of all on either side."""
+    reach = len(values) // 30
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    return np.asarray((sums[last] - sums[first]) / (last - first))
 
 
 def read_run(path: Path) -> RunData:
@@ -94,7 +109,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def test_logits(run: RunData) -> tuple[np.ndarray, mnist.Dataset] | None:
+def logits_of_test_images(run: RunData) -> tuple[np.ndarray, mnist.Dataset] | None:
     """(logits (images, 10), data) of the test images after the run's last step, or at its newest checkpoint.
 
     None where the run has no checkpoint yet. The first are read from logits.safetensors, the second computed.

@@ -4,13 +4,10 @@ A step of p ranks with n local images each takes, in seconds,
 
     T(p, n) = C(n) + ω·g(p)·C(n) + S(p) + max(e·R(p), R(p) − f·C(n))        C(n) = a + b·n
 
-with C the compute; ω·g·C the wait for the slowest rank, g(p) the expected greatest of p standard normals
-(Blom 1958); S the sums of batch norm; R those of the gradient, of which the share 1 − e hides behind the backward,
-at most as long as that lasts, f·C. `calls` all-reduces of m bytes in all take
-
-    calls · (α_host·log2(min(p, r)) + α_net·log2(max(1, p/r))) + 2(p − 1)/p · m/β
-
-with r ranks a host: latencies of a tree, bytes of a ring (Patarasuk and Yuan 2009) at the slowest level's bandwidth β.
+with C the compute; ω·g·C the wait for the slowest rank, g(p) the expected greatest of p standard normals (Blom 1958);
+S batch norm's sums; R those of the gradient, of which the share 1 − e hides behind the backward, never longer than that
+lasts, f·C. All-reduces of m bytes in all, r ranks a host, have a tree's latencies and a ring's bytes (Patarasuk and Yuan
+2009) at the slowest level's bandwidth: number·(α_host·log2(min(p, r)) + α_net·log2(max(1, p/r))) + 2(p − 1)/p · m/β.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -28,17 +26,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 
 from distrib import __version__, launched_ranks
 from distrib.config import build
-from distrib.errors import EXIT_USAGE, UserError
+from distrib.errors import UserError
 from launch import plots
 from launch.bench_run import mpirun
 from launch.doctor import devices
@@ -47,8 +44,16 @@ from nn.resnet9 import ResNet9
 
 MPIRUN = "mpirun -n {ranks}"
 MOST_RANKS = 4096
-PREDICTED = ("ranks", "batch", "images/s", "step ms", "efficiency", "communication")
-MEASURED = (*PREDICTED, "model ms", "error", "left out")
+HEAD = ["ranks", "batch", "images/s", "step ms", "efficiency", "communication"]
+
+
+@dataclass(frozen=True)
+class Level:
+    latency: float  # seconds
+    per_byte: float  # seconds, 1/β
+
+
+NET = Level(latency=5e-6, per_byte=1e-10)  # a cluster's 100 Gb/s network: 10 GB/s
 
 
 class Point(NamedTuple):
@@ -64,24 +69,16 @@ class Point(NamedTuple):
     crowded: bool = False  # more ranks than cores or GPUs
 
     @property
-    def images(self) -> int:
-        """Of the rank with the largest share."""
+    def images(self) -> int:  # of the rank with the largest share
         return -(-self.batch // self.ranks)
-
-
-class Level(NamedTuple):
-    """A level of the machine."""
-
-    latency: float  # seconds
-    per_byte: float  # seconds, 1/β
 
 
 @dataclass(frozen=True)
 class Model:
     """What a step takes; symbols as at the head of this file, times in seconds."""
 
-    host: Level
-    net: Level
+    host: Level  # within one
+    net: Level  # between hosts
     ranks_per_host: int  # r
     sums: int  # all-reduces of batch norm in a step
     sum_bytes: int  # of all of them
@@ -106,12 +103,9 @@ class Model:
     def parts(self, p: int, n: int) -> dict[str, float]:
         """Seconds of a step by what they go to."""
         compute, ring = self.compute(n), self.all_reduce(p, self.buckets, self.gradient_bytes)
-        return {
-            "compute": compute,
-            "waiting": self.wait * greatest(p) * compute,
-            "sums": self.all_reduce(p, self.sums, self.sum_bytes),
-            "gradients": max(self.exposed * ring, ring - self.backward * compute),
-        }
+        return {"compute": compute, "waiting": self.wait * greatest(p) * compute,
+                "sums": self.all_reduce(p, self.sums, self.sum_bytes),
+                "gradients": max(self.exposed * ring, ring - self.backward * compute)}  # fmt: skip
 
     def step(self, p: int, n: int) -> float:
         return sum(self.parts(p, n).values())
@@ -121,9 +115,8 @@ class Model:
         return replace(self, ranks_per_host=-(-point.ranks // point.hosts))
 
 
-def greatest(p: int) -> float:
-    """g(p): the expected greatest of p standard normals, 0 for one."""
-    return NormalDist().inv_cdf((p - 0.375) / (p + 0.25))
+def greatest(p: int) -> float:  # g(p): the expected greatest of p standard normals, 0 for one
+    return statistics.NormalDist().inv_cdf((p - 0.375) / (p + 0.25))
 
 
 def least_squares(columns: list[list[float]], y: list[float], size: list[float]) -> list[float]:
@@ -134,16 +127,9 @@ def least_squares(columns: list[list[float]], y: list[float], size: list[float])
     for chosen in (list(c) for k in range(1, len(names) + 1) for c in combinations(names, k)):
         x = np.zeros(a.shape[1])
         x[chosen] = np.linalg.lstsq(a[:, chosen] / length[chosen], goal, rcond=None)[0] / length[chosen]
-        error = float(np.sum((a @ x - goal) ** 2))
-        if x.min() >= 0 and error < least:
+        if x.min() >= 0 and (error := float(np.sum((a @ x - goal) ** 2))) < least:
             best, least = x, error
     return [float(value) for value in best]
-
-
-def fit_level(rows: list[tuple[float, float, float]]) -> Level:
-    """From (log2 of the members, 2(p − 1)/p · bytes, seconds) of all-reduces; errors count relative to the seconds."""
-    seconds = [t for *_, t in rows]
-    return Level(*least_squares([[steps, ring] for steps, ring, _ in rows], seconds, seconds))
 
 
 def fit(points: list[Point], bare: Model) -> Model:
@@ -153,19 +139,17 @@ def fit(points: list[Point], bare: Model) -> Model:
     rows = [(q.images, q.step - (q.sums or 0) - (q.gradients or 0)) for q in used if split or q.ranks == 1]
     several, seconds = float(len({n for n, _ in rows}) > 1), [c for _, c in rows]  # one n cannot tell a from b
     fixed, image = least_squares([[several, n] for n, _ in rows], seconds, seconds)
-    model = replace(bare, fixed=fixed, image=image)
-    if split:
-        model = replace(model, backward=statistics.mean((q.backward or 0) / c for q, c in zip(used, seconds, strict=True)))
-    alone = {q: model.at(q).all_reduce(q.ranks, model.buckets, model.gradient_bytes) for q in many}
-    free = [q for q in many if 0 < alone[q] <= model.backward * model.compute(q.images)]  # all could hide
+    backward = statistics.mean((q.backward or 0) / c for q, c in zip(used, seconds, strict=True)) if split else bare.backward
+    model = replace(bare, fixed=fixed, image=image, backward=backward)
+    lost = {q: (q.sums or 0) + (q.gradients or 0) if split else q.step - model.compute(q.images) for q in many}
+    known = {q: model.at(q).parts(q.ranks, q.images) for q in many}  # with e = 1 and ω = 0 so far
+    free = [q for q in many if 0 < known[q]["gradients"] <= model.backward * known[q]["compute"]]  # all could hide
     if free:
-        left = [q.step - model.at(q).step(q.ranks, q.images) + alone[q] if q.gradients is None else q.gradients for q in free]
-        model = replace(model, exposed=min(1.0, *least_squares([[alone[q]] for q in free], left, [q.step for q in free])))
-    if many:  # with ω = 0 so far; measured phases keep the errors of a and b out of it
-        known = [model.at(q).parts(q.ranks, q.images) for q in many]
-        compute = [k["compute"] if q.sums is None else q.step - q.sums - (q.gradients or 0) for q, k in zip(many, known, strict=True)]
-        excess = [q.step - c - k["sums"] - k["gradients"] for q, c, k in zip(many, compute, known, strict=True)]
-        scatter = [[greatest(q.ranks) * k["compute"]] for q, k in zip(many, known, strict=True)]
+        left = [lost[q] - known[q]["sums"] if q.gradients is None else q.gradients for q in free]
+        model = replace(model, exposed=min(1.0, *least_squares([[known[q]["gradients"]] for q in free], left, [q.step for q in free])))
+    if many:
+        excess = [lost[q] - known[q]["sums"] - model.at(q).parts(q.ranks, q.images)["gradients"] for q in many]
+        scatter = [[greatest(q.ranks) * known[q]["compute"]] for q in many]
         model = replace(model, wait=least_squares(scatter, excess, [q.step for q in many])[0])
     return model
 
@@ -192,35 +176,12 @@ def predict(model: Model, batch: int, weak: bool) -> Iterator[dict[str, Any]]:
                    "parts_ms": {name: 1e3 * seconds for name, seconds in parts.items()}}  # fmt: skip
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    """The measurements that points.jsonl holds, of whatever settings."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [{name: line[name] for name in ("key", "load", "result")} for line in lines]
-    except OSError as error:
-        raise UserError(f"--out {path.parent}: cannot be used ({error.strerror}): give another folder") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: holds something that is no measurement: remove it, or give another --out") from None
-
-
-def write(path: Path, text: str) -> None:
-    """Write `path` so that it holds all of `text` or what it held before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): give another --out") from None
-
-
 def child(command: list[str], seconds: float) -> dict[str, Any]:
     """The JSON that a command prints, with one BLAS thread a rank; UserError where none comes. It does not outlive this."""
     shown, pipe = shlex.join(command), subprocess.PIPE
-    try:
-        process = subprocess.Popen(command, env=child_environment(1), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"--launch: {command[0]} cannot be started ({error.strerror}): give this machine's launcher") from None
+    if shutil.which(command[0]) is None:
+        raise UserError(f"--launch: {command[0]} is not on PATH: give this machine's launcher")
+    process = subprocess.Popen(command, env=child_environment(1), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -231,14 +192,11 @@ def child(command: list[str], seconds: float) -> dict[str, Any]:
                 os.killpg(process.pid, number)  # SIGTERM first: mpirun then ends its ranks, on other hosts too
                 process.wait(10)
     lines = [line.strip() for line in (err or out).splitlines() if line.strip("- ")] or ["without a word"]
+    with suppress(ValueError):
+        if not process.returncode:
+            return dict(json.loads(out[out.index("{") :]))  # a launcher may have printed before
     said = next((line.removeprefix("distrib: error: ") for line in lines if line.startswith("distrib: error: ")), None)
-    if process.returncode:
-        raise UserError(said if said and process.returncode == EXIT_USAGE else
-                        f"code {process.returncode} ({said or lines[-1]}) from {shown}: try it alone, or give another --launch")  # fmt: skip
-    try:
-        return dict(json.loads(out[out.index("{") :]))
-    except ValueError:
-        raise UserError(f"no JSON came from {shown}: give a --launch that passes on what rank 0 prints") from None
+    raise UserError(said or f"no figures, code {process.returncode} ({lines[-1]}) from {shown}: try it alone, or give another --launch")
 
 
 def command_of(kind: str, ranks: int, batch: int, s: dict[str, Any]) -> list[str]:
@@ -248,55 +206,194 @@ def command_of(kind: str, ranks: int, batch: int, s: dict[str, Any]) -> list[str
         launch = [mpirun(), *launch[1:]] if ranks > 1 else []
     more = ["--batch-size", batch, "--width", s["width"], "--variant", s["variant"], "--precision", s["precision"]]
     more = more if kind == "step" else ["--seconds", 0.2, "--max-bytes", 1 << 22]
-    more += ["--backend", s["backend"], "--repeats", s["repeats"], "--json"]
-    return [*launch, sys.executable, "-m", "launch.cli", "bench", kind, *map(str, more)]
+    return [*launch, sys.executable, "-m", "launch.cli", "bench", kind, *map(str, more), "--backend", s["backend"], "--repeats", str(s["repeats"]), "--json"]
 
 
 def measure(tasks: list[tuple[str, int, int]], settings: dict[str, Any], path: Path, timeout: float) -> list[dict[str, Any]]:
-    """A line of points.jsonl for each (kind, ranks, batch), measured, and at once stored, where there is none yet."""
-    lines, load, found = stored(path), os.getloadavg()[0], []
+    """A line of points.jsonl for each (kind, ranks, batch): measured, and stored at once, where it is not there yet."""
+    stored, found, load = [], [], os.getloadavg()[0]
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # a torn line is none
+            stored.append({name: json.loads(text)[name] for name in ("key", "load", "result")})
     console = Console(stderr=True, highlight=False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        shown = bar.add_task("", total=len(tasks))
-        for i, (kind, ranks, batch) in enumerate(tasks, 1):
-            key = {"kind": kind, "ranks": ranks, "batch_size": batch, **settings, "machine": machine(), "version": __version__}
-            line = next((old for old in lines if old["key"] == key), None)
-            what = f"bench {kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}{': measured before' if line else ''}"
-            bar.update(shown, description=what)
-            if not console.is_terminal:
-                print(f"{i}/{len(tasks)}  {what}", file=sys.stderr, flush=True)
-            if line is None:
-                line = {"key": key, "load": load, "result": child(command_of(kind, ranks, batch, settings), timeout)}
-                lines.append(line)
-                write(path, "".join(json.dumps(each) + "\n" for each in lines))
-            found.append(line)
-            bar.advance(shown)
+    for i, (kind, ranks, batch) in enumerate(track(tasks, "measuring", console=console, disable=not console.is_terminal), 1):
+        key = {"kind": kind, "ranks": ranks, "batch_size": batch, **settings, "machine": machine(), "version": __version__}
+        line = next((line for line in stored if line["key"] == key), None)
+        what = f"bench {kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}{': measured before' if line else ''}"
+        console.print(f"{i}/{len(tasks)}  {what}", soft_wrap=True)
+        if line is None:
+            line = {"key": key, "load": load, "result": child(command_of(kind, ranks, batch, settings), timeout)}
+            with open(path, "a") as file:
+                file.write(f"\n{json.dumps(line)}")  # the newline first: this may follow a torn line
+        found.append(line)
     return found
 
 
-def point_of(r: dict[str, Any], hosts: int, places: int) -> Point:
-    """The step in a result, on hosts of `places` cores or GPUs."""
+def point_of(r: dict[str, Any], hosts: int, crowded: bool) -> Point:
+    """The step in a result of `bench step`."""
     if r["backend"] == "numpy" and r["threads"] != r["ranks"]:
-        raise UserError(f"{r['ranks']} rank(s) had {r['threads']} BLAS threads: have --launch pass OMP_NUM_THREADS=1 on, and give another --out")
+        raise UserError(f"{r['ranks']} rank(s) had {r['threads']} BLAS threads: have --launch pass on OMP_NUM_THREADS=1, and give another --out")
     phases = {name: r["phases_ms"][name] / 1e3 for name in ("sums", "gradients", "backward") if r["phases_ms"]}
     step = r["batch_size"] / statistics.median(r["images_per_second"]["distrib"])
-    return Point(r["ranks"], r["batch_size"], step, **phases, hosts=hosts, crowded=r["ranks"] > places * hosts)
+    return Point(r["ranks"], r["batch_size"], step, **phases, hosts=hosts, crowded=crowded)
 
 
-def levels(results: list[dict[str, Any]], net: Level, given: bool, places: int) -> tuple[Level, Level, dict[str, str]]:
-    """(within a host, between hosts, where each comes from); `net` stays where it is `given` or was not measured."""
-    host, source = None, {"host": "no two ranks shared a host: taken as between hosts", "net": "assumed"}
-    for several in (False, True):
-        rows = [
-            (math.log2(r["hosts"] if several else r["ranks"]), 2 * (r["ranks"] - 1) / r["ranks"] * size["bytes"],
-             max(1e-9, statistics.median(size["seconds"]) - (host.latency * math.log2(r["ranks"] / r["hosts"]) if host else 0)))
-            for r in results if (r["hosts"] > 1) == several and r["ranks"] <= places * r["hosts"] for size in r["sizes"]
-        ]  # fmt: skip
-        if rows and not (several and given):
-            level = fit_level(rows)
-            host, net = (host, level) if several else (level, net)
-            errors = [abs(a * level.latency + b * level.per_byte - t) / t for a, b, t in rows]
-            source["net" if several else "host"] = (f"fitted to {len(rows)} measured all-reduces: error"
-                                                    f" {statistics.median(errors):.0%} in the middle, {max(errors):.0%} at worst")  # fmt: skip
+def levels(results: list[dict[str, Any]], net: Level) -> tuple[Level, Level, dict[str, str]]:
+    """(within a host, between hosts, where each comes from), from results of `bench allreduce`; `net` where none is of several hosts."""
+    host, source = None, {"host": "not measured, no two ranks shared a host: taken as between hosts", "net": "assumed, not measured"}
+    for name in ("host", "net"):
+        rows, seconds = [], []
+        for r in (r for r in results if (r["hosts"] > 1) == (name == "net")):
+            within = host.latency * math.log2(r["ranks"] / r["hosts"]) if host else 0.0  # on one host `host` is still None
+            rows += [[math.log2(r["hosts"] if name == "net" else r["ranks"]), 2 * (1 - 1 / r["ranks"]) * size["bytes"]] for size in r["sizes"]]
+            seconds += [max(1e-9, statistics.median(size["seconds"]) - within) for size in r["sizes"]]
+        if rows:
+            found = least_squares(rows, seconds, seconds)
+            host, net = (host, Level(*found)) if name == "net" else (Level(*found), net)
+            errors = np.abs(np.array(rows) @ found / seconds - 1)
+            source[name] = f"{len(rows)} measured all-reduces, error {np.median(errors):.0%} in the middle, {errors.max():.0%} at worst"
     return host or net, net, source
+
+
+def report(settings: dict[str, Any], series: list[tuple[str, int, int]], lines: list[dict[str, Any]], bare: Model,
+           given: dict[str, float], places: int) -> dict[str, Any]:  # fmt: skip
+    """All that is measured, fitted and predicted, for (strong or weak, ranks, batch) in `series`."""
+    results = [(line["key"]["kind"], line["result"]) for line in lines]
+    hosts = {1: 1, **{r["ranks"]: r["hosts"] for kind, r in results if kind == "allreduce"}}
+    crowded = {r["ranks"]: r["machine"] == machine() and r["ranks"] > places * hosts[r["ranks"]] for _, r in results}  # elsewhere it is the launcher's affair
+    steps = {(r["ranks"], r["batch_size"]): r for kind, r in results if kind == "step"}
+    points = {at: point_of(r, hosts[at[0]], crowded[at[0]]) for at, r in steps.items()}
+    host, net, source = levels([r for kind, r in results if kind == "allreduce" and not crowded[r["ranks"]]], bare.net)
+    if given:
+        net, source["net"] = replace(net, **given), "given" if len(given) == 2 else f"{source['net']}, but for what was given"
+    bare = replace(bare, host=host, net=net, buckets=results[0][1]["gradient_buckets"])
+    every, rows = list(points.values()), []
+    model, used, one = fit(every, bare), [q for q in every if not q.crowded], {name: points[p, b] for name, p, b in series if p == 1}
+    for name, p, b in series:
+        q = points[p, b]
+        seconds = model.at(q).step(p, q.images)
+        rows.append({"series": name, "ranks": p, "batch_size": b, "crowded": q.crowded, "images_per_second": b / q.step,
+                     "rates": steps[p, b]["images_per_second"]["distrib"], "step_ms": 1e3 * q.step,
+                     "efficiency": b / q.step / p * one[name].step / one[name].batch,
+                     "communication": None if q.sums is None else (q.sums + (q.gradients or 0)) / q.step,
+                     "model_ms": 1e3 * seconds, "error": seconds / q.step - 1, "left_out_error": left_out(every, q, bare)})  # fmt: skip
+    predicted = {name: list(predict(model, q.batch, name == "weak")) for name, q in one.items()}
+    last, load = predicted["strong"][-1]["ranks"], max(line["load"] for line in lines)
+    notes = {
+        f"4 parameters of a step (a, b, ω, e) are fitted to {len(used)} measured point(s). With so few the fit is weak: small errors"
+        " prove nothing; the error of a point left out of the fit says more.": len(used) < 12,
+        "No point has several ranks with a core or GPU each: ω is taken as 0, e as 100 %.": all(q.ranks == 1 for q in used),
+        f"* more ranks than the {places} core(s) or GPU(s) of a host: measured, but left out of the fit.": len(used) < len(every),
+        f"Others used this machine (load {load:.1f} before the measurement): points are slower and scatter more, and the model,"
+        " which carries that on, predicts a machine as busy.": load > 0.25 * places,
+        f"Strong scaling ends at {last} ranks: with more, some have no image of {one['strong'].batch}.": last < MOST_RANKS,
+    }  # fmt: skip
+    return {"version": __version__, "machine": results[0][1]["machine"], "command": shlex.join(["distrib", *sys.argv[1:]]), "settings": settings,
+            "notes": [note for note, holds in notes.items() if holds], "measured": rows, "predicted": predicted, "model": asdict(model),
+            "source": source, "points": lines}  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A predicted row, under HEAD, or a measured one, as text."""
+    shares = zip([row[k] for k in ("efficiency", "communication", "error", "left_out_error") if k in row], ("", "", "+", "+"), strict=False)
+    percent = ["–" if share is None else f"{100 * share:{sign}.1f} %" for share, sign in shares]
+    rate = spread(row["rates"]) if "rates" in row else f"{row['images_per_second']:.4g}"
+    return [f"{row['ranks']}{'*' if row.get('crowded') else ''}", str(row["batch_size"]), rate, f"{row['step_ms']:.4g}", *percent[:2],
+            *([f"{row['model_ms']:.4g}", *percent[2:]] if "model_ms" in row else [])]  # fmt: skip
+
+
+def figures(r: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Name, title and figure of each plot."""
+    for what, title, factor in (("efficiency", "efficiency, %", 100), ("images_per_second", "images/s", 1),
+                                *((name, f"share of a step's time, %, {name} scaling", 100) for name in r["predicted"])):  # fmt: skip
+        with plots.figure(4.6, 3.2) as (made, (axes,)):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([4**i for i in range(7)], [str(4**i) for i in range(7)])
+            axes.set(xlabel="ranks", title=title)
+            for (name, rows), colour in zip(r["predicted"].items(), plots.COLOURS, strict=False):
+                p, points = [row["ranks"] for row in rows], [row for row in r["measured"] if row["series"] == name]
+                if what == name:
+                    shares = [[100 * row["parts_ms"][part] / row["step_ms"] for row in rows] for part in rows[0]["parts_ms"]]
+                    axes.stackplot(p, shares, labels=list(rows[0]["parts_ms"]), colors=plots.COLOURS)
+                elif what in rows[0]:
+                    axes.plot(p, [factor * row[what] for row in rows], color=colour, label=f"{name}, model")
+                    axes.plot([q["ranks"] for q in points], [factor * q[what] for q in points], "o", color=colour, label=f"{name}, measured")
+                    axes.plot(p, [factor * rows[0][what] * (n if factor == 1 else 1) for n in p], ":", color=colour, label=f"{name}, ideal")
+            axes.set_yscale("linear" if factor == 100 else "log")
+            axes.legend(frameon=True, fontsize=7, loc="lower left" if what in r["predicted"] else "best")
+            yield what, title, made
+
+
+def publish(r: dict[str, Any], out: Path, png: bool) -> str:
+    """Write scale.json, scale.html and, if asked for, the plots; the text for a terminal."""
+    from jinja2 import Environment, FileSystemLoader
+    drawn, lines = [], [r["machine"], r["command"]]
+    both, head = r["predicted"], [*HEAD, "model ms", "error", "left out"]
+    tables = {f"measured, {name} scaling": [head, *(cells(row) for row in r["measured"] if row["series"] == name)] for name in both}
+    tables |= {f"predicted, {name} scaling": [HEAD, *map(cells, rows)] for name, rows in both.items()}
+    for name, title, made in figures(r):
+        drawn.append(plots.svg(made, title))
+        if png:
+            plots.save(made, out / f"{name}.png")
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("scale.html.j2")
+    (out / "scale.html").write_text(page.render(r=r, tables=tables, drawn=drawn))
+    (out / "scale.json").write_text(json.dumps(r, indent=2))
+    for title, rows in tables.items():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", title, *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    return "\n".join([*lines, "", *r["notes"], f"model and assumptions: {out / 'scale.html'}"])
+
+
+def scale(
+    ranks: Annotated[int | None, typer.Option(help="Most ranks to measure: 1, 2, 4, … and this.", show_default="cores or GPUs of this host")] = None,
+    batch_size: Annotated[int, typer.Option(help="Global batch of strong scaling.")] = 64,
+    batch_size_per_rank: Annotated[int, typer.Option(help="Images a rank of weak scaling.")] = 32,
+    width: Width = 1.0,
+    variant: Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")] = "baseline",
+    precision: Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")] = "float32",
+    backend: Annotated[str, typer.Option(help="numpy, cupy, or auto.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Measurements of each point, of a second each; the median counts.")] = 5,
+    launcher: Annotated[str, typer.Option("--launch", help="The launcher's command line; srun --mpi=pmix -n {ranks}, say.")] = MPIRUN,
+    ranks_per_host: Annotated[int | None, typer.Option(help="Of the prediction.", show_default="cores or GPUs of this host")] = None,
+    net_latency: Annotated[float | None, typer.Option(help="Of an all-reduce between two hosts, µs.", show_default="as measured on several hosts, else 5")] = None,
+    net_bandwidth: Annotated[float | None, typer.Option(help="Between hosts, GB/s.", show_default="as measured on several hosts, else 10: 100 Gb/s")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of points.jsonl, scale.json and scale.html; what it holds is not measured again.")] = Path("scale"),
+    png: Annotated[bool, typer.Option("--png", help="Plots as PNG files too.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one point may take.")] = 900.0,
+    as_json: AsJson = False,
+) -> None:
+    """Strong and weak scaling on the ranks at hand, and a model fitted to it that predicts up to 4,096 ranks.
+
+    One BLAS thread a rank throughout, so that one rank is a fair baseline. An interrupted measurement goes on where it was.
+    Example: distrib scale --width 0.25
+    """
+    plots.require("matplotlib", "jinja2")
+    if launched_ranks() > 1:
+        raise UserError("distrib scale is one process, which starts ranks itself: start it without mpirun or srun")
+    config = build({"batch_size": batch_size, "width": width, "variant": variant, "precision": precision, "backend": backend})
+    places = (0 if backend == "numpy" else len(devices())) or len(os.sched_getaffinity(0))
+    most, own = (places if given is None else given for given in (ranks, ranks_per_host))
+    for flag, value, least, limit in (
+        ("ranks", most, 1, MOST_RANKS), ("batch-size", batch_size, 1, 60000), ("batch-size-per-rank", batch_size_per_rank, 1, 60000 // max(1, most)),
+        ("repeats", repeats, 1, 1000), ("ranks-per-host", own, 1, MOST_RANKS), ("timeout", timeout, 1, 1e6),
+        ("net-latency", net_latency, 0, 1e6), ("net-bandwidth", net_bandwidth, 1e-3, 1e6)):  # fmt: skip
+        if value is not None and not least <= value <= limit:
+            raise UserError(f"--{flag} {value:g}: give {least:g} to {limit:g}")
+    if "{ranks}" not in launcher:
+        raise UserError(f"--launch {launcher}: put {{ranks}} where their number goes, as in {MPIRUN}")
+    settings = {"width": width, "variant": variant, "precision": precision, "backend": backend, "repeats": repeats, "launch": launcher}
+    counts = sorted({most, *(1 << i for i in range(most.bit_length()))})
+    series = [("strong", p, batch_size) for p in counts if p <= batch_size] + [("weak", p, p * batch_size_per_rank) for p in counts]
+    tasks = list(dict.fromkeys([("step", p, b) for _, p, b in series] + [("allreduce", p, 0) for p in counts if p > 1]))
+    network = ResNet9(variant, width, dtype=config.dtype)  # a layer sums means, squares and, backward, two at once, in float64
+    sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.c_out for conv in network.convs())
+    bare = Model(NET, NET, own, sums, sum_bytes, 1, network.params.wire.nbytes)
+    told = {} if net_latency is None else {"latency": net_latency / 1e6}
+    told |= {} if net_bandwidth is None else {"per_byte": 1e-9 / net_bandwidth}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        result = report(settings, series, measure(tasks, settings, out / "points.jsonl", timeout), bare, told, places)
+        text = publish(result, out, png)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}: give a folder that can be written") from None
+    print(json.dumps(result, indent=2) if as_json else text)

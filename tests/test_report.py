@@ -1,0 +1,188 @@
+"""The report of runs: what it says is what the runs hold, and a real browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run, train
+from PIL import Image
+from safetensors.numpy import load_file
+
+from launch.report import digits, page
+from launch.runs import RunData, logits_of_test_images, read_run, smooth
+
+OPTIONS = ("--epochs", 2, "--batch-size", 50, "--limit-train", 1000, "--limit-test", 500, "--width", 0.0625, "--lr", 3e-3,
+           "--log-every", 2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two finished runs, and one that was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder / "adam", *OPTIONS, ranks=2)
+    train(folder / "sgd", *OPTIONS, "--optimizer", "sgd", "--lr", 0.1, "--loss", "bce")
+    train(folder / "short", *OPTIONS, "--max-steps", 25)
+    (folder / "short" / "logits.safetensors").unlink()  # as after a signal
+    return [folder / name for name in ("adam", "sgd", "short")]
+
+
+class Tables(HTMLParser):
+    """The text of all cells, the pictures, and every address that a page holds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[str] = []
+        self.scripts = 0
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.scripts += tag == "script"
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.tables[-1][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+
+def test_what_the_tables_say(runs: list[Path]) -> None:
+    found = Tables(page([read_run(path) for path in runs]))
+    assert found.scripts == 0
+    assert all(address.startswith(("data:", "#")) for address in found.addresses), "the page needs nothing else"
+    results = {row[0]: row[1:] for row in found.tables[0]}
+    summaries = [json.loads((path / "summary.json").read_text()) for path in runs]
+    assert results[""] == ["adam", "sgd", "short"]
+    assert results["state"] == ["finished", "finished", "stopped"]
+    assert results["test accuracy"] == [f"{each['test_accuracy']:.2f} %" for each in summaries]
+    assert results["ranks"] == ["2", "1", "1"]
+    differences = {row[0]: row[1:] for row in found.tables[2]}
+    assert differences == {"option": ["adam", "sgd", "short"], "optimizer": ["adam", "sgd", "adam"], "lr": ["0.003", "0.1", "0.003"],
+                           "loss": ["ce", "bce", "ce"], "max_steps": ["None", "None", "25"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_digits_agree_with_the_summary(runs: list[Path], which: int) -> None:
+    data = read_run(runs[which])
+    found = digits(data)
+    assert found is not None
+    assert found.confusion.sum() == 500
+    assert 100 * found.confusion.trace() / 500 == pytest.approx(data.summary["test_accuracy"], abs=1e-9)
+    assert sum(images for _, images, _ in found.per_class) == 500
+    sure = [each["probability"] for each in found.worst]
+    assert sure == sorted(sure, reverse=True)
+    assert all(0 < each <= 100 for each in sure)
+    assert len(found.worst) == min(24, 500 - found.confusion.trace())
+    assert all(each["label"] != each["said"] for each in found.worst)
+
+
+def test_kept_logits_are_those_of_the_last_checkpoint(runs: list[Path], tmp_path: Path) -> None:
+    """On two ranks, gathered: what one process computes from the checkpoint."""
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    kept = load_file(copy / "logits.safetensors")["logits"]
+    (copy / "logits.safetensors").unlink()
+    again = logits_of_test_images(read_run(copy))
+    assert again is not None
+    np.testing.assert_allclose(again[0], kept, atol=1e-5 * np.abs(kept).max())
+
+
+def test_a_run_that_goes_on(runs: list[Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    (copy / "summary.json").unlink()
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "ep')  # half a line
+    done = run("-m", "launch.cli", "report", copy)
+    text = (copy / "report.html").read_text()
+    assert "unfinished" in text
+    assert done.stdout.startswith(f"{copy / 'report.html'}: 1 run(s)")
+    results = {row[0]: row[1] for row in Tables(text).tables[0]}
+    assert (results["epochs"], results["steps"]) == ("2", "40")
+
+
+def test_png(runs: list[Path], tmp_path: Path) -> None:
+    run("-m", "launch.cli", "report", *runs, "--png", "--out", tmp_path / "plots")
+    names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    assert names == {"loss", "accuracy", "rate", "throughput", "time"}
+    for path in (tmp_path / "plots").glob("*.png"):
+        pixels = np.array(Image.open(path).convert("L"))
+        assert (pixels < 128).mean() > 0.002, f"{path.name} is empty"
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda _: None, "holds no run"),
+    (lambda folder: (folder / "config.json").write_text("{}"), "nothing was logged yet"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
+])  # fmt: skip
+def test_what_is_no_run(tmp_path: Path, make, words: str) -> None:
+    make(tmp_path)
+    done = run("-m", "launch.cli", "report", tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_ten_runs_take_seconds(runs: list[Path], tmp_path: Path) -> None:
+    """No bound in time: ten pages' worth of figures is drawn once, and no model is run."""
+    copies = [shutil.copytree(runs[0], tmp_path / f"run {i} <&>") for i in range(10)]
+    for copy in copies:
+        shutil.rmtree(copy / "checkpoints")
+    text = page([read_run(copy) for copy in copies])
+    assert text.count("<svg") == 5
+    assert "run 3 &lt;&amp;&gt;" in text
+    assert "<&>" not in text
+
+
+def test_smooth_keeps_means_and_lengths() -> None:
+    assert smooth(np.empty(0)).size == 0
+    np.testing.assert_allclose(smooth(np.full(100, 3.0)), 3)
+    np.testing.assert_allclose(smooth(np.arange(90.0))[3:-3], np.arange(90.0)[3:-3])
+
+
+def test_curves_are_thinned_by_averaging() -> None:
+    steps = [{"step": i + 1, "loss": float(i)} for i in range(6000)]
+    data = RunData(Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, steps, [], {})
+    epochs, values = data.curve("loss")
+    assert len(epochs) == 600
+    assert values.mean() == pytest.approx(2999.5)
+    assert epochs[-1] == pytest.approx(5.9955)
+
+
+@pytest.mark.parametrize(("width", "name"), [(1280, "wide"), (400, "phone")])
+def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: str) -> None:
+    """Chromium loads it without a complaint on its console, and it does not overflow sideways."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "no Chromium, so the page was not looked at: apt-get install chromium"
+    path = tmp_path / "page.html"
+    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, document.images.length,"
+    probe += " [...document.images].every(i => i.naturalWidth == 28)].join()</script>"
+    path.write_text(page([read_run(each) for each in runs]).replace("</body>", f"{probe}</body>"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0",
+               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},3000", "--virtual-time-budget=3000"]  # fmt: skip
+    begin = time.monotonic()
+    done = subprocess.run([*command, f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom", path.as_uri()],
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title, f"no page after {time.monotonic() - begin:.0f} s: {done.stderr[-500:]}"
+    scroll, inner, images, loaded = title[1].split(",")
+    assert int(scroll) <= int(inner), "the page is wider than the window"
+    assert int(images) > 24
+    assert loaded == "true"

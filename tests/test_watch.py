@@ -1,0 +1,274 @@
+"""`distrib watch`: what it says of runs that go on, end, are stopped, fail or fall silent, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import ROOT, environment
+
+from distrib import board
+from distrib.command import run_app
+from launch import watch as module
+from launch.watch import Follower, sparkline, view, watch
+
+TRAINING = ("--epochs", "2", "--batch-size", "8", "--limit-train", "960", "--limit-test", "100", "--width", "0.0625",
+            "--log-every", "5")  # fmt: skip
+ENDLESS = (*TRAINING, "--epochs", "10000")
+PROGRAM = "import sys, typer\nfrom distrib.command import run_app\nfrom launch.watch import watch\n" \
+          "app = typer.Typer()\napp.command()(watch)\nsys.exit(run_app(app))"  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call `watch` as the command line does; (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        app = typer.Typer(add_completion=False)
+        app.command()(watch)
+        monkeypatch.setattr(sys, "argv", ["watch", *map(str, arguments)])
+        code = run_app(app)
+        out, err = capsys.readouterr()
+        assert all(letter.isprintable() or letter == "\n" for letter in out + err)
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Start a training in the background, in tmp_path / "run"; what is left of it is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "distrib.train", "--run-dir", str(tmp_path / "run"), *options]
+        with open(tmp_path / "log", "wb") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder with its size and time of change."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.05)
+
+
+def logged(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists()
+
+
+def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> Path:
+    """A run's folder with some logged steps of 10 of two epochs, and what its ranks said last."""
+    (folder / "ranks").mkdir(parents=True)
+    whole = {"epochs": 2, "batch_size": 8, "limit_train": 80, "data": None, "max_steps": None, **config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    lines = [{"step": step, "epoch": 1, "lr": 0.1, "loss": 2 / step, "accuracy": 50.0, "images_per_second": 4.0}
+             for step in range(1, steps + 1)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for word in words:
+        (folder / "ranks" / f"{word.rank:05}.json").write_text(json.dumps(vars(word)))
+    return folder
+
+
+def test_a_run_to_its_end_in_a_file(call, start, tmp_path: Path) -> None:
+    start(*TRAINING)
+    code, out, _ = call(tmp_path / "run", "--interval", 0.1)
+    assert code == 0, out
+    lines = out.splitlines()
+    assert lines[0] == f"waiting up to 60 s for {tmp_path / 'run'}"
+    assert "/240" in lines[1]
+    assert [line[:10] for line in lines[-3:]] == ["epoch 1/2:", "epoch 2/2:", "finished a"]
+    assert all(line in (tmp_path / "log").read_text() for line in lines[-3:-1])  # as the run itself says it
+    before = written(tmp_path / "run")
+    code, out, _ = call(tmp_path / "run", "--once")
+    assert code == 0
+    for text in ("epoch 2/2", "240/240", "loss", "images/s", "0     ", "finished at step 240: test accuracy"):
+        assert text in out
+    assert written(tmp_path / "run") == before
+
+
+def test_a_run_to_its_end_on_a_terminal(start, tmp_path: Path) -> None:
+    start(*TRAINING)
+    wait_until(lambda: logged(tmp_path / "run"))
+    ours, theirs = pty.openpty()
+    env = environment({"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"})
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "--interval", "0.2"], cwd=ROOT,
+                          env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:  # fmt: skip
+        os.close(theirs)
+        said = b""
+        try:
+            while part := os.read(ours, 65536):
+                said += part
+        except OSError:  # Linux's way to say that nobody writes any more
+            pass
+    os.close(ours)
+    out = said.decode()
+    assert process.returncode == 0, out
+    for text in ("\x1b[", "━", "/240", "images/s", socket.gethostname(), "epoch 2/2: train loss", "finished at step 240"):
+        assert text in out
+    assert any(f"  {doing}" in out for doing in ("computing", "waiting in", "finished"))
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is there again
+
+
+def test_ctrl_c_leaves_the_run_alone_and_a_stop_is_told(call, start, tmp_path: Path) -> None:
+    training = start(*ENDLESS)
+    wait_until(lambda: logged(tmp_path / "run"))
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "run")], cwd=ROOT, env=environment({"PYTHONUNBUFFERED": "1"}),
+                          stdout=subprocess.PIPE, text=True) as watching:  # fmt: skip
+        assert "epoch 1/10000" in watching.stdout.readline()
+        watching.send_signal(signal.SIGINT)
+        assert watching.stdout.read().endswith("not watched any more; the run goes on\n")
+    assert watching.returncode == 130
+    assert call(tmp_path / "run", "--once")[0] == 0
+    assert training.poll() is None
+    training.send_signal(signal.SIGUSR1)
+    code, out, _ = call(tmp_path / "run", "--interval", 0.1)
+    assert code == 85
+    assert "stopped, with a checkpoint to go on from, at step" in out.splitlines()[-1]
+
+
+def test_a_killed_run_is_told_soon(call, start, tmp_path: Path) -> None:
+    training = start(*ENDLESS)
+    wait_until(lambda: logged(tmp_path / "run"))
+    training.kill()
+    begin, before = time.monotonic(), sorted(written(tmp_path / "run"))
+    code, out, _ = call(tmp_path / "run", "--interval", 0.2)
+    assert code == 1
+    assert out.splitlines()[-1].startswith(f"rank 0 on {socket.gethostname()} failed at step ")
+    assert out.endswith("its process is gone without a word: killed, or out of memory\n")
+    assert time.monotonic() - begin < 15
+    assert sorted(written(tmp_path / "run")) == before
+
+
+def test_failed(call, tmp_path: Path) -> None:
+    word = board.Word(3, "h", 1, step=7, time=time.time())
+    board.conclude(make(tmp_path / "run", word), word, "ZeroDivisionError: planted")
+    for more in ((), ("--once",)):
+        code, out, _ = call(tmp_path / "run", *more)
+        assert code == 1
+        assert out.splitlines()[-1] == "rank 3 on h failed at step 7: ZeroDivisionError: planted"
+
+
+@pytest.mark.parametrize(("words", "verdict"), [
+    ([board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
+     r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s: stopped, killed"),
+    ([], r"no word of any rank for \d+ s: it did not start"),
+    ([board.Word(0, "elsewhere", 1, step=5, state=board.REFUSED, time=time.time())], "ended with a message .* step 5"),
+    ([board.Word(0, "elsewhere", 1, step=5, state=f"{board.FAILED}cause", time=time.time())], "rank 0 .* at step 5: cause"),
+], ids=["silent", "nobody", "refused", "failed"])  # fmt: skip
+def test_ends_without_a_last_file(call, tmp_path: Path, words: list[board.Word], verdict: str) -> None:
+    code, out, _ = call(make(tmp_path / "run", *words), "--timeout", 1, "--interval", 0.1)
+    assert code == 1
+    assert re.search(verdict, out.splitlines()[-1])
+
+
+def test_one_that_speaks_is_not_silent_whatever_its_clock(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's clock an hour late: its words are new all the same."""
+    word, told = board.Word(0, "elsewhere", 1, step=5, time=time.time() - 3600), 0
+
+    def read(folder: Path) -> list[board.Word]:
+        nonlocal told
+        told += 1
+        if told == 30:
+            (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 20, "world_size": 1}))
+        return [board.Word(**{**vars(word), "time": word.time + told})]
+
+    monkeypatch.setattr(module.board, "read", read)
+    code, out, _ = call(make(tmp_path / "run"), "--timeout", 0.5, "--interval", 0.1)
+    assert code == 0, out
+
+
+def test_max_steps_is_no_stop(call, tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", max_steps=7)
+    (folder / "summary.json").write_text(json.dumps({"finished": False, "steps": 7, "world_size": 1}))
+    code, out, _ = call(folder)
+    assert code == 0
+    assert "7/7" in out
+    assert "ended as --max-steps asked at step 7" in out
+
+
+def test_nothing_to_watch(call, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, words in (("empty", "empty: holds no run"), ("nowhere", "nowhere: no such folder")):
+        for more in (("--timeout", 0.3), ("--once",)):
+            code, _, err = call(tmp_path / name, *more)
+            assert code == 2
+            assert words in err
+            assert len(err.splitlines()) == 1
+    assert not (tmp_path / "nowhere").exists()
+    for option in ("--interval", "--timeout"):
+        assert call(tmp_path / "empty", option, 0)[0] == 2
+
+
+def test_half_written_and_rewritten_lines(tmp_path: Path) -> None:
+    """A line counts when it is whole; what is no line of a run is passed over; a rewritten file is read anew."""
+    folder = make(tmp_path / "run")
+    metrics, run = folder / "metrics.jsonl", Follower(folder, 60)
+    line = json.dumps({"step": 8, "loss": 0.5, "epoch": 1, "accuracy": 1.0, "note": "ü"}, ensure_ascii=False).encode()
+    with open(metrics, "ab") as file:
+        for part in (b"[1]\nnull\n{bad}\n", line[:-3], line[-3:]):  # the second ends within a letter
+            file.write(part)
+            file.flush()
+            run.look()
+            assert run.steps[-1]["step"] == 7
+        file.write(b"\n")
+    run.look()
+    assert [line["step"] for line in run.steps] == list(range(1, 9))
+    other = tmp_path / "other"
+    other.write_text(metrics.read_text().splitlines(True)[0])
+    other.replace(metrics)
+    run.look()
+    assert [line["step"] for line in run.steps] == [1]
+
+
+def test_progress_and_many_ranks(tmp_path: Path) -> None:
+    now = time.time()
+    words = [board.Word(rank, f"h{rank // 8}", 1, step=9, doing="computing", time=now) for rank in range(40)]
+    words[33].step = 8  # the one behind is among those shown
+    run = Follower(make(tmp_path / "run", *words), 60)
+    run.look()
+    assert run.progress() == (7 / 20, "epoch 1/2", "7/20  left 0:00:26")
+    console = module.Lines(force_terminal=False, width=120)
+    with console.capture() as captured:
+        console.print(view(run, console))
+    out = captured.get().splitlines()
+    assert sum("computing" in line for line in out) == 16
+    assert any(line.startswith("33    h4    8 ") for line in out)
+    assert out[-1].startswith("and 24 more at steps 9 to 9")
+
+
+def test_training_images(small_data: Path, tmp_path: Path) -> None:
+    assert module.training_images(None) == 60000
+    assert module.training_images(str(small_data)) == 64
+    assert module.training_images(str(tmp_path / "nowhere")) is None
+    run = Follower(make(tmp_path / "run", limit_train=None, data=str(tmp_path / "nowhere")), 60)
+    run.look()
+    assert run.progress() == (0.0, "epoch ?/2", "7/?")
+
+
+def test_sparkline() -> None:
+    assert sparkline([1, 10, 100]) == "▁▅█"  # of logarithms
+    assert sparkline([0, 1, 2]) == "▁▅█"
+    assert sparkline([3.0, float("nan"), 3.0]) == "▁▁"
+    assert sparkline([]) == ""
