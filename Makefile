@@ -26,7 +26,7 @@ $(VENV)/.run: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/pip install -q -e '.[mpi,dev]' '$(TORCH)'
+	$(BIN)/pip install -q -e '.[mpi,report,dev]' '$(TORCH)'
 	$(BIN)/pip install -q --no-deps 'nvidia-cudnn-frontend>=1.32'  # its names are checked; what it needs to run is large
 	@touch $@
 

@@ -102,10 +102,12 @@ def _add_commands() -> None:
     from launch.export import export
     from launch.predict import predict
     from launch.report import report
+    from launch.reproduce import reproduce
+    from launch.scale import scale
     from launch.submit import submit
     from launch.watch import watch
 
-    for command in (predict, watch, report, export, doctor, submit):
+    for command in (predict, watch, report, export, reproduce, scale, doctor, submit):
         app.command()(command)
     app.add_typer(bench.app, name="bench")
 

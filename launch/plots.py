@@ -1,15 +1,17 @@
-"""How all figures look, and how they leave: as SVG in a page, or as PNG files. Needs matplotlib (the extra `report`)."""
+"""How figures and pages look, and how figures leave: as SVG in a page, or as PNG files. Needs the extra `report`."""
 
 from __future__ import annotations
 
 import html
 import importlib.util
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import distrib
 from distrib.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ def require(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"{module} is not installed: pip install 'distrib[report]'")
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of one of this folder's templates."""
+    require("jinja2")
+    import jinja2
+
+    loader = jinja2.PackageLoader("launch", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(version=distrib.__version__, made=time.strftime("%Y-%m-%d %H:%M"), **values)
 
 
 @contextmanager

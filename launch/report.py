@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
-import distrib
 from distrib.checkpoint import write_atomically
 from distrib.console import on_terminal
 from distrib.errors import UserError
-from launch.plots import figure, require, save, svg
+from launch.plots import figure, render, save, svg
 from launch.runs import RunData, logits_of_test_images, read_run, smooth
 
 if TYPE_CHECKING:
@@ -153,8 +151,6 @@ def rows(runs: list[RunData], part: Callable[[RunData], dict[str, Any]], differi
 
 def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) -> str:
     """The whole page, self-contained."""
-    require("jinja2", "matplotlib")
-    import jinja2
 
     def shown(run: RunData, field: str, form: str) -> str:
         value = run.summary.get(field, run.last.get(field))
@@ -166,9 +162,8 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
     for run in runs:
         progress(run.name)
         details.append((run, digits(run)))
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("launch", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html.j2").render(
-        runs=runs, plots=plots, details=details, version=distrib.__version__, made=time.strftime("%Y-%m-%d %H:%M"),
+    return render("report.html.j2",
+        runs=runs, plots=plots, details=details,
         summary=[(label, [shown(run, *what) for run in runs]) for label, what in SUMMARY.items()],
         parts=[(run.name, run.parts_ms()) for run in runs],
         config=rows(runs, lambda run: run.config, differing=False),

@@ -2,12 +2,13 @@
 
 A step of p ranks with n local images each takes, in seconds,
 
-    T(p, n) = C(n) + ω·g(p)·C(n) + S(p) + max(e·R(p), R(p) − f·C(n))        C(n) = a + b·n
+    T(p, n) = C + ω·g(p)·C + S(p) + max(e·R(p), R(p) − f·C)        C = a + b·n·(1 + κ·(k − 1)/(full − 1))
 
-with C the compute; ω·g·C the wait for the slowest rank, g(p) the expected greatest of p standard normals (Blom 1958);
-S batch norm's sums; R those of the gradient, of which the share 1 − e hides behind the backward, never longer than that
-lasts, f·C. All-reduces of m bytes in all, r ranks a host, have a tree's latencies and a ring's bytes (Patarasuk and Yuan
-2009) at the slowest level's bandwidth: number·(α_host·log2(min(p, r)) + α_net·log2(max(1, p/r))) + 2(p − 1)/p · m/β.
+with C the compute, slower by κ where all cores of a host compute, k of `full`; ω·g·C the wait for the slowest rank, g(p)
+the expected greatest of p standard normals (Blom 1958); S batch norm's sums; R those of the gradient, of which the share
+1 − e hides behind the backward, never longer than that lasts, f·C. All-reduces of m bytes in all, r ranks a host, have a
+tree's latencies and a ring's bytes (Patarasuk and Yuan 2009) at the slowest level's bandwidth:
+number·(α_host·log2(min(p, r)) + α_net·log2(max(1, p/r))) + 2(p − 1)/p · m/β.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from nn.resnet9 import ResNet9
 
 MPIRUN = "mpirun -n {ranks}"
 MOST_RANKS = 4096
-HEAD = ["ranks", "batch", "images/s", "step ms", "efficiency", "communication"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Point(NamedTuple):
     def images(self) -> int:  # of the rank with the largest share
         return -(-self.batch // self.ranks)
 
+    @property
+    def compute(self) -> float:
+        return self.step - (self.sums or 0) - (self.gradients or 0)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -80,6 +84,7 @@ class Model:
     host: Level  # within one
     net: Level  # between hosts
     ranks_per_host: int  # r
+    full: int  # cores or GPUs of a host
     sums: int  # all-reduces of batch norm in a step
     sum_bytes: int  # of all of them
     buckets: int
@@ -88,21 +93,20 @@ class Model:
     image: float = 0.0  # b
     backward: float = 2 / 3  # f; two of three passes where it was not measured
     exposed: float = 1.0  # e
+    shared: float = 0.0  # κ
     wait: float = 0.0  # ω
 
-    def compute(self, n: int) -> float:
-        return self.fixed + self.image * n
+    def busy(self, p: int) -> float:  # of the other cores of a host
+        return min(1.0, (min(p, self.ranks_per_host) - 1) / max(1, self.full - 1))
 
-    def all_reduce(self, p: int, calls: int, nbytes: float) -> float:
-        """Seconds of `calls` all-reduces of `nbytes` in all."""
+    def all_reduce(self, p: int, calls: int, nbytes: float) -> float:  # seconds of `calls` of them, of `nbytes` in all
         r = min(p, self.ranks_per_host)
-        slowest = max([0.0, *[self.host.per_byte] * (r > 1), *[self.net.per_byte] * (p > r)])
         latency = self.host.latency * math.log2(r) + self.net.latency * math.log2(p / r)
-        return calls * latency + 2 * (p - 1) / p * nbytes * slowest
+        return calls * latency + 2 * (p - 1) / p * nbytes * max(self.host.per_byte * (r > 1), self.net.per_byte * (p > r))
 
-    def parts(self, p: int, n: int) -> dict[str, float]:
-        """Seconds of a step by what they go to."""
-        compute, ring = self.compute(n), self.all_reduce(p, self.buckets, self.gradient_bytes)
+    def parts(self, p: int, n: int) -> dict[str, float]:  # seconds of a step by what they go to
+        compute = self.fixed + self.image * n * (1 + self.shared * self.busy(p))
+        ring = self.all_reduce(p, self.buckets, self.gradient_bytes)
         return {"compute": compute, "waiting": self.wait * greatest(p) * compute,
                 "sums": self.all_reduce(p, self.sums, self.sum_bytes),
                 "gradients": max(self.exposed * ring, ring - self.backward * compute)}  # fmt: skip
@@ -110,8 +114,7 @@ class Model:
     def step(self, p: int, n: int) -> float:
         return sum(self.parts(p, n).values())
 
-    def at(self, point: Point) -> Model:
-        """This model with as many ranks a host as the point had."""
+    def at(self, point: Point) -> Model:  # with as many ranks a host as the point had
         return replace(self, ranks_per_host=-(-point.ranks // point.hosts))
 
 
@@ -133,32 +136,32 @@ def least_squares(columns: list[list[float]], y: list[float], size: list[float])
 
 
 def fit(points: list[Point], bare: Model) -> Model:
-    """`bare` with a, b, f, e and ω from the points but the crowded: least squares of errors relative to the step."""
+    """`bare` with a, b, κ, f, e and ω from the points but the crowded: least squares of errors relative to the step."""
     used = [q for q in points if not q.crowded]
-    many, split = [q for q in used if q.ranks > 1], all(q.sums is not None for q in used)
-    rows = [(q.images, q.step - (q.sums or 0) - (q.gradients or 0)) for q in used if split or q.ranks == 1]
-    several, seconds = float(len({n for n, _ in rows}) > 1), [c for _, c in rows]  # one n cannot tell a from b
-    fixed, image = least_squares([[several, n] for n, _ in rows], seconds, seconds)
-    backward = statistics.mean((q.backward or 0) / c for q, c in zip(used, seconds, strict=True)) if split else bare.backward
-    model = replace(bare, fixed=fixed, image=image, backward=backward)
-    lost = {q: (q.sums or 0) + (q.gradients or 0) if split else q.step - model.compute(q.images) for q in many}
+    many, split = [q for q in used if q.ranks > 1], used[0].sums is not None
+    rows = [q for q in used if split or q.ranks == 1]
+    several, seconds, steps = float(len({q.images for q in rows}) > 1), [q.compute for q in rows], [q.step for q in many]
+    columns = [[several, q.images, q.images * bare.at(q).busy(q.ranks)] for q in rows]  # one n cannot tell a from b
+    a, b, more = least_squares(columns, seconds, seconds)
+    model = replace(bare, fixed=a, image=b, shared=more / b if b else 0.0)
+    if split:
+        model = replace(model, backward=statistics.mean((q.backward or 0) / q.compute for q in used))
     known = {q: model.at(q).parts(q.ranks, q.images) for q in many}  # with e = 1 and ω = 0 so far
+    lost = {q: q.step - (q.compute if split else known[q]["compute"]) for q in many}
     free = [q for q in many if 0 < known[q]["gradients"] <= model.backward * known[q]["compute"]]  # all could hide
     if free:
         left = [lost[q] - known[q]["sums"] if q.gradients is None else q.gradients for q in free]
         model = replace(model, exposed=min(1.0, *least_squares([[known[q]["gradients"]] for q in free], left, [q.step for q in free])))
     if many:
         excess = [lost[q] - known[q]["sums"] - model.at(q).parts(q.ranks, q.images)["gradients"] for q in many]
-        scatter = [[greatest(q.ranks) * known[q]["compute"]] for q in many]
-        model = replace(model, wait=least_squares(scatter, excess, [q.step for q in many])[0])
+        model = replace(model, wait=least_squares([[greatest(q.ranks) * known[q]["compute"]] for q in many], excess, steps)[0])
     return model
 
 
 def left_out(points: list[Point], point: Point, bare: Model) -> float | None:
     """The point's relative error when the model is fitted to the others; None where those cannot tell all of it."""
     others = [q for q in points if q != point and not q.crowded]
-    sizes = {q.images for q in others if q.sums is not None or q.ranks == 1}
-    if point.crowded or len(sizes) < 2 or (point.ranks > 1 and all(q.ranks == 1 for q in others)):
+    if point.crowded or point.ranks == 1 or all(q.ranks == 1 for q in others):
         return None
     return fit(others, bare).at(point).step(point.ranks, point.images) / point.step - 1
 
@@ -181,16 +184,16 @@ def child(command: list[str], seconds: float) -> dict[str, Any]:
     shown, pipe = shlex.join(command), subprocess.PIPE
     if shutil.which(command[0]) is None:
         raise UserError(f"--launch: {command[0]} is not on PATH: give this machine's launcher")
-    process = subprocess.Popen(command, env=child_environment(1), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"not done after {seconds:g} s: {shown}: give a longer --timeout, or a smaller --width") from None
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)  # SIGTERM first: mpirun then ends its ranks, on other hosts too
-                process.wait(10)
+    with subprocess.Popen(command, env=child_environment(1), stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"not done after {seconds:g} s: {shown}: give a longer --timeout, or a smaller --width") from None
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL) if process.poll() is None else ():
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)  # SIGTERM first: mpirun then ends its ranks, on other hosts too
+                    process.wait(10)
     lines = [line.strip() for line in (err or out).splitlines() if line.strip("- ")] or ["without a word"]
     with suppress(ValueError):
         if not process.returncode:
@@ -219,8 +222,8 @@ def measure(tasks: list[tuple[str, int, int]], settings: dict[str, Any], path: P
     for i, (kind, ranks, batch) in enumerate(track(tasks, "measuring", console=console, disable=not console.is_terminal), 1):
         key = {"kind": kind, "ranks": ranks, "batch_size": batch, **settings, "machine": machine(), "version": __version__}
         line = next((line for line in stored if line["key"] == key), None)
-        what = f"bench {kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}{': measured before' if line else ''}"
-        console.print(f"{i}/{len(tasks)}  {what}", soft_wrap=True)
+        what = f"{kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}{': measured before' if line else ''}"
+        console.print(f"{i}/{len(tasks)}  bench {what}", soft_wrap=True)
         if line is None:
             line = {"key": key, "load": load, "result": child(command_of(kind, ranks, batch, settings), timeout)}
             with open(path, "a") as file:
@@ -234,8 +237,8 @@ def point_of(r: dict[str, Any], hosts: int, crowded: bool) -> Point:
     if r["backend"] == "numpy" and r["threads"] != r["ranks"]:
         raise UserError(f"{r['ranks']} rank(s) had {r['threads']} BLAS threads: have --launch pass on OMP_NUM_THREADS=1, and give another --out")
     phases = {name: r["phases_ms"][name] / 1e3 for name in ("sums", "gradients", "backward") if r["phases_ms"]}
-    step = r["batch_size"] / statistics.median(r["images_per_second"]["distrib"])
-    return Point(r["ranks"], r["batch_size"], step, **phases, hosts=hosts, crowded=crowded)
+    rate = statistics.median(r["images_per_second"]["distrib"])
+    return Point(r["ranks"], r["batch_size"], r["batch_size"] / rate, **phases, hosts=hosts, crowded=crowded)
 
 
 def levels(results: list[dict[str, Any]], net: Level) -> tuple[Level, Level, dict[str, str]]:
@@ -255,17 +258,16 @@ def levels(results: list[dict[str, Any]], net: Level) -> tuple[Level, Level, dic
     return host or net, net, source
 
 
-def report(settings: dict[str, Any], series: list[tuple[str, int, int]], lines: list[dict[str, Any]], bare: Model,
-           given: dict[str, float], places: int) -> dict[str, Any]:  # fmt: skip
-    """All that is measured, fitted and predicted, for (strong or weak, ranks, batch) in `series`."""
+def report(settings: dict[str, Any], series: list[tuple[str, int, int]], lines: list[dict[str, Any]], bare: Model, told: dict[str, float]) -> dict[str, Any]:
+    """All that is measured, fitted and predicted, for (strong or weak, ranks, batch) in `series`; `told` of the network."""
     results = [(line["key"]["kind"], line["result"]) for line in lines]
     hosts = {1: 1, **{r["ranks"]: r["hosts"] for kind, r in results if kind == "allreduce"}}
-    crowded = {r["ranks"]: r["machine"] == machine() and r["ranks"] > places * hosts[r["ranks"]] for _, r in results}  # elsewhere it is the launcher's affair
+    crowded = {r["ranks"]: r["machine"] == machine() and r["ranks"] > bare.full * hosts[r["ranks"]] for _, r in results}  # elsewhere it is the launcher's affair
     steps = {(r["ranks"], r["batch_size"]): r for kind, r in results if kind == "step"}
     points = {at: point_of(r, hosts[at[0]], crowded[at[0]]) for at, r in steps.items()}
     host, net, source = levels([r for kind, r in results if kind == "allreduce" and not crowded[r["ranks"]]], bare.net)
-    if given:
-        net, source["net"] = replace(net, **given), "given" if len(given) == 2 else f"{source['net']}, but for what was given"
+    if told:
+        net, source["net"] = replace(net, **told), "given" if len(told) == 2 else f"{source['net']}, but for what was given"
     bare = replace(bare, host=host, net=net, buckets=results[0][1]["gradient_buckets"])
     every, rows = list(points.values()), []
     model, used, one = fit(every, bare), [q for q in every if not q.crowded], {name: points[p, b] for name, p, b in series if p == 1}
@@ -275,17 +277,18 @@ def report(settings: dict[str, Any], series: list[tuple[str, int, int]], lines: 
         rows.append({"series": name, "ranks": p, "batch_size": b, "crowded": q.crowded, "images_per_second": b / q.step,
                      "rates": steps[p, b]["images_per_second"]["distrib"], "step_ms": 1e3 * q.step,
                      "efficiency": b / q.step / p * one[name].step / one[name].batch,
-                     "communication": None if q.sums is None else (q.sums + (q.gradients or 0)) / q.step,
+                     "communication": None if q.sums is None else 1 - q.compute / q.step,
                      "model_ms": 1e3 * seconds, "error": seconds / q.step - 1, "left_out_error": left_out(every, q, bare)})  # fmt: skip
+    model = replace(model, full=max(bare.full, model.ranks_per_host))
     predicted = {name: list(predict(model, q.batch, name == "weak")) for name, q in one.items()}
     last, load = predicted["strong"][-1]["ranks"], max(line["load"] for line in lines)
     notes = {
-        f"4 parameters of a step (a, b, ω, e) are fitted to {len(used)} measured point(s). With so few the fit is weak: small errors"
-        " prove nothing; the error of a point left out of the fit says more.": len(used) < 12,
-        "No point has several ranks with a core or GPU each: ω is taken as 0, e as 100 %.": all(q.ranks == 1 for q in used),
-        f"* more ranks than the {places} core(s) or GPU(s) of a host: measured, but left out of the fit.": len(used) < len(every),
+        f"5 parameters of a step (a, b, κ, ω, e) are fitted to {len(used)} measured point(s). With so few the fit is weak: errors near 0"
+        " are its making and prove nothing; the error of a point left out of the fit says more.": len(used) < 12,
+        "No point has several ranks with a core or GPU each: κ and ω are taken as 0, e as 100 %.": all(q.ranks == 1 for q in used),
+        f"* more ranks than the {bare.full} core(s) or GPU(s) of a host: measured, but left out of the fit.": len(used) < len(every),
         f"Others used this machine (load {load:.1f} before the measurement): points are slower and scatter more, and the model,"
-        " which carries that on, predicts a machine as busy.": load > 0.25 * places,
+        " which carries that on, predicts a machine as busy.": load > 0.25 * bare.full,
         f"Strong scaling ends at {last} ranks: with more, some have no image of {one['strong'].batch}.": last < MOST_RANKS,
     }  # fmt: skip
     return {"version": __version__, "machine": results[0][1]["machine"], "command": shlex.join(["distrib", *sys.argv[1:]]), "settings": settings,
@@ -294,9 +297,9 @@ def report(settings: dict[str, Any], series: list[tuple[str, int, int]], lines: 
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A predicted row, under HEAD, or a measured one, as text."""
+    """A predicted row, or a measured one, which is longer, as text."""
     shares = zip([row[k] for k in ("efficiency", "communication", "error", "left_out_error") if k in row], ("", "", "+", "+"), strict=False)
-    percent = ["–" if share is None else f"{100 * share:{sign}.1f} %" for share, sign in shares]
+    percent = ["–" if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f} %" for share, sign in shares]
     rate = spread(row["rates"]) if "rates" in row else f"{row['images_per_second']:.4g}"
     return [f"{row['ranks']}{'*' if row.get('crowded') else ''}", str(row["batch_size"]), rate, f"{row['step_ms']:.4g}", *percent[:2],
             *([f"{row['model_ms']:.4g}", *percent[2:]] if "model_ms" in row else [])]  # fmt: skip
@@ -308,8 +311,7 @@ def figures(r: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
                                 *((name, f"share of a step's time, %, {name} scaling", 100) for name in r["predicted"])):  # fmt: skip
         with plots.figure(4.6, 3.2) as (made, (axes,)):
             axes.set_xscale("log", base=2)
-            axes.set_xticks([4**i for i in range(7)], [str(4**i) for i in range(7)])
-            axes.set(xlabel="ranks", title=title)
+            axes.set(xlabel="ranks", xticks=(ticks := [4**i for i in range(7)]), xticklabels=ticks, title=title, yscale="linear" if factor > 1 else "log")
             for (name, rows), colour in zip(r["predicted"].items(), plots.COLOURS, strict=False):
                 p, points = [row["ranks"] for row in rows], [row for row in r["measured"] if row["series"] == name]
                 if what == name:
@@ -319,7 +321,6 @@ def figures(r: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
                     axes.plot(p, [factor * row[what] for row in rows], color=colour, label=f"{name}, model")
                     axes.plot([q["ranks"] for q in points], [factor * q[what] for q in points], "o", color=colour, label=f"{name}, measured")
                     axes.plot(p, [factor * rows[0][what] * (n if factor == 1 else 1) for n in p], ":", color=colour, label=f"{name}, ideal")
-            axes.set_yscale("linear" if factor == 100 else "log")
             axes.legend(frameon=True, fontsize=7, loc="lower left" if what in r["predicted"] else "best")
             yield what, title, made
 
@@ -328,9 +329,9 @@ def publish(r: dict[str, Any], out: Path, png: bool) -> str:
     """Write scale.json, scale.html and, if asked for, the plots; the text for a terminal."""
     from jinja2 import Environment, FileSystemLoader
     drawn, lines = [], [r["machine"], r["command"]]
-    both, head = r["predicted"], [*HEAD, "model ms", "error", "left out"]
+    both, head = r["predicted"], ["ranks", "batch", "images/s", "step ms", "efficiency", "communication", "model ms", "error", "left out"]
     tables = {f"measured, {name} scaling": [head, *(cells(row) for row in r["measured"] if row["series"] == name)] for name in both}
-    tables |= {f"predicted, {name} scaling": [HEAD, *map(cells, rows)] for name, rows in both.items()}
+    tables |= {f"predicted, {name} scaling": [head[:6], *map(cells, rows)] for name, rows in both.items()}
     for name, title, made in figures(r):
         drawn.append(plots.svg(made, title))
         if png:
@@ -387,12 +388,11 @@ def scale(
     tasks = list(dict.fromkeys([("step", p, b) for _, p, b in series] + [("allreduce", p, 0) for p in counts if p > 1]))
     network = ResNet9(variant, width, dtype=config.dtype)  # a layer sums means, squares and, backward, two at once, in float64
     sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.c_out for conv in network.convs())
-    bare = Model(NET, NET, own, sums, sum_bytes, 1, network.params.wire.nbytes)
-    told = {} if net_latency is None else {"latency": net_latency / 1e6}
-    told |= {} if net_bandwidth is None else {"per_byte": 1e-9 / net_bandwidth}
+    bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.wire.nbytes)
+    told = {name: x for name, x in (("latency", net_latency and net_latency / 1e6), ("per_byte", net_bandwidth and 1e-9 / net_bandwidth)) if x is not None}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        result = report(settings, series, measure(tasks, settings, out / "points.jsonl", timeout), bare, told, places)
+        result = report(settings, series, measure(tasks, settings, out / "points.jsonl", timeout), bare, told)
         text = publish(result, out, png)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}: give a folder that can be written") from None

@@ -112,8 +112,8 @@ class TorchSide:
             return self.torch.autocast(self.device.type, dtype=self.torch.bfloat16)
         return contextlib.nullcontext()
 
-    def batch(self, indices: Any, train: bool = True) -> None:
-        """One step on these training images, or with `train` false their loss alone. A GPU is not waited for."""
+    def batch(self, indices: Any, train: bool = True) -> tuple[Any, Any]:
+        """One step on these training images, or with `train` false their loss alone; (loss, logits). A GPU is not waited for."""
         self.mark_step()
         with self.precision():
             logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
@@ -124,6 +124,7 @@ class TorchSide:
             self.optimizer.step()
         if not self.gpu:
             loss.item()
+        return loss.detach(), logits.detach()
 
     def warm_up(self) -> None:
         """What our side too does before the clock starts: compile, choose algorithms, capture; then put all back."""
@@ -153,13 +154,17 @@ class TorchSide:
 
     def accuracy(self) -> float:
         """Test accuracy in percent."""
+        return float(100 * (self.logits().argmax(1) == self.wanted).double().mean())
+
+    def logits(self) -> Any:
+        """Of all test images."""
         self.model.eval()
         logits = []
         with self.torch.no_grad(), self.precision():
             for part in self.test.split(1000 if self.gpu else 500):
                 self.mark_step()
                 logits.append(self.model(self.scaled(part)).clone())
-        return float(100 * (self.torch.cat(logits).argmax(1) == self.wanted).double().mean())
+        return self.torch.cat(logits)
 
     def mark_step(self) -> None:
         """Tell compiled code that what it returned before is done with."""

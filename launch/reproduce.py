@@ -1,0 +1,364 @@
+"""`distrib reproduce`: all that the reference reports, run here, in one report beside its own figures.
+
+The reference is a CuPy implementation of the same network (see README); its figures are those of single runs on an
+H800 GPU, its NumPy one with loops on an 11th-generation i9. Each run has a folder, named after its options: what is there
+is not run again, what was stopped is gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distrib import mnist, sampler
+from distrib.checkpoint import write_atomically
+from distrib.command import parse
+from distrib.console import on_terminal
+from distrib.errors import EXIT_REQUEUE, UserError
+from launch.bench_run import mpirun
+from launch.doctor import devices
+from launch.measure import child_environment, machine, refuse_launcher, require_torch
+from launch.plots import figure, render, save, svg
+from launch.runs import RunData, read_run, smooth
+
+PARTS = ("accuracy", "ablation", "curves", "time")
+BATCH, RATE = 8, 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the reference's tables: a run of ours, or of PyTorch."""
+
+    name: str
+    label: str
+    options: tuple[str, ...]
+    test: float  # the reference's accuracies, percent
+    train: float | None = None
+    torch: bool = False
+
+
+SGD, ADAM = ("--optimizer", "sgd"), ("--optimizer", "adam")
+TORCH = Row("torch-adam", "PyTorch (Adam)", ADAM, 99.38, 99.67, torch=True)
+OURS_SGD = Row("baseline-sgd", "ours (SGD)", SGD, 99.21, 99.46)
+OURS_ADAM = Row("baseline-adam", "ours (Adam)", ADAM, 99.43, 99.65)
+ROWS = {
+    "accuracy": (TORCH, OURS_SGD, OURS_ADAM),
+    "ablation": (
+        replace(OURS_SGD, label="baseline: residual added, 2 blocks, max pooling (SGD)"),
+        Row("avgpool-sgd", "variant 1: average pooling (SGD)", ("--variant", "avgpool", *SGD), 99.46),
+        Row("conv-shortcut-sgd", "variant 2: residual through a convolution (SGD)", ("--variant", "conv-shortcut", *SGD), 99.19),
+        Row("three-blocks-sgd", "variant 3: the same, 3 blocks (SGD)", ("--variant", "three-blocks", *SGD), 99.20),
+        replace(OURS_ADAM, label="variant 4: baseline (Adam)"),
+    ),
+    "curves": (TORCH, OURS_SGD, OURS_ADAM),
+}
+SECONDS = {"plain loop": 48994.08, "cupy": 1508.85, "torch": 203.93}
+"""The reference's seconds of a training run: NumPy with loops, CuPy, PyTorch."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long the runs of a part are: all options that its result depends on, besides the row's own."""
+
+    epochs: int = 8
+    limit_train: int | None = None
+    limit_test: int | None = None
+    width: float = 1.0
+    seeds: int = 1
+    ranks: int = 1
+    backend: str = "numpy"
+
+    def options(self, seed: int) -> list[str]:
+        """For `distrib train`."""
+        given = {"epochs": self.epochs, "batch-size": BATCH, "lr": RATE, "width": self.width, "seed": seed, "backend": self.backend,
+                 "limit-train": self.limit_train, "limit-test": self.limit_test}  # fmt: skip
+        return [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+
+    def steps(self) -> int:
+        """Of one run."""
+        return self.epochs * sampler.steps_per_epoch(self.limit_train or mnist.TRAINING_IMAGES, BATCH)
+
+    def say(self) -> str:
+        """For people."""
+        images = f"{self.limit_train or mnist.TRAINING_IMAGES:,} training images"
+        few = f", {self.limit_test:,} test images" if self.limit_test else ""
+        return f"{self.epochs} epoch(s) of {images}{few}, batch {BATCH}, rate {RATE:g}, width {self.width:g}, {self.seeds} seed(s)"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: where it lies, and what starts it."""
+
+    row: Row
+    settings: Settings
+    seed: int
+    folder: Path
+    command: list[str]
+
+    def finished(self) -> bool:
+        """Whether it has its result."""
+        path = self.folder / "summary.json"
+        return path.exists() and bool(json.loads(path.read_text()).get("finished"))
+
+    def step(self) -> int:
+        """Steps done, by its last line of metrics.jsonl."""
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+                return int(json.loads(file.read().splitlines()[-1])["step"])
+        except (OSError, ValueError, IndexError, KeyError):
+            return 0
+
+
+def all_threads() -> int:
+    """Of a process that has the machine for itself: OMP_NUM_THREADS, else all its cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def key(values: Any) -> str:
+    """A short name for these values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+
+
+def jobs(part: str, settings: Settings, out: Path) -> list[Job]:
+    """The runs of a part. The number of ranks changes nothing but the speed, so it is no part of a run's name."""
+    found = []
+    for row in ROWS[part]:
+        for seed in range(settings.seeds):
+            options = [*row.options, *settings.options(seed)]
+            folder = out / "runs" / f"{row.name}-seed{seed}-{key([row.torch, options])}"
+            launcher = [mpirun(), "-n", str(settings.ranks)] if settings.ranks > 1 and not row.torch else []
+            module = "launch.torch_train" if row.torch else "distrib.train"
+            found.append(Job(row, settings, seed, folder, [*launcher, sys.executable, "-m", module, "--run-dir", str(folder), *options]))
+    return found
+
+
+def execute(job: Job, show: Callable[[int], None]) -> None:
+    """Run a job to its end; a Ctrl-C stops it with a checkpoint first. UserError with its last words where it fails."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = job.folder.with_suffix(".log")
+    threads = all_threads() if job.row.torch else 1
+    with open(log, "ab") as file:
+        child = subprocess.Popen(job.command, stdout=file, stderr=subprocess.STDOUT, env=child_environment(threads),
+                                 stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        try:
+            while child.poll() is None:
+                show(job.step())
+                time.sleep(0.5)
+        except BaseException:
+            child.send_signal(signal.SIGUSR1)
+            try:
+                child.wait(120)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+    if child.returncode:
+        words = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("distrib")]
+        raise UserError(f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'}; see {log};"
+                        " the same command goes on once the cause is gone")  # fmt: skip
+
+
+def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) -> dict[str, Any]:
+    """Images/s of each way to train at batch 8, by `distrib bench step`; kept in OUT, and measured once."""
+    threads = all_threads()
+    path = out / f"time-{key([settings.width, settings.ranks, threads, machine(), bool(devices())])}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    common = ["bench", "step", "--batch-size", str(BATCH), "--width", str(settings.width), "--json"]
+    ways: dict[str, tuple[list[str], list[str], int]] = {
+        "plain loop": ([], ["--against", "loop", "--steps", "1", "--repeats", "3"], threads),
+        "vectorised": ([], ["--against", "torch", "--repeats", "5"], threads),
+    }
+    if settings.ranks > 1:
+        ways[f"vectorised, {settings.ranks} ranks"] = ([mpirun(), "-n", str(settings.ranks)], ["--repeats", "5"], 1)
+    if devices():
+        ways["cupy"] = ([], ["--backend", "cupy", "--against", "torch", "--repeats", "5"], threads)
+    found: dict[str, Any] = {"machine": machine(), "images_per_second": {}, "commands": {}}
+    for way, (launcher, options, count) in ways.items():
+        show(way)
+        # the host's ways stay on the host where there is a GPU, too
+        backend = [] if way == "cupy" else ["--backend", "numpy"]
+        command = [*launcher, sys.executable, "-m", "launch.cli", *common, *options, *backend]
+        done = subprocess.run(command, env=child_environment(count), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{way}: distrib {' '.join([*common, *options])} ended with code {done.returncode}:"
+                            f" {(done.stderr.strip() or 'no word').splitlines()[-1]}")  # fmt: skip
+        rates = json.loads(done.stdout)["images_per_second"]
+        own, others = rates.pop("distrib"), rates
+        best = max(others, key=lambda name: statistics.median(others[name]), default=None)
+        if way == "plain loop":
+            found["images_per_second"][way] = others["plain loop"]
+        else:
+            found["images_per_second"][way] = own
+            if best:
+                found["images_per_second"]["PyTorch on the GPU" if way == "cupy" else "PyTorch"] = others[best]
+        start = f"mpirun -n {settings.ranks} " if launcher else f"OMP_NUM_THREADS={count} "
+        found["commands"][way] = f"{start}distrib {' '.join([*common[:-1], *options, *backend])}"
+    write_atomically(path, json.dumps(found, indent=2).encode())
+    return found
+
+
+def spread(values: list[float], form: str = "{:.2f}") -> str:
+    """One value, or mean (least–most)."""
+    if not values:
+        return "–"
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))}–{form.format(max(values))})"
+
+
+def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
+    """What the report's tables say, of the parts that were run: title, note, heads, rows."""
+    found = []
+    for part, title in (("accuracy", "Accuracy, %"), ("ablation", "Ablation: test accuracy, %")):
+        if part not in stored:
+            continue
+        rows = []
+        for row in ROWS[part]:
+            runs = [read_run(job.folder) for job in jobs(part, stored[part], out) if job.row.name == row.name and job.finished()]
+            test = spread([run.summary["test_accuracy"] for run in runs])
+            train = spread([run.summary["train_accuracy"] for run in runs])
+            rows.append((row.label, [train, test, row.train, row.test] if part == "accuracy" else [test, row.test]))
+        heads = ["training", "test", "reference: training", "reference: test"] if part == "accuracy" else ["here", "reference"]
+        note = stored[part].say() + ("; training: while it was trained on, over the last epoch" if part == "accuracy" else "")
+        found.append({"title": title, "note": note, "heads": heads, "rows": rows})
+    if "time" in stored:
+        found.append(time_table(stored["time"], measure_times(stored["time"], out, lambda _: None)))
+    return found
+
+
+def time_table(settings: Settings, measured: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a whole run by each way, extrapolated from a few steps."""
+    images = settings.epochs * (settings.limit_train or mnist.TRAINING_IMAGES)
+    names = {"plain loop": "NumPy, convolutions as plain loops", "vectorised": "NumPy, one process", "cupy": "CuPy"}
+    rows = []
+    for way, rates in measured["images_per_second"].items():
+        reference = SECONDS.get("torch" if way.startswith("PyTorch") else way)
+        seconds = [images / rate for rate in rates]
+        rows.append((names.get(way, way.replace("vectorised", "NumPy")), [f"{statistics.median(rates):,.4g}",
+                     f"{statistics.median(seconds):,.0f} ({min(seconds):,.0f}–{max(seconds):,.0f})",
+                     f"{reference:,.0f}" if reference else "–"]))  # fmt: skip
+    note = (f"{settings.epochs} epoch(s), {images:,} images in all, batch {BATCH}, extrapolated from a few steps (of the plain loops"
+            f" one at a time); median (least–most); {measured['machine']}; by {'; '.join(measured['commands'].values())}")  # fmt: skip
+    return {"title": "Seconds of training", "note": note, "heads": ["images/s", "seconds", "reference: seconds"], "rows": rows}
+
+
+def draw_curves(settings: Settings, out: Path, use: Callable[[Any, str], None]) -> None:
+    """Training loss as the reference draws it: PyTorch, ours with SGD, ours with Adam, all together."""
+    runs: dict[str, RunData] = {}
+    for job in jobs("curves", settings, out):
+        if job.seed == 0 and job.finished():
+            runs[job.row.label] = read_run(job.folder)
+    with figure(13.0, 3.0, columns=len(runs) + 1) as (made, axes):
+        for number, (label, run) in enumerate(runs.items()):
+            epochs, values = run.curve("loss")
+            for ax in (axes[number], axes[-1]):
+                ax.plot(epochs, smooth(values), color=f"C{number}", label=label)
+            axes[number].plot(epochs, values, color=f"C{number}", alpha=0.2, linewidth=0.6)
+            axes[number].set(title=label, ylabel="training loss" if number == 0 else None)
+        axes[-1].set(title="Comparison, smoothed")
+        axes[-1].legend()
+        for ax in axes:
+            ax.set(xlabel="epoch", yscale="log")
+            ax.set_ylim(1e-5, 4)
+        use(made, f"Training loss; {settings.say()}")
+
+
+def write_report(stored: dict[str, Settings], out: Path) -> None:
+    """OUT/report.html, the same as OUT/report.md with OUT/curves.png."""
+    found, plots = tables(stored, out), []
+    if "curves" in stored and any(job.finished() for job in jobs("curves", stored["curves"], out)):
+        draw_curves(stored["curves"], out, lambda made, title: plots.append((title, svg(made, title))))
+        draw_curves(stored["curves"], out, lambda made, _: save(made, out / "curves.png"))
+    text = []
+    for table in found:
+        lines = [["", *table["heads"]], ["---"] * (1 + len(table["heads"])), *([label, *values] for label, values in table["rows"])]
+        text += [f"### {table['title']}", "", *(f"| {' | '.join('–' if v is None else str(v) for v in line)} |" for line in lines),
+                 "", table["note"] + ".", ""]  # fmt: skip
+    text += [f"### {title}\n\n![training loss](curves.png)\n" for title, _ in plots]
+    write_atomically(out / "report.md", "\n".join(text).encode())
+    write_atomically(out / "report.html", render("reproduce.html.j2", tables=found, plots=plots, machine=machine()).encode())
+
+
+def reproduce(
+    only: Annotated[str | None, typer.Option(help="A part alone: accuracy, ablation, curves or time.")] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 8,
+    limit_train: Annotated[int | None, typer.Option(help="Use only the first N training images.")] = None,
+    limit_test: Annotated[int | None, typer.Option(help="Use only the first N test images.")] = None,
+    width: Annotated[float, typer.Option(help="Multiplier of all channel counts.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Runs of each line, with seeds 0, 1, 2, …")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Ranks of our runs.", show_default="one a core, 4 images each at least; on a GPU 1")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of the report; what it holds is not run again.")] = Path("reproduce"),
+    report_only: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what is there.")] = False,
+) -> None:  # fmt: skip
+    """All that the reference reports: accuracies, the ablation, loss curves, the table of times, beside its figures.
+
+    With the reference's settings that takes a day on two cores, and some minutes on a GPU. It can be stopped (Ctrl-C) and taken up
+    again by the same command, and run in parts; the report, OUT/report.html and OUT/report.md, holds the parts that were run, each
+    with the settings it was last asked for with.
+
+    Example: distrib reproduce --only ablation --epochs 1 --limit-train 10000
+    """
+    refuse_launcher("reproduce")
+    if only not in (None, *PARTS):
+        raise UserError(f"--only {only}: choose one of {', '.join(PARTS)}")
+    if min(seeds, ranks or 1) < 1:
+        raise UserError("--seeds and --ranks: give 1 or more")
+    gpu = bool(devices())
+    best = ranks or (1 if gpu else min(len(os.sched_getaffinity(0)), BATCH // 4))
+    settings = Settings(epochs, limit_train, limit_test, width, seeds, best, "cupy" if gpu else "numpy")
+    config = parse(settings.options(0))
+    config.resolve(best, mnist.TRAINING_IMAGES, 10_000)  # a mistake is told before anything runs
+    path = out / "settings.json"
+    stored = {part: Settings(**values) for part, values in json.loads(path.read_text()).items()} if path.exists() else {}
+    wanted = [only] if only else list(PARTS)
+    if not report_only:
+        if set(wanted) - {"ablation"}:
+            require_torch("distrib reproduce, but for --only ablation")
+        out.mkdir(parents=True, exist_ok=True)
+        stored |= dict.fromkeys(wanted, settings)
+        write_atomically(path, json.dumps({part: asdict(each) for part, each in stored.items()}, indent=2).encode())
+        code = work(wanted, settings, out)
+        if code:
+            raise typer.Exit(code)
+    if not stored:
+        raise UserError(f"{out}: holds nothing yet: leave out --report")
+    write_report(stored, out)
+    print(f"{out / 'report.html'} and {out / 'report.md'}: {', '.join(part for part in PARTS if part in stored)}")
+
+
+def work(parts: list[str], settings: Settings, out: Path) -> int:
+    """Run what is missing; returns the exit code."""
+    todo: dict[Path, Job] = {job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+                   disable=not on_terminal())  # fmt: skip
+    try:
+        with bar:
+            for number, job in enumerate(todo.values(), 1):
+                name = f"{number}/{len(todo)} {job.row.name}, seed {job.seed}"
+                if job.finished():
+                    bar.console.print(f"{name}: there already") if bar.disable else None
+                    continue
+                if bar.disable:
+                    print(f"{name}: {settings.steps()} steps, from {job.step()}; distrib watch {job.folder} shows it", flush=True)
+                task = bar.add_task(name, total=settings.steps(), completed=job.step())
+                execute(job, lambda step, task=task: bar.update(task, completed=step))  # type: ignore[misc]
+            if "time" in parts:
+                task = bar.add_task("times", total=None)
+                measure_times(settings, out, lambda way: bar.update(task, description=f"times: {way}"))
+    except KeyboardInterrupt:
+        print("distrib: stopped; the same command goes on", file=sys.stderr)
+        return EXIT_REQUEUE
+    return 0

@@ -1,0 +1,151 @@
+"""The same training run in PyTorch, in one process: `python -m launch.torch_train --run-dir R`, with the options of distrib.train.
+
+Its folder is that of a run of ours (config.json, metrics.jsonl, logits.safetensors, summary.json), but for the checkpoint,
+`torch.pt`; so reports and comparisons read both. The data order is ours, the initial weights PyTorch's. It is taken up again
+where it was stopped. PyTorch is optional.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from distrib import sampler
+from distrib.checkpoint import Checkpoint
+from distrib.command import run_app, with_options
+from distrib.config import Config, build
+from distrib.console import Screen
+from distrib.errors import EXIT_REQUEUE, UserError
+from distrib.run import Run
+from launch.measure import machine, require_torch
+from launch.torch_bench import LAYOUTS, TorchSide
+
+PLAIN = {name: getattr(Config(), name) for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")}
+"""Options that this side has one value of."""
+
+
+class TorchRun:
+    """One run: the PyTorch side, where it stands, and its folder."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        import torch
+
+        self.torch, self.config, self.run = torch, config, run
+        self.side = TorchSide(config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+        self.path = run.path / "torch.pt"
+        self.at: dict[str, float] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0}
+        self.per_epoch = sampler.steps_per_epoch(len(self.side.images), config.batch_size)
+        if self.path.exists():
+            saved = torch.load(self.path)
+            self.side.model.load_state_dict(saved["model"])
+            self.side.optimizer.load_state_dict(saved["optimizer"])
+            self.at = saved["at"]
+
+    def save(self) -> None:
+        """Write torch.pt, whole or not at all."""
+        state = {"model": self.side.model.state_dict(), "optimizer": self.side.optimizer.state_dict(), "at": self.at}
+        temporary = self.path.with_suffix(".tmp")
+        self.torch.save(state, temporary)
+        temporary.replace(self.path)
+
+    def fit(self, stop: deque[int], screen: Screen) -> dict[str, Any] | None:
+        """Train to the end; the summary, or None where a signal came into `stop`."""
+        config, side, at = self.config, self.side, self.at
+        steps, begin, logged = self.per_epoch * config.epochs, time.perf_counter(), time.perf_counter()
+        before, last = at["seconds"], int(at["step"])
+        screen.start(steps, last, config.epochs)
+        result: dict[str, Any] = {}
+        while at["step"] < steps:
+            epoch, first = divmod(int(at["step"]), self.per_epoch)
+            side.model.train()
+            for indices in side.order(epoch).split(config.batch_size)[first:]:
+                for group in side.optimizer.param_groups:
+                    group["lr"] = config.rate(int(at["step"]), self.per_epoch)
+                loss, logits = side.batch(indices)
+                correct = int((logits.argmax(1) == side.labels[indices]).sum())
+                at["step"], at["images"] = at["step"] + 1, at["images"] + len(indices)
+                at["loss_sum"], at["correct"] = at["loss_sum"] + float(loss) * len(indices), at["correct"] + correct
+                if at["step"] % config.log_every == 0 or at["step"] % self.per_epoch == 0:
+                    now = time.perf_counter()
+                    rate = (at["step"] - last) * config.batch_size / (now - logged)
+                    logged, last = now, int(at["step"])
+                    self.run.log({"step": last, "epoch": epoch + 1, "lr": group["lr"], "images_per_second": rate,
+                                  "loss": float(loss), "accuracy": 100 * correct / len(indices)})  # fmt: skip
+                    screen.progress(last, epoch, float(loss), rate) if screen.due() else None
+                at["seconds"] = before + time.perf_counter() - begin
+                if stop or at["step"] % config.checkpoint_every == 0:
+                    self.save()
+                if stop:
+                    return None
+            result = self.close_epoch(epoch, screen)
+            at["seconds"] = before + time.perf_counter() - begin
+            self.save()
+        side.model.eval()
+        result = result or self.test()
+        return {"finished": True, **result, "epochs": config.epochs, "steps": int(at["step"]), "world_size": 1,
+                "backend": f"PyTorch {self.torch.__version__}", "communicator": "none", "wall_seconds": at["seconds"],
+                "parameters": sum(p.numel() for p in side.model.parameters()),
+                "images_per_second": steps * config.batch_size / at["seconds"]}  # fmt: skip
+
+    def close_epoch(self, epoch: int, screen: Screen) -> dict[str, Any]:
+        """Evaluate, write the epoch's line, reset the running sums."""
+        at = self.at
+        result = {"train_loss": at["loss_sum"] / at["images"], "train_accuracy": 100 * at["correct"] / at["images"], **self.test()}
+        at["loss_sum"], at["correct"], at["images"] = 0.0, 0.0, 0
+        self.run.log({"step": int(at["step"]), "epoch": epoch + 1, **result})
+        screen.say(f"epoch {epoch + 1}/{self.config.epochs}: train accuracy {result['train_accuracy']:.2f} %;"
+                   f" test accuracy {result['test_accuracy']:.2f} %")  # fmt: skip
+        return result
+
+    def test(self) -> dict[str, float]:
+        """test_loss and test_accuracy (percent)."""
+        logits = self.side.logits()
+        self.logits = logits.float().cpu().numpy().copy()
+        loss = self.torch.nn.functional.cross_entropy(logits.float(), self.side.wanted)
+        return {"test_loss": float(loss), "test_accuracy": float(100 * (logits.argmax(1) == self.side.wanted).double().mean())}
+
+
+def train(config: Config) -> int:
+    """One run, from the beginning or from where it was stopped; returns the exit code."""
+    require_torch("launch.torch_train")
+    for name, value in PLAIN.items():
+        if getattr(config, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the PyTorch side has {value} only")
+    if not config.run_dir:
+        raise UserError("--run-dir: give the run's folder")
+    stop: deque[int] = deque()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    screen = Screen(active=True)
+    with Run(Path(config.run_dir)) as run:
+        run.open(config)
+        mine = TorchRun(config, run)
+        environment = {"torch": mine.torch.__version__, "machine": machine(), "threads": mine.torch.get_num_threads()}
+        run.prepare(config, Checkpoint(mine.path, {}, {}, {}, {"step": mine.at["step"]}), environment)
+        try:
+            summary = mine.fit(stop, screen)
+        finally:
+            screen.close()
+        if summary is None:
+            return EXIT_REQUEUE
+        run.keep_logits([mine.logits], summary["steps"])
+        run.finish(summary)
+        screen.say(f"finished: test accuracy {summary['test_accuracy']:.2f} %, {summary['wall_seconds']:.1f} s")
+    return 0
+
+
+def _command(**given: Any) -> None:
+    raise typer.Exit(train(build(given)))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command()(with_options(_command))
+    sys.exit(run_app(app))

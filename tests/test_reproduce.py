@@ -1,0 +1,201 @@
+"""`distrib reproduce` in a short form: all parts, taken up again, nothing twice; and the PyTorch side's own run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, environment, metrics, run, summary
+from test_torch_parity import import_torch
+
+from launch import reproduce
+from launch.reproduce import ROWS, Settings, jobs, spread, time_table
+
+SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
+
+
+def call(out: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run("-m", "launch.cli", "reproduce", "--out", out, *SHORT, *arguments, check=check)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All four parts."""
+    import_torch()
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    call(out)
+    return out
+
+
+def test_the_report_holds_what_the_runs_hold(whole: Path) -> None:
+    text = (whole / "report.md").read_text()
+    found = {}
+    for folder in sorted((whole / "runs").glob("*/")):
+        result = summary(folder)
+        assert result["finished"]
+        assert result["steps"] == 20
+        found[folder.name.rsplit("-seed", 1)[0]] = result
+    assert set(found) == {row.name for rows in ROWS.values() for row in rows}
+    adam, torch = found["baseline-adam"], found["torch-adam"]
+    assert f"| ours (Adam) | {adam['train_accuracy']:.2f} | {adam['test_accuracy']:.2f} | 99.65 | 99.43 |" in text
+    assert f"| PyTorch (Adam) | {torch['train_accuracy']:.2f} | {torch['test_accuracy']:.2f} | 99.67 | 99.38 |" in text
+    assert f"| variant 1: average pooling (SGD) | {found['avgpool-sgd']['test_accuracy']:.2f} | 99.46 |" in text
+    assert "48,994" in text
+    assert (whole / "curves.png").stat().st_size > 10_000
+    page = (whole / "report.html").read_text()
+    assert page.count("<table") == 3
+    assert page.count("<svg") == 1
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_nothing_is_run_twice(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.glob("runs/*/summary.json")}
+    times = next(whole.glob("time-*.json")).stat().st_mtime_ns
+    done = call(whole)
+    assert done.stdout.count("there already") == 6
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("runs/*/summary.json")} == before
+    assert next(whole.glob("time-*.json")).stat().st_mtime_ns == times
+
+
+def test_a_stop_and_another_start(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a run: a checkpoint, exit 85, and the same command ends at the digest of a run without a break."""
+    options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
+    command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 85
+    assert run(*command[1:]).stdout.count("there already") >= 1
+    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
+    assert all(job.finished() for job in every)
+    job = every[1]  # the one that was stopped
+    subprocess.run([*job.command, "--run-dir", str(tmp_path / "again")], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    assert summary(job.folder)["parameter_digest"] == summary(tmp_path / "again")["parameter_digest"]
+
+
+def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
+    job = jobs("ablation", Settings(2, 80, 40, 0.0625, 1, 2), tmp_path / "out")[0]
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.json").write_text("{")
+    done = call(tmp_path / "out", "--only", "ablation", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "config.json: cannot be read as JSON" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--only", "all"), "--only all: choose one of"),
+    (("--epochs", 0), "--epochs 0"),
+    (("--limit-train", 60001), "--limit-train 60001"),
+    (("--seeds", 0), "--seeds and --ranks"),
+    (("--report",), "holds nothing yet"),
+])  # fmt: skip
+def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
+    done = run("-m", "launch.cli", "reproduce", "--out", tmp_path / "out", *arguments, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_and_seeds_make_other_runs_and_ranks_do_not(tmp_path: Path) -> None:
+    def names(**more: Any) -> set[str]:
+        return {job.folder.name for job in jobs("accuracy", Settings(**more), tmp_path)}
+
+    assert names() == names(ranks=2)
+    assert not names() & names(epochs=1)
+    assert not names() & names(limit_train=100)
+    assert names() < names(seeds=3)
+    assert len(names(seeds=3)) == 9
+
+
+def test_numbers() -> None:
+    assert spread([99.5]) == "99.50"
+    assert spread([99.0, 99.5, 99.1]) == "99.20 (99.00–99.50)"
+    assert spread([]) == "–"
+    measured = {"machine": "m", "commands": {"plain loop": "c"}, "images_per_second": {"plain loop": [2.0, 4.0, 3.0], "PyTorch": [100.0]}}
+    table = time_table(Settings(epochs=8), measured)
+    assert table["rows"] == [("NumPy, convolutions as plain loops", ["3", "160,000 (120,000–240,000)", "48,994"]),
+                             ("PyTorch", ["100", "4,800 (4,800–4,800)", "204"])]  # fmt: skip
+
+
+def test_the_rows_are_the_reference_s() -> None:
+    assert [row.test for row in ROWS["ablation"]] == [99.21, 99.46, 99.19, 99.20, 99.43]
+    assert reproduce.SECONDS["plain loop"] / reproduce.SECONDS["cupy"] == pytest.approx(32.5, abs=0.1)
+
+
+# ---- the PyTorch side
+
+TORCH = ("--epochs", 2, "--batch-size", 10, "--limit-train", 64, "--limit-test", 30, "--width", 0.0625, "--log-every", 2)
+
+
+def torch_run(folder: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return run("-m", "launch.torch_train", "--run-dir", folder, *TORCH, *arguments, check=check)
+
+
+def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
+    """A signal after step 4 of 14, and another after the first epoch; the rest is the run that was never stopped."""
+    import_torch()
+    torch_run(tmp_path / "whole")
+    script = """
+import os, runpy, signal, sys
+from launch import torch_bench
+plain, counted = torch_bench.TorchSide.batch, [0]
+def batch(self, indices, train=True):
+    counted[0] += 1
+    if counted[0] == int(os.environ["STOP_AT"]):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return plain(self, indices, train)
+torch_bench.TorchSide.batch = batch
+runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
+"""
+    for stop in ("4", "5"):
+        done = run("-c", script, "--run-dir", tmp_path / "parts", *TORCH, env={"STOP_AT": stop}, check=False)
+        assert done.returncode == 85, done.stderr
+    torch_run(tmp_path / "parts")
+    found, expected = summary(tmp_path / "parts"), summary(tmp_path / "whole")
+    assert found["steps"] == 14
+    for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    strip = [[{k: v for k, v in line.items() if k in ("step", "epoch", "accuracy", "test_accuracy")} for line in metrics(tmp_path / each)]
+             for each in ("parts", "whole")]  # fmt: skip
+    assert strip[0] == strip[1]
+    assert torch_run(tmp_path / "parts", check=False).returncode == 2
+
+
+def test_pytorch_refuses_what_it_has_not(tmp_path: Path) -> None:
+    done = torch_run(tmp_path / "run", "--shift", 2, check=False)
+    assert (done.returncode, done.stderr) == (2, "distrib: error: --shift 2.0: the PyTorch side has 0.0 only\n")
+
+
+def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
+    """Ours loaded into PyTorch: the losses of the first steps agree, so the two rows of the table are of one network."""
+    import_torch()
+    script = """
+import runpy
+import numpy as np, torch
+from launch import torch_bench
+from nn.resnet9 import ResNet9
+plain = torch_bench.TorchSide.__init__
+def init(self, config, kind, threads):
+    plain(self, config, kind, threads)
+    state = ResNet9(config.variant, config.width, seed=config.seed).state_dict()
+    self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
+torch_bench.TorchSide.__init__ = init
+runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
+"""
+    options = (*TORCH[:-2], "--log-every", 1, "--optimizer", "sgd")
+    run("-c", script, "--run-dir", tmp_path / "torch", *options)
+    run("-m", "distrib.train", "--run-dir", tmp_path / "ours", *options)
+    ours, theirs = ([line["loss"] for line in metrics(tmp_path / each) if "loss" in line] for each in ("ours", "torch"))
+    np.testing.assert_allclose(ours[:10], theirs[:10], rtol=1e-4)
+
+
