@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import map_coordinates
+from test_torch_parity import import_torch
 
 from distrib.sampler import warps
 from nn.batch import WARPED_AT_ONCE, take_batch, warp
@@ -33,14 +33,18 @@ def test_nothing_whole_pixels_and_right_angles_are_exact() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 28, 28), (3, 6, 9)])
-def test_against_scipy(shape: tuple[int, int, int]) -> None:
+def test_against_pytorch(shape: tuple[int, int, int]) -> None:
+    """`grid_sample`, which takes positions as (x, y) from -1 to 1 between the middles of the outermost pixels."""
+    torch = import_torch()
     n, h, w = shape
     rng = np.random.default_rng(1)
     images, table = rng.integers(0, 256, shape, np.uint8), warps(0, 0, n, 4, 60).astype("float64")
     u, v = np.meshgrid(np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2, indexing="ij")
     for image, (a, b, p, q), found in zip(images, table, warped(images, table), strict=True):
-        at = a * u - b * v + p + (h - 1) / 2, b * u + a * v + q + (w - 1) / 2
-        np.testing.assert_allclose(found, map_coordinates(image.astype("float64"), at, order=1, mode="grid-constant"), atol=1e-9)
+        rows_, columns = (a * u - b * v + p) / ((h - 1) / 2), (b * u + a * v + q) / ((w - 1) / 2)
+        grid, source = torch.tensor(np.stack([columns, rows_], -1)[None]), torch.tensor(image.astype("float64"))[None, None]
+        expected = torch.nn.functional.grid_sample(source, grid, align_corners=True)[0, 0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-9)
 
 
 def test_each_image_of_a_batch_has_its_own_row() -> None:
