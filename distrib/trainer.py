@@ -20,6 +20,7 @@ from distrib.config import Config
 from distrib.errors import UserError
 from distrib.evaluate import evaluate
 from distrib.graph import Graphs
+from distrib.laps import Laps
 from distrib.reducer import Reducer
 from distrib.run import Run, environment
 from distrib.world import PATIENCE, World
@@ -32,33 +33,6 @@ from nn.resnet9 import ResNet9
 
 HISTORY = 256
 """Steps whose results may stay on the device before they are read."""
-
-
-PHASES = ("data", "forward", "backward", "sums", "gradients", "optimizer")
-"""Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the backward."""
-
-
-class Laps:
-    """Host seconds by phase, over all steps so far. On a GPU: the time to queue the work."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._last = 0.0
-
-    def start(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What passed since the last call belongs to `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
-
-    def sums(self, begin: float) -> None:
-        """What passed since `begin` belongs to the sums over ranks, not to the phase around them."""
-        passed = time.perf_counter() - begin
-        self.seconds["sums"] += passed
-        self._last += passed
 
 
 @dataclass
@@ -99,9 +73,9 @@ class Trainer:
         self.stop, self.own, self.cursor = xp.zeros(1, dtype), xp.zeros(1, dtype), xp.zeros(1, np.int64)
         self.order = xp.zeros(len(data.train_images), np.int32)
         self.warps = xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
-        # (average, what it is of), where weights are averaged: parameters and running statistics
+        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
-        self.averages = [(values.copy(), values) for values in averaged]
+        self.averages = [(xp.zeros_like(values), values) for values in averaged]
         self.at = Position(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -215,20 +189,22 @@ class Trainer:
         self.world.comm.close()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Context in which the model has the averaged weights, where the run averages them."""
-        self._swap()
+    def averaged(self, share: float | None = None) -> Iterator[None]:
+        """Context in which the model has the averaged weights, where the run averages them.
+
+        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or by `share`.
+        """
+        share = share or 1 - self.config.average**self.optimizer.steps or 1.0
+        kept = [values.copy() for _, values in self.averages]
+        for mean, values in self.averages if self.optimizer.steps else ():
+            values[...] = mean
+            values /= share
+        self.params.refresh()
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for mean, values in self.averages:
-            other = values.copy()
-            values[...] = mean
-            mean[...] = other
-        if self.averages:
+            for old, (_, values) in zip(kept, self.averages, strict=True):
+                values[...] = old
             self.params.refresh()
 
     def capturable(self) -> bool:
@@ -297,8 +273,10 @@ class Trainer:
                     for moment, flat in self.optimizer.state.items()
                     for name, tensor in self.params.to_checkpoint(flat).items()
                 }
-                if self.averages:  # the model's file has their average
+                if self.averages:  # the model's file has the corrected average
                     moments |= {f"last/{name}": tensor for name, tensor in self.model.state_dict().items()}
+                    with self.averaged(share=1.0):
+                        moments |= {f"average/{name}": tensor for name, tensor in self.model.state_dict().items()}
                 self.saver.start(run.checkpoints, self.at.step, self.state_dict(), about, moments, at, c.keep)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -336,7 +314,7 @@ class Trainer:
             raise UserError(f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
                             f" not {self.world.size}")  # fmt: skip
         try:
-            self.model.load_state_dict(saved.model)
+            self.model.load_state_dict(self._named(saved.optimizer, "average") if self.averages else saved.model)
             for mean, values in self.averages:
                 mean[...] = values
             if self.averages:

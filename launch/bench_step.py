@@ -15,7 +15,8 @@ from distrib import mnist, sampler
 from distrib.config import Config, build
 from distrib.errors import UserError
 from distrib.evaluate import infer
-from distrib.trainer import HISTORY, PHASES, Trainer, blas_threads
+from distrib.laps import PHASES
+from distrib.trainer import HISTORY, Trainer, blas_threads
 from distrib.warmup import warm_up
 from distrib.world import World, connect
 from launch.measure import (

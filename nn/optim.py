@@ -161,7 +161,10 @@ def adam(
 
 @replaceable
 def average(mean: Array, values: Array, scratch: Array, *, decay: float) -> None:
-    """mean += (1 − decay)·(values − mean): an exponential moving average of weights; `scratch` as in `sgd`."""
+    """mean += (1 − decay)·(values − mean): an exponential moving average; `scratch` as in `sgd`.
+
+    Of t values after a start at 0, mean/(1 − decay^t) is without the start's share (Kingma and Ba 2015, section 3).
+    """
     xp = namespace(mean)
     for update, _, μ, θ in _blocks(scratch, mean, values):
         xp.subtract(θ, μ, out=update)

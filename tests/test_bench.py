@@ -19,7 +19,8 @@ from distrib import mnist
 from distrib.comm import SingleControl
 from distrib.config import Config
 from distrib.failure import Watchdog
-from distrib.trainer import PHASES, Trainer
+from distrib.laps import PHASES
+from distrib.trainer import Trainer
 from distrib.world import World, connect
 from launch.bench_step import ours
 from launch.torch_bench import Worker
