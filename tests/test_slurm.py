@@ -23,6 +23,7 @@ from distrib.checkpoint import newest_valid
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
 FOLDER = Path("/tmp/distrib-slurm")
 SCRIPT = ROOT / "slurm" / "train.sh"
+CONTROL = [chr(code) for code in range(32) if chr(code) not in "\n\0"]  # mpirun itself leaves some NULs
 WITHIN = 50  # seconds for a job to come where a test wants it
 DEAD_WITHIN = 10  # seconds from the death of a rank to the end of its job
 
@@ -134,6 +135,7 @@ def test_two_nodes(whole: Job) -> None:
     assert (result["world_size"], result["steps"]) == (2, 200)
     assert "2 rank(s) on node1, node2, 1 BLAS thread(s) each" in whole.log
     assert (whole.run_dir / f"slurm-{whole.number}.log").read_text() == whole.log
+    assert not set(whole.log) & set(CONTROL), "a log file is no terminal"
 
 
 def test_one_node_as_it_is(tmp_path: Path) -> None:
@@ -161,6 +163,7 @@ def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path,
     assert 5 <= state["steps"] < 200
     assert job.end() == ("COMPLETED", "0:0"), job.log
     assert f"going on from step-{state['steps']:08d}" in job.log
+    assert not set(job.log) & set(CONTROL)
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
     assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
 
