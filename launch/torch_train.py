@@ -1,8 +1,7 @@
 """The same training run in PyTorch, in one process: `python -m launch.torch_train --run-dir R`, with the options of distrib.train.
 
-Its folder is that of a run of ours (config.json, metrics.jsonl, logits.safetensors, summary.json), but for the checkpoint,
-`torch.pt`; so reports and comparisons read both. The data order is ours, the initial weights PyTorch's. It is taken up again
-where it was stopped. PyTorch is optional.
+Its folder is that of a run of ours, checkpoints too, so reports and comparisons read both. The data order is ours, the initial
+weights PyTorch's. It is taken up again where it was stopped. PyTorch is optional.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import typer
 
 from distrib import sampler
-from distrib.checkpoint import Checkpoint
+from distrib.checkpoint import Checkpoint, save_checkpoint
 from distrib.command import run_app, with_options
 from distrib.config import Config, build
 from distrib.console import Screen
@@ -32,28 +31,33 @@ PLAIN = {name: getattr(Config(), name) for name in ("loss", "batch_norm", "shift
 
 
 class TorchRun:
-    """One run: the PyTorch side, where it stands, and its folder."""
+    """One run: the PyTorch side, where it stands, and its folder; `saved`, where it goes on from."""
 
-    def __init__(self, config: Config, run: Run) -> None:
+    def __init__(self, config: Config, run: Run, saved: Checkpoint | None) -> None:
         import torch
 
         self.torch, self.config, self.run = torch, config, run
         self.side = TorchSide(config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-        self.path = run.path / "torch.pt"
-        self.at: dict[str, float] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0}
+        self.at: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0}
         self.per_epoch = sampler.steps_per_epoch(len(self.side.images), config.batch_size)
-        if self.path.exists():
-            saved = torch.load(self.path)
-            self.side.model.load_state_dict(saved["model"])
-            self.side.optimizer.load_state_dict(saved["optimizer"])
-            self.at = saved["at"]
+        self.names = [name for name, _ in self.side.model.named_parameters()]  # in the optimizer's order
+        if saved:
+            self.at = saved.position
+            self.side.model.load_state_dict({name: torch.tensor(array) for name, array in saved.model.items()})
+            state: dict[int, dict[str, Any]] = {}
+            for key, array in saved.optimizer.items():
+                moment, name = key.split("/", 1)
+                state.setdefault(self.names.index(name), {})[moment] = torch.tensor(array)
+            self.side.optimizer.load_state_dict({**self.side.optimizer.state_dict(), "state": state})
 
     def save(self) -> None:
-        """Write torch.pt, whole or not at all."""
-        state = {"model": self.side.model.state_dict(), "optimizer": self.side.optimizer.state_dict(), "at": self.at}
-        temporary = self.path.with_suffix(".tmp")
-        self.torch.save(state, temporary)
-        temporary.replace(self.path)
+        """Write a checkpoint, whole or not at all."""
+        c, side = self.config, self.side
+        model = {name: tensor.cpu().contiguous().numpy() for name, tensor in side.model.state_dict().items()}
+        moments = {f"{moment}/{self.names[i]}": tensor.cpu().contiguous().numpy() for i, state in side.optimizer.state_dict()["state"].items()
+                   for moment, tensor in state.items() if tensor is not None}  # fmt: skip
+        about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
+        save_checkpoint(self.run.checkpoints, int(self.at["step"]), dict(sorted(model.items())), about, moments, self.at, c.keep)
 
     def fit(self, stop: deque[int], screen: Screen) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a signal came into `stop`."""
@@ -125,10 +129,10 @@ def train(config: Config) -> int:
         signal.signal(number, lambda number, _: stop.append(number))
     screen = Screen(active=True)
     with Run(Path(config.run_dir)) as run:
-        run.open(config)
-        mine = TorchRun(config, run)
+        saved = run.open(config)
+        mine = TorchRun(config, run, saved)
         environment = {"torch": mine.torch.__version__, "machine": machine(), "threads": mine.torch.get_num_threads()}
-        run.prepare(config, Checkpoint(mine.path, {}, {}, {}, {"step": mine.at["step"]}), environment)
+        run.prepare(config, saved, environment)
         try:
             summary = mine.fit(stop, screen)
         finally:
