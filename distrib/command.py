@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 import time
 from typing import Annotated, Any
@@ -81,6 +82,9 @@ def parse(arguments: list[str]) -> Config:
 
 def run_app(app: typer.Typer) -> int:
     """Run a typer application; a UserError becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets "?" for what it cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
         return int(code or 0)

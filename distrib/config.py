@@ -161,8 +161,9 @@ class Config:
         found = []
         for name, value in asdict(self).items():
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
-            if not free and name in stored and stored[name] != value:
-                found.append(f"--{name.replace('_', '-')} {value} (the run has {stored[name]})")
+            held = stored.get(name, getattr(Config(), name))  # an older version's run has what came later at its default
+            if not free and held != value:
+                found.append(f"--{name.replace('_', '-')} {value} (the run has {held})")
         return found
 
 

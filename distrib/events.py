@@ -7,6 +7,7 @@ of which three fields are used. A library for it would import PyTorch wherever t
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,14 @@ def _field(number: int, data: bytes) -> bytes:
     return bytes([number << 3 | 2]) + _varint(len(data)) + data
 
 
+def _float(value: float) -> bytes:
+    """In float32, which a loss in float64 may exceed."""
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return struct.pack("<f", math.copysign(math.inf, value))
+
+
 def head(time: float) -> bytes:
     """The record that a file starts with."""
     return record(b"\x09" + struct.pack("<d", time) + _field(3, b"brain.Event:2"))
@@ -61,7 +70,7 @@ def scalars(line: Mapping[str, Any]) -> bytes:
     """The record of a line of metrics.jsonl: its numbers, as train/NAME of a step or epoch/NAME of an epoch."""
     group = "train" if "loss" in line else "epoch"
     values = b"".join(
-        _field(1, _field(1, f"{group}/{name}".encode()) + b"\x15" + struct.pack("<f", value))
+        _field(1, _field(1, f"{group}/{name}".encode()) + b"\x15" + _float(value))
         for name, value in line.items()
         if name not in ("time", "step") and value is not None
     )

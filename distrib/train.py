@@ -236,7 +236,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
                 run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
                 run.finish(summary)
         report(screen, summary, run)
-        world.watchdog.ask(lambda board: board.publish(now=True, state="finished"))
+        world.watchdog.ask(lambda board: board.publish(now=True, step=trainer.at.step, state="finished"))
         trainer.close()
     world.watchdog.board = None
     return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0

@@ -81,7 +81,7 @@ def kernels(
     Kernels are timed alone, one after another, with warm caches; in the step weight gradients run beside the rest, so
     that their sum may exceed it. Example: distrib bench kernels --batch-size 8
     """
-    refuse_launcher("kernels")
+    refuse_launcher("distrib bench kernels")
     if precision == "float64":
         raise UserError("--precision float64: its steps are no graphs: use float32, tf32 or bf16")
     options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision, "limit_test": 1}

@@ -234,7 +234,7 @@ def ops(
         raise UserError(f"--against {against}: choose torch, or leave it out")
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: give 1 or more")
-    refuse_launcher("ops")
+    refuse_launcher("distrib bench ops")
     build({"batch_size": batch_size, "width": width})  # refuses what no run could have
     if torch := against == "torch":
         require_torch("--against torch")

@@ -81,7 +81,7 @@ def run(
         raise UserError(f"--against {against}: choose torch, or leave it out")
     if min(ranks, repeats) < 1:
         raise UserError("--ranks and --repeats: give 1 or more")
-    refuse_launcher("run")
+    refuse_launcher("distrib bench run")
     config = parse(context.args)
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):

@@ -39,6 +39,8 @@ def save(
     """
     if min(batch_size, every, repeats) < 1:
         raise UserError("--batch-size, --every and --repeats: give 1 or more")
+    if not folder.is_dir():
+        raise UserError(f"--folder {folder}: no such folder: make it, or give another")
     config = build({"batch_size": batch_size, "width": width, "limit_test": 1})
     world = connect(timeout=600)
     with world.agree():

@@ -73,7 +73,7 @@ def child_environment(threads: int) -> dict[str, str]:
 def refuse_launcher(command: str) -> None:
     """UserError where mpirun or srun started more than one rank of a command that is one process."""
     if launched_ranks() > 1:
-        raise UserError(f"distrib bench {command} is one process: start it without mpirun or srun")
+        raise UserError(f"{command} is one process: start it without mpirun or srun")
 
 
 def peak_bytes() -> int:

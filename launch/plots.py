@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import distrib
+from distrib.checkpoint import write_atomically
 from distrib.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +70,24 @@ def svg(made: Figure, title: str) -> str:
     text = text[text.index("<svg") :]
     head, rest = text.split(">", 1)
     return f'{head} role="img"><title>{html.escape(title)}</title>{rest}'
+
+
+def plain(name: str) -> str:
+    """A name for a legend: no mathematics, nothing that cannot be shown."""
+    return shown(name).replace("$", r"\$")
+
+
+def shown(name: str) -> str:
+    """A name, of a folder say, with what cannot be shown replaced."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def write(path: Path, text: str) -> None:
+    """The page `text` at `path`, whole or not at all."""
+    try:
+        write_atomically(path, text.encode(errors="replace"))
+    except UserError as error:  # whose remedy is a run's
+        raise UserError(f"{str(error).partition(':')[0]}: cannot be written: give another --out") from None
 
 
 def save(made: Figure, path: Path) -> None:

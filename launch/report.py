@@ -14,10 +14,10 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
-from distrib.checkpoint import write_atomically
 from distrib.console import on_terminal
 from distrib.errors import UserError
-from launch.plots import figure, render, save, svg
+from distrib.predict import probabilities
+from launch.plots import figure, plain, render, save, shown, svg, write
 from launch.runs import RunData, logits_of_test_images, read_run, smooth
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 WORST = 24
 """Wrongly classified digits that a page shows of each run."""
+
+UNLIKE = ("label_smoothing", "shift", "rotate", "average")
+"""Options with which training and test loss are not of the same kind."""
 
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.2f} %"), "test loss": ("test_loss", "{:.4f}"), "training accuracy": ("train_accuracy", "{:.2f} %"),
@@ -38,6 +41,7 @@ SUMMARY = {
 class Digits:
     """What a run's model says of the test images."""
 
+    step: int  # after which
     confusion: np.ndarray  # (10, 10): images of digit i that were taken for j
     worst: list[dict[str, Any]]  # the surest mistakes first: index, label, said, probability, picture
 
@@ -47,25 +51,21 @@ class Digits:
         return [(digit, int(row.sum()), 100 * row[digit] / max(1, row.sum())) for digit, row in enumerate(self.confusion)]
 
 
-def digits(run: RunData) -> Digits | None:
-    """Confusion matrix and mistakes of the run's last checkpoint; None where it has none."""
-    found = logits_of_test_images(run)
-    if found is None:
-        return None
-    logits, data = found
+def digits(run: RunData) -> Digits | str:
+    """Confusion matrix and mistakes of the run's last checkpoint; why not, where it has none or its data is gone."""
+    try:
+        logits, data, step = logits_of_test_images(run)
+    except UserError as error:
+        return str(error)
     labels, said = data.test_labels, logits.argmax(1)
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (labels, said), 1)
-    wide = logits.astype("float64")
-    if run.config["loss"] == "bce":
-        probability = 1 / (1 + np.exp(-wide.max(1)))
-    else:
-        probability = 1 / np.exp(wide - wide.max(1, keepdims=True)).sum(1)
+    probability = probabilities(logits.astype("float64"), run.config["loss"]).max(1)
     wrong = np.flatnonzero(said != labels)
     surest = wrong[np.argsort(-probability[wrong], kind="stable")][:WORST]
     worst = [{"index": int(i), "label": int(labels[i]), "said": int(said[i]), "probability": 100 * float(probability[i]),
               "picture": _picture(data.test_images[i])} for i in surest]  # fmt: skip
-    return Digits(confusion, worst)
+    return Digits(step, confusion, worst)
 
 
 def _picture(image: np.ndarray) -> str:
@@ -78,7 +78,7 @@ def _picture(image: np.ndarray) -> str:
 def _loss(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
         epochs, values = run.curve("loss")
-        (line,) = ax.plot(epochs, smooth(values), label=run.name)
+        (line,) = ax.plot(epochs, smooth(values), label=plain(run.name))
         if len(runs) == 1:
             ax.plot(epochs, np.maximum(values, 1e-7), color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
         epochs, values = run.by_epoch("test_loss")
@@ -90,28 +90,28 @@ def _loss(ax: Axes, runs: list[RunData]) -> None:
 def _accuracy(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
         epochs, values = run.by_epoch("test_accuracy")
-        (line,) = ax.plot(epochs, values, "-o", markersize=4, label=run.name)
+        (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=plain(run.name))
         epochs, values = run.by_epoch("train_accuracy")
-        ax.plot(epochs, values, ":", color=line.get_color())
-    ax.set(title="Accuracy, % (solid: test; dotted: training)", xlabel="epoch")
+        ax.plot(epochs, values, marker=".", linestyle=line.get_linestyle(), color=line.get_color(), alpha=0.4, linewidth=0.9)
+    ax.set(title="Accuracy, % (strong: test; pale: training)", xlabel="epoch")
 
 
 def _rate(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
-        ax.plot(*run.curve("lr"), label=run.name)
+        ax.plot(*run.curve("lr"))
     ax.set(title="Learning rate", xlabel="epoch")
     ax.set_ylim(bottom=0)
 
 
 def _throughput(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
-        ax.plot(*run.curve("images_per_second"), label=run.name)
+        ax.plot(*run.curve("images_per_second"))
     ax.set(title="Images/s", xlabel="epoch")
     ax.set_ylim(bottom=0)
 
 
 def _time(ax: Axes, runs: list[RunData]) -> None:
-    timed = [(run.name, parts) for run in runs if (parts := run.parts_ms())]
+    timed = [(plain(run.name), parts) for run in runs if (parts := run.parts_ms())]
     left = np.zeros(len(timed))
     for part in ("compute", "communication", "data"):
         width = np.array([parts[part] for _, parts in timed])
@@ -119,7 +119,8 @@ def _time(ax: Axes, runs: list[RunData]) -> None:
         left += width
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.45))
+    made: Any = ax.get_figure()
+    made.legend(ncols=3, loc="outside lower center")
     ax.set(title="Where a step's time goes, ms (the first rank's clock)")
 
 
@@ -137,7 +138,7 @@ def draw(runs: list[RunData], use: Callable[[Any, str, str], None]) -> None:
         height = max(2.2, 1.2 + 0.3 * len(runs)) if name == "time" else 3.0
         with figure(6.0, height) as (made, (ax,)):
             plot(ax, runs)
-            if len(runs) > 1 and name == "loss":
+            if len(runs) > 1 and name in ("loss", "accuracy"):
                 ax.legend(fontsize=7, ncols=2)
             use(made, name, title)
 
@@ -145,15 +146,16 @@ def draw(runs: list[RunData], use: Callable[[Any, str, str], None]) -> None:
 def rows(runs: list[RunData], part: Callable[[RunData], dict[str, Any]], differing: bool) -> list[tuple[str, list[str]]]:
     """(name, value of each run), all of them or only those that differ between runs."""
     names = list(dict.fromkeys(name for run in runs for name in part(run)))
-    found = [(name, [str(part(run).get(name, "–")) for run in runs]) for name in names]
+    found = [(name, ["–" if (value := part(run).get(name)) is None else str(value) for run in runs]) for name in names]
     return [row for row in found if not differing or len(set(row[1])) > 1]
 
 
 def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) -> str:
     """The whole page, self-contained."""
 
-    def shown(run: RunData, field: str, form: str) -> str:
-        value = run.summary.get(field, run.last.get(field))
+    def figure_of(run: RunData, field: str, form: str) -> str:
+        value = run.summary.get(field)
+        value = run.last.get(field) if value is None else value
         return "–" if value is None else form.format(value)
 
     plots: list[str] = []
@@ -164,9 +166,10 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
         details.append((run, digits(run)))
     return render("report.html.j2",
         runs=runs, plots=plots, details=details,
-        summary=[(label, [shown(run, *what) for run in runs]) for label, what in SUMMARY.items()],
+        summary=[(label, [figure_of(run, *what) for run in runs]) for label, what in SUMMARY.items()],
         parts=[(run.name, run.parts_ms()) for run in runs],
         config=rows(runs, lambda run: run.config, differing=False),
+        unlike=[run.name for run in runs if any(run.config[name] for name in UNLIKE)],
         differences=rows(runs, lambda run: {k: v for k, v in run.config.items() if k != "run_dir"}, differing=True),
         environment=rows(runs, lambda run: run.environment, differing=False),
     )  # fmt: skip
@@ -194,7 +197,7 @@ def report(
     names = [run.name for run in runs]
     for run in runs:  # of runs in folders of one name, the whole path tells
         if names.count(run.name) > 1:
-            run.name = str(run.path)
+            run.name = shown(str(run.path))
     home = runs[0].path if len(runs) == 1 else Path()
     if png:
         folder = out or home / "plots"
@@ -205,5 +208,5 @@ def report(
         task = bar.add_task("looking at digits", total=len(runs))
         text = page(runs, lambda name: bar.update(task, advance=1, description=f"looking at digits of {name}"))
     path = out or home / "report.html"
-    write_atomically(path, text.encode())
+    write(path, text)
     print(f"{path}: {len(runs)} run(s), {len(text) / 1e6:.1f} MB")

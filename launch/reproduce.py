@@ -1,6 +1,6 @@
 """`distrib reproduce`: all that the reference reports, run here, in one report beside its own figures.
 
-The reference is a CuPy implementation of the same network (see README); its figures are those of single runs on an
+The reference is a CuPy and NumPy implementation of the same network; its figures are those of single runs on an
 H800 GPU, its NumPy one with loops on an 11th-generation i9. Each run has a folder, named after its options: what is there
 is not run again, what was stopped is gone on with.
 """
@@ -31,7 +31,7 @@ from distrib.errors import EXIT_REQUEUE, UserError
 from launch.bench_run import mpirun
 from launch.doctor import devices
 from launch.measure import child_environment, machine, refuse_launcher, require_torch
-from launch.plots import figure, render, save, svg
+from launch.plots import figure, render, save, svg, write
 from launch.runs import RunData, read_run, smooth
 
 PARTS = ("accuracy", "ablation", "curves", "time")
@@ -152,6 +152,7 @@ def execute(job: Job, show: Callable[[int], None]) -> None:
     log = job.folder.with_suffix(".log")
     threads = all_threads() if job.row.torch else 1
     with open(log, "ab") as file:
+        earlier = file.tell()
         child = subprocess.Popen(job.command, stdout=file, stderr=subprocess.STDOUT, env=child_environment(threads),
                                  stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         try:
@@ -166,17 +167,22 @@ def execute(job: Job, show: Callable[[int], None]) -> None:
                 child.kill()
             raise
     if child.returncode:
-        words = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("distrib")]
+        said = log.read_bytes()[earlier:].decode(errors="replace")
+        words = [line for line in said.splitlines() if line.startswith("distrib")]
         raise UserError(f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'}; see {log};"
                         " the same command goes on once the cause is gone")  # fmt: skip
 
 
-def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) -> dict[str, Any]:
+def times_path(settings: Settings, out: Path) -> Path:
+    """Where the times of this machine are kept."""
+    return out / f"time-{key([settings.width, settings.ranks, all_threads(), machine(), bool(devices())])}.json"
+
+
+def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) -> None:
     """Images/s of each way to train at batch 8, by `distrib bench step`; kept in OUT, and measured once."""
-    threads = all_threads()
-    path = out / f"time-{key([settings.width, settings.ranks, threads, machine(), bool(devices())])}.json"
+    threads, path = all_threads(), times_path(settings, out)
     if path.exists():
-        return dict(json.loads(path.read_text()))
+        return
     common = ["bench", "step", "--batch-size", str(BATCH), "--width", str(settings.width), "--json"]
     ways: dict[str, tuple[list[str], list[str], int]] = {
         "plain loop": ([], ["--against", "loop", "--steps", "1", "--repeats", "3"], threads),
@@ -208,7 +214,6 @@ def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) ->
         start = f"mpirun -n {settings.ranks} " if launcher else f"OMP_NUM_THREADS={count} "
         found["commands"][way] = f"{start}distrib {' '.join([*common[:-1], *options, *backend])}"
     write_atomically(path, json.dumps(found, indent=2).encode())
-    return found
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
@@ -230,12 +235,12 @@ def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
             runs = [read_run(job.folder) for job in jobs(part, stored[part], out) if job.row.name == row.name and job.finished()]
             test = spread([run.summary["test_accuracy"] for run in runs])
             train = spread([run.summary["train_accuracy"] for run in runs])
-            rows.append((row.label, [train, test, row.train, row.test] if part == "accuracy" else [test, row.test]))
+            rows.append((row.label, [train, test, f"{row.train:.2f}", f"{row.test:.2f}"] if part == "accuracy" else [test, f"{row.test:.2f}"]))
         heads = ["training", "test", "reference: training", "reference: test"] if part == "accuracy" else ["here", "reference"]
         note = stored[part].say() + ("; training: while it was trained on, over the last epoch" if part == "accuracy" else "")
         found.append({"title": title, "note": note, "heads": heads, "rows": rows})
-    if "time" in stored:
-        found.append(time_table(stored["time"], measure_times(stored["time"], out, lambda _: None)))
+    if "time" in stored and (path := times_path(stored["time"], out)).exists():
+        found.append(time_table(stored["time"], json.loads(path.read_text())))
     return found
 
 
@@ -288,8 +293,8 @@ def write_report(stored: dict[str, Settings], out: Path) -> None:
         text += [f"### {table['title']}", "", *(f"| {' | '.join('–' if v is None else str(v) for v in line)} |" for line in lines),
                  "", table["note"] + ".", ""]  # fmt: skip
     text += [f"### {title}\n\n![training loss](curves.png)\n" for title, _ in plots]
-    write_atomically(out / "report.md", "\n".join(text).encode())
-    write_atomically(out / "report.html", render("reproduce.html.j2", tables=found, plots=plots, machine=machine()).encode())
+    write(out / "report.md", "\n".join(text))
+    write(out / "report.html", render("reproduce.html.j2", tables=found, plots=plots, machine=machine()))
 
 
 def reproduce(
@@ -311,7 +316,7 @@ def reproduce(
 
     Example: distrib reproduce --only ablation --epochs 1 --limit-train 10000
     """
-    refuse_launcher("reproduce")
+    refuse_launcher("distrib reproduce")
     if only not in (None, *PARTS):
         raise UserError(f"--only {only}: choose one of {', '.join(PARTS)}")
     if min(seeds, ranks or 1) < 1:
@@ -344,6 +349,8 @@ def work(parts: list[str], settings: Settings, out: Path) -> int:
     todo: dict[Path, Job] = {job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
                    disable=not on_terminal())  # fmt: skip
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the run must not go on alone
+        signal.signal(ending, signal.default_int_handler)
     try:
         with bar:
             for number, job in enumerate(todo.values(), 1):

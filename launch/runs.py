@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from distrib import mnist
+from distrib.config import Config
 from distrib.errors import UserError
-from distrib.evaluate import HOST_BATCH, infer
+from distrib.evaluate import HOST_BATCH
 from distrib.predict import load
+from distrib.predict import logits as logits_of
+from launch.plots import shown
 
 POINTS = 600
 """Most points of a curve: more are averaged, as no screen shows them."""
@@ -56,7 +61,8 @@ class RunData:
         """Of the first whole epoch; before its end, by the options."""
         if self.epochs:
             return float(self.epochs[0]["step"] / self.epochs[0]["epoch"])
-        return float(-(-(self.config["limit_train"] or mnist.TRAINING_IMAGES) // self.config["batch_size"]))
+        images = self.config["limit_train"] or training_images(self.config["data"]) or mnist.TRAINING_IMAGES
+        return float(-(-images // self.config["batch_size"]))
 
     @property
     def last(self) -> dict[str, Any]:
@@ -66,10 +72,14 @@ class RunData:
 
     def parts_ms(self) -> dict[str, float] | None:
         """Milliseconds of a step that go to compute, communication and data; None where a GPU's graph hides them."""
-        names = ("compute", "communication", "data")
-        sums = [sum(line.get(f"{name}_seconds") or 0.0 for line in self.steps) for name in names]
-        timed = [line["step"] for line in self.steps if line.get("compute_seconds") is not None]
-        return {name: 1e3 * total / max(timed) for name, total in zip(names, sums, strict=True)} if timed else None
+        names, steps = ("compute", "communication", "data"), 0
+        sums = dict.fromkeys(names, 0.0)
+        for before, line in zip([{"step": 0}, *self.steps], self.steps, strict=False):
+            if line.get("compute_seconds") is not None:
+                steps += line["step"] - before["step"]
+                for name in names:
+                    sums[name] += line[f"{name}_seconds"]
+        return {name: 1e3 * total / steps for name, total in sums.items()} if steps else None
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -95,7 +105,7 @@ def read_run(path: Path) -> RunData:
             except ValueError:  # the last line of a run that is going on, or was killed
                 continue
     summary = _json(path / "summary.json") if (path / "summary.json").exists() else {}
-    return RunData(path, path.resolve().name, config, environment, [line for line in lines if "loss" in line],
+    return RunData(path, shown(path.resolve().name), {**asdict(Config()), **config}, environment, [line for line in lines if "loss" in line],
                    [line for line in lines if "loss" not in line], summary)  # fmt: skip
 
 
@@ -109,23 +119,28 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def logits_of_test_images(run: RunData) -> tuple[np.ndarray, mnist.Dataset] | None:
-    """(logits (images, 10), data) of the test images after the run's last step, or at its newest checkpoint.
+def training_images(data: str | None) -> int | None:
+    """Images of the training set by the head of its file; None where it cannot be read."""
+    for path in (Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}" for ending in (".gz", "")):
+        with suppress(OSError, EOFError), (gzip.open if path.suffix else open)(path, "rb") as file:
+            return int.from_bytes(file.read(8)[4:], "big") or None
+    return None
 
-    None where the run has no checkpoint yet. The first are read from logits.safetensors, the second computed.
+
+def logits_of_test_images(run: RunData) -> tuple[np.ndarray, mnist.Dataset, int]:
+    """(logits (images, 10), data, step) of the test images after the run's last step, or at its newest checkpoint.
+
+    The first are read from logits.safetensors, the second computed. UserError where the run has no checkpoint yet, or
+    its data cannot be had.
     """
     data = mnist.load(run.config["data"], 1, run.config["limit_test"])
     try:
         with safe_open(run.path / "logits.safetensors", framework="numpy") as file:
             logits, step = file.get_tensor("logits"), int(file.metadata()["step"])
         if logits.shape == (len(data.test_images), 10) and step == run.summary.get("steps"):
-            return logits, data
+            return logits, data, step
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         pass  # a run that goes on, or was stopped
-    try:
-        model = load(run.path).model
-    except UserError:
-        return None
-    found = [np.array(infer(model, data.test_images, data.test_labels, start, min(start + HOST_BATCH, len(data.test_images)))[0])
-             for start in range(0, len(data.test_images), HOST_BATCH)]  # fmt: skip
-    return np.concatenate(found), data
+    model, images = load(run.path).model, data.test_images
+    found = [logits_of(model, images, start, min(start + HOST_BATCH, len(images))) for start in range(0, len(images), HOST_BATCH)]
+    return np.concatenate(found), data, model.batches_tracked

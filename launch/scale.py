@@ -172,8 +172,8 @@ def publish(r: dict[str, Any], out: Path, png: bool) -> str:
         drawn.append(plots.svg(made, title))
         if png:
             plots.save(made, out / f"{name}.png")
-    (out / "scale.html").write_text(plots.render("scale.html.j2", r=r, tables=tables, drawn=drawn))
-    (out / "scale.json").write_text(json.dumps(r, indent=2))
+    plots.write(out / "scale.html", plots.render("scale.html.j2", r=r, tables=tables, drawn=drawn))
+    plots.write(out / "scale.json", json.dumps(r, indent=2))
     for title, rows in tables.items():
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["", title, *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from distrib import sampler
+from distrib.board import Board
 from distrib.checkpoint import Checkpoint, save_checkpoint
 from distrib.command import run_app, with_options
 from distrib.config import Config, build
@@ -38,7 +39,9 @@ class TorchRun:
 
         self.torch, self.config, self.run = torch, config, run
         self.side = TorchSide(config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-        self.at: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0}
+        # of this epoch so far: loss_sum, correct, images; of the whole run: seconds, those of training alone, trained images
+        self.at: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0, "train_seconds": 0.0,
+                                   "trained": 0, "last_epoch": {}}  # fmt: skip
         self.per_epoch = sampler.steps_per_epoch(len(self.side.images), config.batch_size)
         self.names = [name for name, _ in self.side.model.named_parameters()]  # in the optimizer's order
         if saved:
@@ -57,53 +60,64 @@ class TorchRun:
         moments = {f"{moment}/{self.names[i]}": tensor.cpu().contiguous().numpy() for i, state in side.optimizer.state_dict()["state"].items()
                    for moment, tensor in state.items() if tensor is not None}  # fmt: skip
         about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
-        save_checkpoint(self.run.checkpoints, int(self.at["step"]), dict(sorted(model.items())), about, moments, self.at, c.keep)
+        save_checkpoint(self.run.checkpoints, self.at["step"], dict(sorted(model.items())), about, moments, self.at, c.keep)
 
     def fit(self, stop: deque[int], screen: Screen) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a signal came into `stop`."""
         config, side, at = self.config, self.side, self.at
-        steps, begin, logged = self.per_epoch * config.epochs, time.perf_counter(), time.perf_counter()
-        before, last = at["seconds"], int(at["step"])
-        screen.start(steps, last, config.epochs)
-        result: dict[str, Any] = {}
-        while at["step"] < steps:
-            epoch, first = divmod(int(at["step"]), self.per_epoch)
+        steps, begin, before = self.per_epoch * config.epochs, time.perf_counter(), at["seconds"]
+        screen.start(steps, at["step"], config.epochs)
+        board = Board(self.run.path, 0, 1)  # for those who watch
+        while True:
+            epoch, first = divmod(at["step"], self.per_epoch)
+            if at["images"] and first == 0:  # it may have been stopped just before
+                at["last_epoch"] = self.close_epoch(epoch - 1, screen)
+                at["seconds"] = before + time.perf_counter() - begin
+                self.save()
+            if at["step"] == steps:
+                break
             side.model.train()
+            logged, images = time.perf_counter(), 0
             for indices in side.order(epoch).split(config.batch_size)[first:]:
                 for group in side.optimizer.param_groups:
-                    group["lr"] = config.rate(int(at["step"]), self.per_epoch)
+                    group["lr"] = config.rate(at["step"], self.per_epoch)
                 loss, logits = side.batch(indices)
                 correct = int((logits.argmax(1) == side.labels[indices]).sum())
-                at["step"], at["images"] = at["step"] + 1, at["images"] + len(indices)
-                at["loss_sum"], at["correct"] = at["loss_sum"] + float(loss) * len(indices), at["correct"] + correct
-                if at["step"] % config.log_every == 0 or at["step"] % self.per_epoch == 0:
-                    now = time.perf_counter()
-                    rate = (at["step"] - last) * config.batch_size / (now - logged)
-                    logged, last = now, int(at["step"])
-                    self.run.log({"step": last, "epoch": epoch + 1, "lr": group["lr"], "images_per_second": rate,
-                                  "loss": float(loss), "accuracy": 100 * correct / len(indices)})  # fmt: skip
-                    screen.progress(last, epoch, float(loss), rate) if screen.due() else None
-                at["seconds"] = before + time.perf_counter() - begin
-                if stop or at["step"] % config.checkpoint_every == 0:
-                    self.save()
+                for name, more in (("step", 1), ("images", len(indices)), ("loss_sum", float(loss) * len(indices)), ("correct", correct)):
+                    at[name] += more
+                images += len(indices)
+                saves = bool(stop) or at["step"] % config.checkpoint_every == 0
+                logs = at["step"] % config.log_every == 0 or at["step"] % self.per_epoch == 0
+                if saves or logs:
+                    seconds = time.perf_counter() - logged
+                    at["train_seconds"], at["trained"] = at["train_seconds"] + seconds, at["trained"] + images
+                    line = {"step": at["step"], "epoch": epoch + 1, "lr": group["lr"], "images_per_second": images / seconds,
+                            "loss": float(loss), "accuracy": 100 * correct / len(indices)}  # fmt: skip
+                    if logs:
+                        self.run.log(line)
+                    screen.progress(at["step"], epoch, float(loss), images / seconds) if screen.due() else None
+                    board.publish(step=at["step"], doing="computing")
+                    at["seconds"] = before + time.perf_counter() - begin
+                    if saves:
+                        self.save()
+                    logged, images = time.perf_counter(), 0
                 if stop:
+                    board.publish(now=True, step=at["step"], state="finished")
                     return None
-            result = self.close_epoch(epoch, screen)
-            at["seconds"] = before + time.perf_counter() - begin
-            self.save()
-        side.model.eval()
-        result = result or self.test()
-        return {"finished": True, **result, "epochs": config.epochs, "steps": int(at["step"]), "world_size": 1,
+        if not hasattr(self, "logits"):  # it ended between its last checkpoint and its result
+            self.test()
+        board.publish(now=True, step=at["step"], state="finished")
+        return {"finished": True, **at["last_epoch"], "epochs": config.epochs, "steps": at["step"], "world_size": 1,
                 "backend": f"PyTorch {self.torch.__version__}", "communicator": "none", "wall_seconds": at["seconds"],
                 "parameters": sum(p.numel() for p in side.model.parameters()),
-                "images_per_second": steps * config.batch_size / at["seconds"]}  # fmt: skip
+                "images_per_second": at["trained"] / at["train_seconds"]}  # fmt: skip
 
     def close_epoch(self, epoch: int, screen: Screen) -> dict[str, Any]:
         """Evaluate, write the epoch's line, reset the running sums."""
         at = self.at
         result = {"train_loss": at["loss_sum"] / at["images"], "train_accuracy": 100 * at["correct"] / at["images"], **self.test()}
         at["loss_sum"], at["correct"], at["images"] = 0.0, 0.0, 0
-        self.run.log({"step": int(at["step"]), "epoch": epoch + 1, **result})
+        self.run.log({"step": at["step"], "epoch": epoch + 1, **result})
         screen.say(f"epoch {epoch + 1}/{self.config.epochs}: train accuracy {result['train_accuracy']:.2f} %;"
                    f" test accuracy {result['test_accuracy']:.2f} %")  # fmt: skip
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import math
 import os
@@ -22,10 +21,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distrib import board, mnist
+from distrib import board
 from distrib.board import SILENT, TOLD_TO_STOP, Word
 from distrib.console import PLAIN_SECONDS, Lines, on_terminal
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
+from launch.runs import training_images
 
 KEPT, AVERAGED, SHOWN_EPOCHS, SHOWN_RANKS = 60, 20, 6, 16
 """Logged steps of the sparkline and of the running accuracy; epochs and ranks with a line of their own."""
@@ -150,14 +150,6 @@ def verdict_of(summary: dict[str, Any], max_steps: int | None) -> tuple[int, str
     text = (f"{state} at step {steps}: {test}{summary.get('wall_seconds') or 0:.1f} s,"
             f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size')} rank(s)")  # fmt: skip
     return (0 if finished or asked else EXIT_REQUEUE), text
-
-
-def training_images(data: str | None) -> int | None:
-    """Images of the training set by the head of its file; None where it cannot be read."""
-    for path in (Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}" for ending in (".gz", "")):
-        with contextlib.suppress(OSError, EOFError), (gzip.open if path.suffix else open)(path, "rb") as file:
-            return int.from_bytes(file.read(8)[4:], "big") or None
-    return None
 
 
 def sparkline(values: Iterable[float]) -> str:

@@ -130,6 +130,14 @@ def test_differences_name_the_option_and_both_values(name: str) -> None:
     assert found == [f"--{name.replace('_', '-')} {OTHER[name]} (the run has {stored[name]})"]
 
 
+def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
+    stored = dataclasses.asdict(build({}))
+    for name in ("shift", "rotate", "average"):
+        del stored[name]
+    assert build({}).differences(stored) == []
+    assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]
+
+
 def test_differences_of_momentum() -> None:
     sgd = build({"optimizer": "sgd", "momentum": 0.5})
     other = build({"optimizer": "sgd", "momentum": 0.9, "nesterov": True})

@@ -53,6 +53,12 @@ def test_the_check_value_of_crc32c() -> None:
     assert (crc << 15 | crc >> 17) & 0xFFFFFFFF == 0xE3069283  # RFC 3720, appendix B.4, of the same polynomial
 
 
+def test_a_loss_beyond_float32_is_infinite(tmp_path: Path) -> None:
+    path = tmp_path / "events.out.tfevents.1.here"
+    path.write_bytes(events.head(1.0) + events.scalars({"time": 1.0, "step": 1, "loss": -1e300}))
+    assert read(tmp_path) == {("train/loss", 1): (1.0, -np.inf)}
+
+
 def test_null_is_left_out_and_large_steps_fit(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     path = tmp_path / "events.out.tfevents.1.here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, environment, metrics, run, summary
+from test_failures import left_running
 from test_torch_parity import import_torch
 
 from launch import reproduce
@@ -117,6 +119,30 @@ def test_settings_and_seeds_make_other_runs_and_ranks_do_not(tmp_path: Path) -> 
     assert len(names(seeds=3)) == 9
 
 
+def test_a_report_alone_runs_nothing(whole: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole, tmp_path / "out")
+    next(copy.glob("time-*.json")).unlink()
+    next(copy.glob("runs/avgpool-sgd-*/summary.json")).unlink()
+    call(copy, "--report")
+    text = (copy / "report.md").read_text()
+    assert "| variant 1: average pooling (SGD) | – | 99.46 |" in text
+    assert "Seconds of training" not in text
+    assert not list(copy.glob("time-*.json"))
+
+
+def test_terminated_it_stops_its_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), "--only", "ablation", "--limit-train", "800",
+               "--width", "0.0625", "--ranks", "2"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("runs/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 85
+    assert not left_running(tmp_path)
+
+
 def test_numbers() -> None:
     assert spread([99.5]) == "99.50"
     assert spread([99.0, 99.5, 99.1]) == "99.20 (99.00–99.50)"
@@ -142,7 +168,7 @@ def torch_run(folder: Path, *arguments: object, check: bool = True) -> subproces
 
 
 def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
-    """A signal after step 4 of 14, and another after the first epoch; the rest is the run that was never stopped."""
+    """Signals after step 4 of 14, with the last batch of the first epoch, in the second, and with the very last batch."""
     import_torch()
     torch_run(tmp_path / "whole")
     script = """
@@ -157,7 +183,7 @@ def batch(self, indices, train=True):
 torch_bench.TorchSide.batch = batch
 runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
 """
-    for stop in ("4", "5"):
+    for stop in ("4", "3", "2", "5"):
         done = run("-c", script, "--run-dir", tmp_path / "parts", *TORCH, env={"STOP_AT": stop}, check=False)
         assert done.returncode == 85, done.stderr
     torch_run(tmp_path / "parts")
