@@ -310,7 +310,7 @@ def reproduce(
 ) -> None:  # fmt: skip
     """All that the reference reports: accuracies, the ablation, loss curves, the table of times, beside its figures.
 
-    With the reference's settings that takes a day on two cores, and some minutes on a GPU. It can be stopped (Ctrl-C) and taken up
+    With the reference's settings that is six runs, each most of an hour on two cores. It can be stopped (Ctrl-C) and taken up
     again by the same command, and run in parts; the report, OUT/report.html and OUT/report.md, holds the parts that were run, each
     with the settings it was last asked for with.
 
