@@ -193,11 +193,15 @@ said() { tail -n "+$((${earlier:-0} + 1))" "$log" 2>/dev/null | grep -aE "$1"; }
 last=$(said '^distrib: ' | tail -n 1)
 lost=''
 case $code in
-    0) # launchers say so, too, when they have lost a node
-        [ "$(result)" = "$earlier_result" ] || exit 0
+    0) # launchers say so, too, when they have lost a node, or after a stop
         case " $* " in *" --help "*) exit 0 ;; esac
-        [ -n "$cancelled" ] || lost='the launcher ended without a result of the run'
-        code=1 ;;
+        code=1
+        if [ "$(result)" != "$earlier_result" ]; then
+            [ -n "$stopping$cancelled" ] && ! grep -qs '"finished": true' "$run_dir/summary.json" || exit 0
+            [ -n "$cancelled" ] || code=85
+        elif [ -z "$cancelled" ]; then
+            lost='the launcher ended without a result of the run'
+        fi ;;
     2)
         if [[ $last == *" holds a finished run: "* ]]; then
             say "job $job: $run_dir holds a finished run: nothing to do"
