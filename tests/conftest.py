@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
 LIMIT = 300  # seconds; no test may hang
 NOT_STARTED = "The PMIx server's listener thread failed to start"
-"""What mpirun says, once in a thousand starts, before it has started anything: it meets what a killed one left in /tmp."""
+"""What mpirun says, once in a thousand starts, before it has started anything."""
 
 MPI_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
