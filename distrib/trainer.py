@@ -194,6 +194,9 @@ class Trainer:
 
         The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or by `share`.
         """
+        if not self.averages:
+            yield
+            return
         share = share or 1 - self.config.average**self.optimizer.steps or 1.0
         kept = [values.copy() for _, values in self.averages]
         for mean, values in self.averages if self.optimizer.steps else ():

@@ -16,7 +16,7 @@ from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.mnist import SIDE
 from distrib.predict import Loaded, load, logits
-from launch.plots import require
+from launch.plots import require, write
 from nn.functional import EPS
 from nn.layers import ConvBN
 from nn.resnet9 import CLASSES
@@ -171,14 +171,6 @@ def require_place(out: Path, checkpoint: Path) -> None:
         raise UserError(f"{out}: is a folder: give a file's name")
     if out.exists() and (out.samefile(checkpoint) or ckpt.state_path(out).exists()):
         raise UserError(f"{out}: is a checkpoint: give another place")
-
-
-def write(out: Path, data: bytes) -> None:
-    """`out` holds all of `data`, or what it held before."""
-    try:
-        ckpt.write_atomically(out, data)
-    except UserError as error:  # whose remedy is a run's
-        raise UserError(f"{str(error).partition(';')[0]}; nothing was written") from None
 
 
 def export(

@@ -82,12 +82,12 @@ def shown(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
-def write(path: Path, text: str) -> None:
-    """The page `text` at `path`, whole or not at all."""
+def write(path: Path, content: str | bytes) -> None:
+    """`path` holds all of a result, or what it held before."""
     try:
-        write_atomically(path, text.encode(errors="replace"))
+        write_atomically(path, content.encode(errors="replace") if isinstance(content, str) else content)
     except UserError as error:  # whose remedy is a run's
-        raise UserError(f"{str(error).partition(':')[0]}: cannot be written: give another --out") from None
+        raise UserError(f"{str(error).partition(';')[0]}; nothing was written") from None
 
 
 def save(made: Figure, path: Path) -> None:

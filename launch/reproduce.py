@@ -142,7 +142,7 @@ def jobs(part: str, settings: Settings, out: Path) -> list[Job]:
             folder = out / "runs" / f"{row.name}-seed{seed}-{key([row.torch, options])}"
             launcher = [mpirun(), "-n", str(settings.ranks)] if settings.ranks > 1 and not row.torch else []
             module = "launch.torch_train" if row.torch else "distrib.train"
-            found.append(Job(row, settings, seed, folder, [*launcher, sys.executable, "-m", module, "--run-dir", str(folder), *options]))
+            found.append(Job(row, settings, seed, folder, [*launcher, sys.executable, "-m", module, "--run-dir", str(folder), "--log-every", "10", *options]))
     return found
 
 
@@ -310,7 +310,7 @@ def reproduce(
 ) -> None:  # fmt: skip
     """All that the reference reports: accuracies, the ablation, loss curves, the table of times, beside its figures.
 
-    With the reference's settings that is six runs, each most of an hour on two cores. It can be stopped (Ctrl-C) and taken up
+    With the reference's settings that is six runs, each more than half an hour on two cores. It can be stopped (Ctrl-C) and taken up
     again by the same command, and run in parts; the report, OUT/report.html and OUT/report.md, holds the parts that were run, each
     with the settings it was last asked for with.
 
@@ -346,15 +346,15 @@ def reproduce(
 
 def work(parts: list[str], settings: Settings, out: Path) -> int:
     """Run what is missing; returns the exit code."""
-    todo: dict[Path, Job] = {job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)}
+    every: dict[Path, Job] = {job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
                    disable=not on_terminal())  # fmt: skip
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the run must not go on alone
         signal.signal(ending, signal.default_int_handler)
     try:
         with bar:
-            for number, job in enumerate(todo.values(), 1):
-                name = f"{number}/{len(todo)} {job.row.name}, seed {job.seed}"
+            for number, job in enumerate(every.values(), 1):
+                name = f"{number}/{len(every)} {job.row.name}, seed {job.seed}"
                 if job.finished():
                     bar.console.print(f"{name}: there already") if bar.disable else None
                     continue

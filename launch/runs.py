@@ -83,8 +83,8 @@ class RunData:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and its neighbours, a thirtieth of all on either side."""
-    reach = len(values) // 30
+    """The mean of each value and its neighbours, a thirtieth of all on either side, one at least."""
+    reach = max(1, len(values) // 30)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))

@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -126,6 +127,16 @@ class TorchSide:
             loss.item()
         return loss.detach(), logits.detach()
 
+    def epoch(self, number: int, done: int = 0) -> Iterator[tuple[Any, Any, Any, float]]:
+        """The steps of an epoch (from 0) but the first `done`, each when it is done: indices, loss, logits, learning rate."""
+        per_epoch = sampler.steps_per_epoch(len(self.images), self.config.batch_size)
+        self.model.train()
+        for step, indices in enumerate(self.order(number).split(self.config.batch_size)[done:], done):
+            lr = self.config.rate(number * per_epoch + step, per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            yield indices, *self.batch(indices), lr
+
     def warm_up(self) -> None:
         """What our side too does before the clock starts: compile, choose algorithms, capture; then put all back."""
         weights, state = copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
@@ -190,17 +201,13 @@ def serve_steps(side: TorchSide, steps: int, evaluate: bool) -> None:
 
 def train(side: TorchSide) -> dict[str, float]:
     """A whole run: seconds from the first step to the end of the last evaluation, accuracy."""
-    config, accuracy = side.config, 0.0
-    per_epoch = sampler.steps_per_epoch(len(side.images), config.batch_size)
+    accuracy = 0.0
     if side.gpu:
         side.warm_up()
     begin = time.perf_counter()
-    for epoch in range(config.epochs):
-        side.model.train()
-        for step, indices in enumerate(side.order(epoch).split(config.batch_size)):
-            for group in side.optimizer.param_groups:
-                group["lr"] = config.rate(epoch * per_epoch + step, per_epoch)
-            side.batch(indices)
+    for epoch in range(side.config.epochs):
+        for _ in side.epoch(epoch):
+            pass
         accuracy = side.accuracy()
     return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy, "test_images": len(side.test)}
 

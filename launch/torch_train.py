@@ -76,12 +76,8 @@ class TorchRun:
                 self.save()
             if at["step"] == steps:
                 break
-            side.model.train()
             logged, images = time.perf_counter(), 0
-            for indices in side.order(epoch).split(config.batch_size)[first:]:
-                for group in side.optimizer.param_groups:
-                    group["lr"] = config.rate(at["step"], self.per_epoch)
-                loss, logits = side.batch(indices)
+            for indices, loss, logits, lr in side.epoch(epoch, first):
                 correct = int((logits.argmax(1) == side.labels[indices]).sum())
                 for name, more in (("step", 1), ("images", len(indices)), ("loss_sum", float(loss) * len(indices)), ("correct", correct)):
                     at[name] += more
@@ -91,7 +87,7 @@ class TorchRun:
                 if saves or logs:
                     seconds = time.perf_counter() - logged
                     at["train_seconds"], at["trained"] = at["train_seconds"] + seconds, at["trained"] + images
-                    line = {"step": at["step"], "epoch": epoch + 1, "lr": group["lr"], "images_per_second": images / seconds,
+                    line = {"step": at["step"], "epoch": epoch + 1, "lr": lr, "images_per_second": images / seconds,
                             "loss": float(loss), "accuracy": 100 * correct / len(indices)}  # fmt: skip
                     if logs:
                         self.run.log(line)

@@ -7,16 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+
+from distrib.command import run_app
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
 LIMIT = 300  # seconds; no test may hang
 NOT_STARTED = "The PMIx server's listener thread failed to start"
-"""What mpirun says, once in a thousand starts, before it has started anything."""
+"""What mpirun said once before it had started anything."""
 
 MPI_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -47,6 +51,26 @@ def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, c
     return done
 
 
+def before_each_step(code: str) -> str:
+    """A program that trains, and does `code`, one statement in which `self` is the Trainer, before each step."""
+    return f"""
+import os, signal, sys, time
+from distrib import train
+plain = train.Trainer.step
+def step(self):
+    {code}
+    plain(self)
+train.Trainer.step = step
+from distrib.command import main
+sys.exit(main())
+"""
+
+
+def at(rank: int, step: int, code: str) -> str:
+    """`before_each_step`, on one rank and before one step (from 0) only."""
+    return before_each_step(f"if self.world.rank == {rank} and self.at.step == {step}: {code}")
+
+
 def train(folder: Path, *arguments: object, ranks: int = 1, check: bool = True,
           env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """`python -m distrib.train --run-dir FOLDER …`, on `ranks` ranks."""
@@ -71,6 +95,20 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     data = head + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Call a command's function as the command line does, within this process: (exit code, standard output, standard error)."""
+
+    def call(function: Callable[..., None], *arguments: object) -> tuple[int, str, str]:
+        app = typer.Typer(add_completion=False)
+        app.command()(function)
+        monkeypatch.setattr(sys, "argv", [function.__name__, *map(str, arguments)])
+        code = run_app(app)
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

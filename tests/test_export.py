@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from conftest import train
 from safetensors import safe_open
 
 from distrib import __version__, mnist
 from distrib import checkpoint as ckpt
-from distrib.command import run_app
 from distrib.predict import Loaded, load, logits
 from launch import export as module
 from launch.export import TOLERANCE, export
@@ -44,17 +42,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call `export` as the command line does; (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(export)
-        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-        code = run_app(app)
-        return code, *capsys.readouterr()
-
-    return run
+def call(command_line):
+    return partial(command_line, export)
 
 
 def pixels() -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, run, summary, train
+from conftest import ROOT, at, environment, run, summary, train
 
 from distrib import checkpoint as ckpt
 from distrib.board import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
@@ -27,19 +27,6 @@ ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
 TIMEOUT = 6
 OPTIONS = ("--epochs", 1, "--batch-size", 16, "--limit-train", 320, "--limit-test", 20, "--width", 0.0625, "--log-every", 5,
            "--checkpoint-every", 4, "--check-every", 3, "--timeout", TIMEOUT)  # fmt: skip
-
-SCRIPT = """
-import os, signal, sys, time
-from distrib import train, trainer
-plain = train.Trainer.step
-def step(self):
-    if self.world.rank == RANK and self.at.step == STEP:
-        FAULT
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
 
 FAULTS = {  # name: (what happens in the rank, words of the verdict, seconds until the end)
     "raises": ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted", 5),
@@ -72,7 +59,7 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     ranks, dice = 4, random.Random(f"{fault} {round_}")
     rank, step = dice.randrange(ranks), dice.randrange(6, 18)
     folder = tmp_path / "run"
-    script = SCRIPT.replace("RANK", str(rank)).replace("STEP", str(step)).replace("FAULT", what)
+    script = at(rank, step, what)
     begin = time.monotonic()
     done = run("-c", script, "--run-dir", folder, *OPTIONS, ranks=ranks, check=False)
     took = time.monotonic() - begin
@@ -100,7 +87,7 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
 
 
 def test_the_verdict_is_the_last_line_of_the_program(tmp_path: Path) -> None:
-    script = SCRIPT.replace("RANK", "1").replace("STEP", "7").replace("FAULT", "raise ValueError('planted')")
+    script = at(1, 7, "raise ValueError('planted')")
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
     own = [text for text in done.stderr.splitlines() if text.startswith("distrib:")]
     assert own[-1].startswith(f"distrib: rank 1 on {os.uname().nodename} failed at step")
@@ -108,7 +95,7 @@ def test_the_verdict_is_the_last_line_of_the_program(tmp_path: Path) -> None:
 
 
 def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
-    script = SCRIPT.replace("RANK", "0").replace("STEP", "7").replace("FAULT", "raise ValueError('planted')")
+    script = at(0, 7, "raise ValueError('planted')")
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, check=False)
     assert "ValueError: planted" in done.stderr
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["cause"] == "ValueError: planted"
@@ -131,8 +118,7 @@ sys.exit(main())
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     """A signal to one rank that waits for another is heard while it waits, and all stop after the same step."""
-    script = SCRIPT.replace("RANK", "1").replace("STEP", "9").replace("FAULT", (
-        f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(6); open({str(tmp_path / 'woken')!r}, 'w')"))
+    script = at(1, 9, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(6); open({str(tmp_path / 'woken')!r}, 'w')")
     folder = tmp_path / "run"
     mpirun = Path(sys.executable).with_name("mpirun")
     process = subprocess.Popen([str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
@@ -191,7 +177,7 @@ sys.exit(main())
 def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: Path) -> None:
     """Neither is a failure, and none is written down."""
     folder = tmp_path / "run"
-    slow = SCRIPT.replace("RANK", "0").replace("STEP", "8").replace("FAULT", "time.sleep(8)")
+    slow = at(0, 8, "time.sleep(8)")
     process = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(folder), *map(str, OPTIONS)], cwd=ROOT,
                                env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 60

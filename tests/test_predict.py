@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from conftest import write_idx
 from PIL import Image
 
 from distrib import checkpoint as ckpt
 from distrib import mnist
-from distrib.command import run_app
 from distrib.predict import probabilities
 from launch import predict as module
 from launch.predict import SHADES, bars, drawing, line, predict
@@ -39,17 +37,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call `predict` as the command line does; (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(predict)
-        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-        code = run_app(app)
-        return code, *capsys.readouterr()
-
-    return run
+def call(command_line):
+    return partial(command_line, predict)
 
 
 def plain(text: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import losses, run, summary, train
+from conftest import at, losses, run, summary, train
 from safetensors.numpy import load_file
 
 SAME = ("--epochs", 2, "--batch-size", 26, "--limit-train", 1042, "--limit-test", 103, "--width", 0.125,
@@ -97,18 +97,7 @@ def test_local_batch_norm_with_a_rank_without_images(tmp_path: Path) -> None:
 
 
 def test_a_crash_of_one_rank_ends_the_job(tmp_path: Path) -> None:
-    script = """
-import os, sys
-from distrib import train
-plain = train.Trainer.step
-def step(self):
-    if self.world.rank == 1 and self.at.step == 3:
-        raise ZeroDivisionError("planted")
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
+    script = at(1, 3, "raise ZeroDivisionError('planted')")
     done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, ranks=2, check=False)
     assert done.returncode not in (0, 2, 85)
     assert "rank 1 on" in done.stderr
@@ -116,18 +105,7 @@ sys.exit(main())
 
 
 def test_a_silent_rank_ends_the_job(tmp_path: Path) -> None:
-    script = """
-import sys, time
-from distrib import train
-plain = train.Trainer.step
-def step(self):
-    if self.world.rank == 1 and self.at.step == 3:
-        time.sleep(3600)
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
+    script = at(1, 3, "time.sleep(3600)")
     done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, "--timeout", 3, ranks=2, check=False)
     assert done.returncode not in (0, 2, 85)
     assert "rank 0 on" in done.stderr

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, run, summary, train
+from conftest import ROOT, at, before_each_step, environment, metrics, run, summary, train
 
 BASE = ("--epochs", 2, "--batch-size", 32, "--limit-train", 200, "--limit-test", 50, "--width", 0.125,
         "--log-every", 2, "--schedule", "cosine", "--warmup-epochs", 0.5)  # fmt: skip
@@ -95,19 +95,7 @@ def test_more_epochs_of_a_finished_run(tmp_path: Path) -> None:
 def test_a_signal_stops_with_a_checkpoint_and_85(whole: tuple[Path, tuple], tmp_path: Path, number: int) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "distrib.train", "--run-dir", str(folder), *map(str, whole[1])]
-    script = f"""
-import sys, time
-from distrib import train
-plain = train.Trainer.step
-def step(self):
-    if self.at.step == 4:
-        open({str(tmp_path / "ready")!r}, "w")
-        time.sleep(2)
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
+    script = at(0, 4, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(2)")
     process = subprocess.Popen([sys.executable, "-c", script, *command[3:]], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
@@ -124,18 +112,7 @@ sys.exit(main())
 
 def test_killed_without_a_word(whole: tuple[Path, tuple], tmp_path: Path) -> None:
     """SIGKILL between checkpoints: the run goes on from the last one and ends alike."""
-    script = """
-import os, signal, sys
-from distrib import train
-plain = train.Trainer.step
-def step(self):
-    if self.at.step == 11:
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
+    script = at(0, 11, "os.kill(os.getpid(), signal.SIGKILL)")
     folder = tmp_path / "run"
     command = [sys.executable, "-c", script, "--run-dir", str(folder), *map(str, whole[1]), "--checkpoint-every", "3"]
     assert subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
@@ -160,17 +137,7 @@ sys.exit(main())
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     """Neither one that was given twice, nor the new one of two that start in the same second."""
-    slow = """
-import sys, time
-from distrib import train
-plain = train.Trainer.step
-def step(self):
-    time.sleep(0.2)
-    plain(self)
-train.Trainer.step = step
-from distrib.command import main
-sys.exit(main())
-"""
+    slow = before_each_step("time.sleep(0.2)")
     first = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(tmp_path / "run"), *map(str, BASE)], cwd=ROOT,
                              env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 60

@@ -6,13 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import ROOT
 
-from distrib.command import run_app
 from launch.submit import script_path, submit
 
 SCRIPT = str(ROOT / "slurm" / "train.sh")
@@ -20,17 +19,8 @@ CLUSTER = ["--nodes", "2", "--gpus-per-node", "4", "--time", "2:00:00", "--parti
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call `submit` as the command line does; (exit code, standard output, standard error)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(submit)
-        monkeypatch.setattr(sys, "argv", ["submit", *arguments])
-        code = run_app(app)
-        return code, *capsys.readouterr()
-
-    return run
+def call(command_line):
+    return partial(command_line, submit)
 
 
 @pytest.fixture

@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 from conftest import ROOT, environment
 
 from distrib import board
-from distrib.command import run_app
 from launch import watch as module
 from launch.watch import Follower, sparkline, view, watch
 
@@ -30,15 +28,11 @@ PROGRAM = "import sys, typer\nfrom distrib.command import run_app\nfrom launch.w
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call `watch` as the command line does; (exit code, standard output, standard error)."""
+def call(command_line):
+    """`watch` by `command_line`; never a control character."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(watch)
-        monkeypatch.setattr(sys, "argv", ["watch", *map(str, arguments)])
-        code = run_app(app)
-        out, err = capsys.readouterr()
+        code, out, err = command_line(watch, *arguments)
         assert all(letter.isprintable() or letter == "\n" for letter in out + err)
         return code, out, err
 
