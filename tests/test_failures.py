@@ -81,6 +81,14 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     assert newest is not None
     assert not problems
     assert newest.position["step"] <= step
+    if fault in ("stopped", "stalls"):  # a watchdog fired: its rank's last collectives are written down
+        last = [json.loads(path.read_text()) for path in (folder / "ranks").glob("*-collectives.json")]
+        assert last
+        for each in last:
+            numbers = [int(text.split(":")[0]) for text in each]
+            assert len(numbers) == 64
+            assert numbers == list(range(numbers[0], numbers[0] + 64)), "each collective, in order"
+            assert each[-1].endswith(f", step {step + 1}")
     again = train(folder, *OPTIONS, ranks=ranks)
     assert "finished" in again.stdout
     assert not (folder / "failure.json").exists(), "a run that went on and ended well tells of no failure"
@@ -101,19 +109,43 @@ def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["cause"] == "ValueError: planted"
 
 
-def test_other_code_on_a_rank_is_refused(tmp_path: Path) -> None:
-    script = """
+UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
+    "code": ("guard.code_digest = lambda: 'another'", "runs other code than rank 0: install the same version everywhere"),
+    "data": ("plain = mnist.load; mnist.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
+             "reads other data than rank 0: give all the same files"),
+    "steps": ("plain = Trainer.__init__; Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
+              "buckets for 7 steps, rank 0 float32"),
+    "buckets": ("made = reducer.Reducer.__init__; made.__defaults__ = (*made.__defaults__[:-1], 5000)", "start all ranks alike"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_a_rank_that_is_unlike_is_refused(tmp_path: Path, what: str) -> None:
+    how, words = UNLIKE[what]
+    script = f"""
 import os, sys
-from distrib import guard
+from dataclasses import replace
+from distrib import guard, mnist, reducer
+from distrib.trainer import Trainer
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    guard.code_digest = lambda: "another"
+    {how}
 from distrib.command import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
-    assert done.returncode == 2
-    assert "rank 1 on" in done.stderr
-    assert "runs other code than rank 0" in done.stderr
+    assert done.returncode == 2, done.stderr
+    own = [text for text in done.stderr.splitlines() if text.startswith("distrib: ")]
+    assert len(own) == 1
+    assert own[0].startswith(f"distrib: error: rank 1 on {os.uname().nodename} ")
+    assert words in own[0]
+
+
+def test_singletons_are_recognised(tmp_path: Path) -> None:
+    """srun started two ranks, but MPI knows nothing of it: each would train alone, into one folder."""
+    done = train(tmp_path / "run", *OPTIONS, check=False, env={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "2 ranks were started but MPI sees 1 in each" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
