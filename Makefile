@@ -43,6 +43,7 @@ test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; P
 	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)
 
 lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -66,7 +66,9 @@ class Board:
 
     def fail(self, cause: str, rank: int, step: int) -> str:
         """Say that `rank`, this one or another, failed; returns the verdict as a line."""
-        self.publish(now=True, step=step, state=f"{FAILED}{cause}" if rank == self.word.rank else self.word.state)
+        self.publish(
+            now=True, step=step, state=f"{FAILED}{cause}" if rank == self.word.rank else self.word.state
+        )
         found = [replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank]
         return conclude(self.folder, found[0] if found else self.word, cause)
 
@@ -88,7 +90,9 @@ class Board:
         """The verdict on a rank of this host whose process is gone without a word, if there is one."""
         for word in read(self.folder):
             if word.host == self.word.host and word.running and gone(word.pid):
-                return conclude(self.folder, word, "its process is gone without a word: killed, or out of memory")
+                return conclude(
+                    self.folder, word, "its process is gone without a word: killed, or out of memory"
+                )
         return None
 
 
@@ -102,7 +106,9 @@ def read(folder: Path) -> list[Word]:
     return words
 
 
-def suspect(words: list[Word], silent: set[int], size: int, witness: Word, otherwise: str) -> tuple[Word, str]:
+def suspect(
+    words: list[Word], silent: set[int], size: int, witness: Word, otherwise: str
+) -> tuple[Word, str]:
     """(rank, cause) by what the ranks said last, and which of them say nothing new."""
     heard = {word.rank for word in words}
     for word in words:
@@ -114,7 +120,9 @@ def suspect(words: list[Word], silent: set[int], size: int, witness: Word, other
         return word, f"not a word for {time.time() - word.time:.0f} s: stopped, killed, or its host is gone"
     missing = sorted(set(range(size)) - heard)
     if missing and len({word.host for word in words}) > 1:  # else the folder is not shared between hosts
-        return Word(missing[0], "an unknown host", 0), "never said a word: it did not start, or cannot write to the run's folder"
+        return Word(
+            missing[0], "an unknown host", 0
+        ), "never said a word: it did not start, or cannot write to the run's folder"
     behind = min(running, key=lambda word: (word.step, word.collectives, word.rank), default=witness)
     if (behind.step, behind.collectives) < (witness.step, witness.collectives) or behind.doing == "computing":
         return behind, f"behind the others, {behind.doing} at step {behind.step}"
@@ -123,7 +131,14 @@ def suspect(words: list[Word], silent: set[int], size: int, witness: Word, other
 
 def conclude(folder: Path, word: Word, cause: str) -> str:
     """Write failure.json unless there is one; returns the verdict that stands, as a line."""
-    verdict = {"rank": word.rank, "host": word.host, "pid": word.pid, "step": word.step, "cause": cause, "time": time.time()}
+    verdict = {
+        "rank": word.rank,
+        "host": word.host,
+        "pid": word.pid,
+        "step": word.step,
+        "cause": cause,
+        "time": time.time(),
+    }
     path = folder / "failure.json"
     temporary = path.with_name(f".failure-{word.host}-{os.getpid()}.tmp")
     try:

@@ -78,9 +78,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: Tensors, about: dict[str, Any], optimizer: Tensors,
-    position: dict[str, Any], keep: int,
-) -> Path:  # fmt: skip
+    folder: Path,
+    step: int,
+    model: Tensors,
+    about: dict[str, Any],
+    optimizer: Tensors,
+    position: dict[str, Any],
+    keep: int,
+) -> Path:
     """Save one checkpoint, then remove all but the newest `keep`. Refuses non-finite numbers."""
     for name, tensor in (*model.items(), *optimizer.items()):
         if not np.isfinite(tensor).all():
@@ -89,12 +94,17 @@ def save_checkpoint(
     about_text, position_text = json.dumps(about), json.dumps(position)
     model_bytes = save(model, {"format": "pt", "about": about_text, "checksum": _checksum(model, about_text)})
     model_sha = hashlib.sha256(model_bytes).hexdigest()
-    state = {"position": position_text, "model_sha256": model_sha,
-             "checksum": _checksum(optimizer, position_text + model_sha)}  # fmt: skip
+    state = {
+        "position": position_text,
+        "model_sha256": model_sha,
+        "checksum": _checksum(optimizer, position_text + model_sha),
+    }
     write_atomically(state_path(path), save(optimizer, state))
     write_atomically(path, model_bytes)
     paths = list_checkpoints(folder)
-    kept = [each for each in paths if each.name <= path.name][:keep]  # a later one is of a course that was left
+    kept = [each for each in paths if each.name <= path.name][
+        :keep
+    ]  # a later one is of a course that was left
     for old in set(paths) - set(kept):
         old.unlink(missing_ok=True)
     for orphan in folder.glob("step-*.state.safetensors"):  # a state without its model is of no use
@@ -140,7 +150,9 @@ class Saver:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Model files in `folder`, newest first, valid or not."""
-    paths = [path for path in folder.glob("step-*.safetensors") if not path.name.endswith(".state.safetensors")]
+    paths = [
+        path for path in folder.glob("step-*.safetensors") if not path.name.endswith(".state.safetensors")
+    ]
     return sorted(paths, reverse=True)
 
 
@@ -156,7 +168,9 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: truncated, damaged or no safetensors file ({error}): use another checkpoint") from None
+        raise UserError(
+            f"{path}: truncated, damaged or no safetensors file ({error}): use another checkpoint"
+        ) from None
 
 
 def load_model(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -178,7 +192,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if metadata["checksum"] != _checksum(optimizer, metadata["position"] + metadata["model_sha256"]):
         raise UserError(f"{state_path(path)}: damaged: its checksum does not match: use another checkpoint")
     if hashlib.sha256(path.read_bytes()).hexdigest() != metadata["model_sha256"]:
-        raise UserError(f"{path}: damaged: not the file that its state was saved with: use another checkpoint")
+        raise UserError(
+            f"{path}: damaged: not the file that its state was saved with: use another checkpoint"
+        )
     return Checkpoint(path, model, about, optimizer, json.loads(metadata["position"]))
 
 

@@ -36,7 +36,9 @@ def _number(flag: str, kind: type) -> Any:
         try:
             return kind(text)
         except ValueError:
-            raise UserError(f"{flag} {text}: give {'a whole number' if kind is int else 'a number'}") from None
+            raise UserError(
+                f"{flag} {text}: give {'a whole number' if kind is int else 'a number'}"
+            ) from None
 
     return parse
 

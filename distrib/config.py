@@ -28,28 +28,74 @@ CHOICES = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
-        "epochs": 1, "limit_train": 26000, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9,
-        "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.125,
+        "epochs": 1,
+        "limit_train": 26000,
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-3,
+        "label_smoothing": 0.1,
+        "schedule": "onecycle",
+        "width": 0.125,
         "log_every": 20,
     },
     "fast99": {
-        "epochs": 1, "limit_train": 30000, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "momentum": 0.9,
-        "nesterov": True, "weight_decay": 5e-3, "label_smoothing": 0.1, "schedule": "onecycle", "width": 0.25,
+        "epochs": 1,
+        "limit_train": 30000,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "lr": 0.2,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-3,
+        "label_smoothing": 0.1,
+        "schedule": "onecycle",
+        "width": 0.25,
     },
     "best": {
-        "epochs": 20, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "nesterov": True,
-        "weight_decay": 5e-4, "label_smoothing": 0.1, "schedule": "onecycle", "variant": "avgpool", "width": 0.5,
-        "shift": 2.0, "rotate": 10.0, "average": 0.998,
+        "epochs": 20,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "lr": 0.2,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.1,
+        "schedule": "onecycle",
+        "variant": "avgpool",
+        "width": 0.5,
+        "shift": 2.0,
+        "rotate": 10.0,
+        "average": 0.998,
     },
     "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
 
-OWNED = (("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")), ("loss", "ce", ("label_smoothing",)))
+OWNED = (
+    ("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")),
+    ("loss", "ce", ("label_smoothing",)),
+)
 """Options that a recipe's value makes no sense for once a person gives another `optimizer` or `loss`."""
 
-MAY_CHANGE = ("backend", "comm", "max_steps", "log_every", "checkpoint_every", "keep", "check_every", "run_dir", "resume",
-              "recipe", "timeout", "data", "cuda_graph", "batch_size_per_rank")  # fmt: skip
+MAY_CHANGE = (
+    "backend",
+    "comm",
+    "max_steps",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "check_every",
+    "run_dir",
+    "resume",
+    "recipe",
+    "timeout",
+    "data",
+    "cuda_graph",
+    "batch_size_per_rank",
+)
 """Fields that do not change what is computed, so that a resumed run may have others."""
 
 
@@ -73,9 +119,14 @@ class Config:
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
     loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
     label_smoothing: float = option(0.0, "Share of the target that is spread over all classes (ce only).")
-    shift: float = option(0.0, "Move each training image by up to so many pixels each way, anew in every epoch.")
+    shift: float = option(
+        0.0, "Move each training image by up to so many pixels each way, anew in every epoch."
+    )
     rotate: float = option(0.0, "Turn each training image by up to so many degrees, anew in every epoch.")
-    average: float = option(0.0, "Decay of a moving average of the weights, which is evaluated and saved; 0: the weights themselves.")
+    average: float = option(
+        0.0,
+        "Decay of a moving average of the weights, which is evaluated and saved; 0: the weights themselves.",
+    )
     variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
     width: float = option(1.0, "Multiplier of all channel counts.")
     batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
@@ -90,26 +141,51 @@ class Config:
     log_every: int = option(50, "Steps between lines of metrics.jsonl.")
     checkpoint_every: int = option(1000, "Steps between checkpoints; every epoch ends with one too.")
     keep: int = option(3, "Checkpoints to keep.")
-    check_every: int = option(500, "Steps between comparisons of the ranks' parameters, made at checkpoints too; 0: never.")
+    check_every: int = option(
+        500, "Steps between comparisons of the ranks' parameters, made at checkpoints too; 0: never."
+    )
     resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
     max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
-    recipe: str | None = option(None, "A named set of options: demo, fast99, best, reference or reference-sgd; others given win.")
-    gradients: str = option("float32", "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16; one rank sends none.")
+    recipe: str | None = option(
+        None, "A named set of options: demo, fast99, best, reference or reference-sgd; others given win."
+    )
+    gradients: str = option(
+        "float32",
+        "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16; one rank sends none.",
+    )
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
-        for name in ("epochs", "batch_size", "batch_size_per_rank", "limit_train", "limit_test", "log_every",
-                     "checkpoint_every", "keep", "max_steps"):  # fmt: skip
+        for name in (
+            "epochs",
+            "batch_size",
+            "batch_size_per_rank",
+            "limit_train",
+            "limit_test",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "max_steps",
+        ):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "give 1 or more")
         for name in ("lr", "width", "timeout"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "label_smoothing", "seed", "check_every", "shift", "rotate",
-                     "average"):  # fmt: skip
+        for name in (
+            "momentum",
+            "weight_decay",
+            "warmup_epochs",
+            "label_smoothing",
+            "seed",
+            "check_every",
+            "shift",
+            "rotate",
+            "average",
+        ):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
         for name in ("momentum", "label_smoothing", "average"):
@@ -118,12 +194,23 @@ class Config:
         self._require("rotate", self.rotate <= 180, "give 180 or less")
         self._require("momentum", not self.momentum or self.optimizer == "sgd", "is of --optimizer sgd only")
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
-        self._require("label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only")
-        self._require("gradients", self.gradients == "float32" or self.precision != "float64", "is not for --precision float64")
+        self._require(
+            "label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only"
+        )
+        self._require(
+            "gradients",
+            self.gradients == "float32" or self.precision != "float64",
+            "is not for --precision float64",
+        )
         self._require("width", self.width <= 64, "give 64 or less")
-        self._require("warmup_epochs", not self.warmup_epochs or self.schedule != "onecycle",
-                      "onecycle warms up by itself: leave it out")  # fmt: skip
-        self._require("warmup_epochs", self.warmup_epochs <= self.epochs, f"is longer than --epochs {self.epochs}")
+        self._require(
+            "warmup_epochs",
+            not self.warmup_epochs or self.schedule != "onecycle",
+            "onecycle warms up by itself: leave it out",
+        )
+        self._require(
+            "warmup_epochs", self.warmup_epochs <= self.epochs, f"is longer than --epochs {self.epochs}"
+        )
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
@@ -139,7 +226,9 @@ class Config:
         warmup = round(self.warmup_epochs * steps_per_epoch)
         return learning_rate(self.schedule, self.lr, step, steps_per_epoch * self.epochs, warmup)
 
-    def resolve(self, size: int, train_images: int, test_images: int, stored: dict[str, Any] | None = None) -> Config:
+    def resolve(
+        self, size: int, train_images: int, test_images: int, stored: dict[str, Any] | None = None
+    ) -> Config:
         """The global batch for `size` ranks and limits within the data; UserError where they do not fit.
 
         A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
@@ -152,8 +241,11 @@ class Config:
             same = stored is not None and stored.get("batch_size_per_rank") == self.batch_size_per_rank
             batch = stored["batch_size"] if stored and same else self.batch_size_per_rank * size
             config = replace(config, batch_size=batch)
-        config._require("batch_size", config.batch_size >= size, f"is below the number of ranks, {size}:"
-                        f" give {size} or more, or start fewer ranks")  # fmt: skip
+        config._require(
+            "batch_size",
+            config.batch_size >= size,
+            f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
+        )
         return config
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
@@ -161,7 +253,9 @@ class Config:
         found = []
         for name, value in asdict(self).items():
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
-            held = stored.get(name, getattr(Config(), name))  # an older version's run has what came later at its default
+            held = stored.get(
+                name, getattr(Config(), name)
+            )  # an older version's run has what came later at its default
             if not free and held != value:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {held})")
         return found
@@ -182,7 +276,9 @@ def build(given: dict[str, Any]) -> Config:
         filled.pop("nesterov", None)
     merged = {**filled, **given}
     if "batch_size" in given and "batch_size_per_rank" in given:
-        raise UserError(f"--batch-size-per-rank {given['batch_size_per_rank']}: give it or --batch-size, not both")
+        raise UserError(
+            f"--batch-size-per-rank {given['batch_size_per_rank']}: give it or --batch-size, not both"
+        )
     return Config(**merged)
 
 

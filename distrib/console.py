@@ -66,10 +66,16 @@ class Screen:
         if not (self._active and self._console.is_terminal):
             return
         self._bar = bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self._console, refresh_per_second=4,
-            redirect_stdout=False, redirect_stderr=False,  # a crash must reach the real stderr
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self._console,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,  # a crash must reach the real stderr
+        )
         self._task = bar.add_task(f"epoch 1/{epochs}", total=steps, completed=done, info="")
         bar.start()
 
@@ -85,7 +91,9 @@ class Screen:
         self._last_line = time.monotonic()
         info = f"loss {loss:.4f}  {images_per_second:.0f} images/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info)
+            self._bar.update(
+                self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info
+            )
             return
         rate = (time.monotonic() - self._begin) / max(1, step - self._first)
         left = timedelta(seconds=round(rate * (self._steps - step)))

@@ -30,7 +30,12 @@ def infer(model: ResNet9, images: Array, labels: Array, start: int, stop: int) -
 
 
 def evaluate(
-    model: ResNet9, images: Array, labels: Array, loss: str, comm: Communicator, keep: list[np.ndarray] | None = None
+    model: ResNet9,
+    images: Array,
+    labels: Array,
+    loss: str,
+    comm: Communicator,
+    keep: list[np.ndarray] | None = None,
 ) -> tuple[float, float]:
     """(mean loss, accuracy in percent) over all images, each rank taking a contiguous part.
 

@@ -74,4 +74,6 @@ def scalars(line: Mapping[str, Any]) -> bytes:
         for name, value in line.items()
         if name not in ("time", "step") and value is not None
     )
-    return record(b"\x09" + struct.pack("<d", line["time"]) + b"\x10" + _varint(line["step"]) + _field(5, values))
+    return record(
+        b"\x09" + struct.pack("<d", line["time"]) + b"\x10" + _varint(line["step"]) + _field(5, values)
+    )

@@ -46,7 +46,10 @@ class Watchdog:
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
-        for name, work in (("watchdog", self._run), ("board", self._speak)):  # a file system that hangs must not stop the clock
+        for name, work in (
+            ("watchdog", self._run),
+            ("board", self._speak),
+        ):  # a file system that hangs must not stop the clock
             threading.Thread(target=work, daemon=True, name=name).start()
 
     @contextmanager
@@ -98,8 +101,10 @@ class Watchdog:
             time.sleep(0.5)
             wait = self._wait
             if wait and time.monotonic() - wait[1] > wait[2]:
-                self._expire(f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
-                             " too slow; see its log, or raise --timeout")  # fmt: skip
+                self._expire(
+                    f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
+                    " too slow; see its log, or raise --timeout"
+                )
             with self._checking:
                 self._check()
 
@@ -108,8 +113,10 @@ class Watchdog:
             try:
                 check()
             except Exception as error:
-                self._expire(f"found at step {self.step}: {error}: another rank or a link has failed; see the logs"
-                             " of all ranks, with NCCL_DEBUG=INFO for NCCL's own")  # fmt: skip
+                self._expire(
+                    f"found at step {self.step}: {error}: another rank or a link has failed; see the logs"
+                    " of all ranks, with NCCL_DEBUG=INFO for NCCL's own"
+                )
 
     def _expire(self, what: str) -> None:
         print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)
@@ -136,8 +143,13 @@ def end_launcher(seconds: int) -> None:
     pid, name = parent()
     if name in LAUNCHERS:
         with suppress(OSError):
-            subprocess.Popen(["/bin/sh", "-c", f"sleep {seconds}; kill -9 {pid} 2>/dev/null"], start_new_session=True,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            subprocess.Popen(
+                ["/bin/sh", "-c", f"sleep {seconds}; kill -9 {pid} 2>/dev/null"],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
 
 
 def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
@@ -162,7 +174,9 @@ def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None])
     print(f"distrib: {line}", file=sys.stderr, flush=True)
     time.sleep(0.2)  # for the launcher to pass the line on
     end_launcher(LAUNCHER_GRACE)
-    faulthandler.dump_traceback_later(5, exit=True, file=2)  # where abort cannot reach the launcher: it lets no thread run
+    faulthandler.dump_traceback_later(
+        5, exit=True, file=2
+    )  # where abort cannot reach the launcher: it lets no thread run
     abort()
     os._exit(EXIT_CRASH)  # where there is nobody to abort
 

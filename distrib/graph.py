@@ -21,7 +21,9 @@ class Graphs:
     (see `distrib.warmup`), and a buffer must not move afterwards.
     """
 
-    def __init__(self, cuda: Any, generation: Callable[[], int], capturable: Callable[[], bool], alone: bool) -> None:
+    def __init__(
+        self, cuda: Any, generation: Callable[[], int], capturable: Callable[[], bool], alone: bool
+    ) -> None:
         self._cuda, self._generation, self.capturable, self._alone = cuda, generation, capturable, alone
         self._graphs: dict[Hashable, tuple[int, Any]] = {}
         self.replays = 0

@@ -22,24 +22,38 @@ def guard(world: World, config: Config, data: mnist.Dataset) -> None:
     for rank, other in enumerate(everyone):
         for name, value in other["options"].items():
             if value != everyone[0]["options"][name]:
-                raise UserError(f"rank {rank} was started with --{name.replace('_', '-')} {value}, rank 0 with"
-                                f" {everyone[0]['options'][name]}: start all ranks alike")  # fmt: skip
+                raise UserError(
+                    f"rank {rank} was started with --{name.replace('_', '-')} {value}, rank 0 with"
+                    f" {everyone[0]['options'][name]}: start all ranks alike"
+                )
         if other["code"] != everyone[0]["code"]:
-            raise UserError(f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version everywhere")
+            raise UserError(
+                f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version everywhere"
+            )
         if other["data"] != everyone[0]["data"]:
-            raise UserError(f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files")
+            raise UserError(
+                f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files"
+            )
 
 
 def guard_layout(trainer: Trainer) -> None:
     """UserError where what the ranks will send differs: buckets, dtypes, the number of steps."""
     params, buckets = trainer.params, trainer.reducer.buckets
-    mine = (str(params.dtype), params.wire.size, tuple((b.start, b.stop) for b in buckets), trainer.steps, trainer.limit)
+    mine = (
+        str(params.dtype),
+        params.wire.size,
+        tuple((b.start, b.stop) for b in buckets),
+        trainer.steps,
+        trainer.limit,
+    )
     everyone = trainer.world.allgather(mine, "the comparison of layouts")
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
-            raise UserError(f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets for"
-                            f" {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for {everyone[0][3]}:"
-                            " start all ranks alike")  # fmt: skip
+            raise UserError(
+                f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets for"
+                f" {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for {everyone[0][3]}:"
+                " start all ranks alike"
+            )
 
 
 def compare_replicas(trainer: Trainer) -> None:
@@ -55,6 +69,9 @@ def compare_replicas(trainer: Trainer) -> None:
         return
     rank = next(rank for rank, other in enumerate(everyone) if other != common)
     also = "" if count > len(everyone) / 2 else ", or rank 0's, as there is no majority"
-    raise Failure(rank, f"its parameters{also} differ from the other ranks' after step {trainer.at.step}: memory, a link or a"
-                        f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to go on from the last"
-                        " checkpoint, which all ranks agreed on")  # fmt: skip
+    raise Failure(
+        rank,
+        f"its parameters{also} differ from the other ranks' after step {trainer.at.step}: memory, a link or a"
+        f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to go on from the last"
+        " checkpoint, which all ranks agreed on",
+    )

@@ -63,14 +63,18 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     head = 4 + 4 * (magic & 0xFF)
     if len(data) < head or int.from_bytes(data[:4], "big") != magic:
         found = data[:4].hex() or "nothing"
-        raise UserError(f"{path}: starts with {found}, IDX {kind} start with {magic:08x}: give an IDX file of {kind}")
+        raise UserError(
+            f"{path}: starts with {found}, IDX {kind} start with {magic:08x}: give an IDX file of {kind}"
+        )
     shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, head, 4))
     if magic == IMAGES and shape[1:] != (SIDE, SIDE):
         raise UserError(f"{path}: images of {shape[1]}×{shape[2]}, the network takes {SIDE}×{SIDE}")
     expected = int(np.prod(shape, dtype=object))
     if len(data) - head != expected:
         state = "truncated" if len(data) - head < expected else "over-long"
-        raise UserError(f"{path}: {state}: {len(data) - head} bytes of {kind}, the header says {expected}: copy it again")
+        raise UserError(
+            f"{path}: {state}: {len(data) - head} bytes of {kind}, the header says {expected}: copy it again"
+        )
     array = np.frombuffer(data, np.uint8, offset=head).reshape(shape)
     if magic == LABELS and array.size and array.max() >= CLASSES:
         at = int(np.argmax(array >= CLASSES))
@@ -90,7 +94,9 @@ def _part(folder: Path, prefix: str, limit: int | None) -> tuple[np.ndarray, np.
     label_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(image_path, IMAGES), read_idx(label_path, LABELS)
     if len(images) != len(labels):
-        raise UserError(f"{image_path} has {len(images)} images, {label_path.name} {len(labels)} labels: they belong to different sets")  # fmt: skip
+        raise UserError(
+            f"{image_path} has {len(images)} images, {label_path.name} {len(labels)} labels: they belong to different sets"
+        )
     if not len(images):
         raise UserError(f"{image_path}: holds no images")
     return images[:limit], labels[:limit]
@@ -100,7 +106,9 @@ def load(folder: str | None = None, limit_train: int | None = None, limit_test: 
     """The four files in `folder` (default: the MNIST of the package), the first `limit` of each set."""
     path = SHIPPED if folder is None else Path(folder)
     if not path.is_dir():
-        raise UserError(f"--data {path}: no such folder; it should hold train-images-idx3-ubyte.gz and its three companions")  # fmt: skip
+        raise UserError(
+            f"--data {path}: no such folder; it should hold train-images-idx3-ubyte.gz and its three companions"
+        )
     return Dataset(
         "MNIST (in the package)" if path == SHIPPED else str(path),
         *_part(path, "train", limit_train),

@@ -43,8 +43,16 @@ class NcclCommunicator:
 
     name, captures = "nccl", True
 
-    def __init__(self, control: Any, cuda: Any, nccl: Any, device: int, watchdog: Watchdog,
-                 new_zero: Callable[[], Array], branch: Branch | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        control: Any,
+        cuda: Any,
+        nccl: Any,
+        device: int,
+        watchdog: Watchdog,
+        new_zero: Callable[[], Array],
+        branch: Branch | None = None,
+    ) -> None:
         """Join `control`'s ranks (mpi4py) into one NCCL communicator.
 
         In this order: the watchdog is armed, the device is chosen (NCCL binds to the current one), rank 0

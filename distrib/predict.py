@@ -47,7 +47,9 @@ def load(path: Path) -> Loaded:
     if path.is_dir():
         candidates = ckpt.list_checkpoints(path / "checkpoints") or ckpt.list_checkpoints(path)
         if not candidates:
-            raise UserError(f"{path}: holds no checkpoint (step-….safetensors): give a run's folder or a checkpoint")
+            raise UserError(
+                f"{path}: holds no checkpoint (step-….safetensors): give a run's folder or a checkpoint"
+            )
         found, problems = ckpt.newest_valid(candidates[0].parent)
         if found is None:
             raise UserError(f"{path}: no valid checkpoint: {problems[0]}")
@@ -59,7 +61,9 @@ def load(path: Path) -> Loaded:
         model.load_state_dict(tensors)
         return Loaded(path, model, {name: about[name] for name in ("variant", "width", "loss", "dtype")})
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: does not hold the model that it describes ({error}): use another checkpoint") from None
+        raise UserError(
+            f"{path}: does not hold the model that it describes ({error}): use another checkpoint"
+        ) from None
 
 
 def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
@@ -78,8 +82,13 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
         z = logits(loaded.model, pictures.pixels, start, min(start + HOST_BATCH, count)).astype(np.float64)
         for i, (row, p) in enumerate(zip(z, probabilities(z, loaded.loss), strict=True), start):
             digit = int(row.argmax())  # large sigmoids round to equal ones
-            yield {"image": pictures.name(i), "digit": digit, "probability": float(p[digit]),
-                   "probabilities": p.tolist(), "inverted": pictures.inverted}  # fmt: skip
+            yield {
+                "image": pictures.name(i),
+                "digit": digit,
+                "probability": float(p[digit]),
+                "probabilities": p.tolist(),
+                "inverted": pictures.inverted,
+            }
 
 
 def logits(model: ResNet9, images: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -107,7 +116,9 @@ def read_pictures(path: Path) -> Pictures:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give PNG pictures or IDX files of images") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files") from None
+        raise UserError(
+            f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files"
+        ) from None
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     inverted = bool(np.median(border) > 127)
     return Pictures(path, (255 - pixels if inverted else pixels)[None], inverted)

@@ -21,8 +21,9 @@ class Reducer:
     With `kind` "bf16" gradients travel and are summed as bfloat16, half as many bytes, and the scalars on their own.
     """
 
-    def __init__(self, params: Parameters, comm: Communicator, kind: str = "float32",
-                 bucket_bytes: int = BUCKET_BYTES) -> None:  # fmt: skip
+    def __init__(
+        self, params: Parameters, comm: Communicator, kind: str = "float32", bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
         self._wire, self._tail, self._comm = params.wire, params.tail, comm
         self._branch = params.backend.branch
         self._narrow = params.backend.xp.zeros(params.grads.size, "uint16") if kind == "bf16" else None
@@ -44,14 +45,18 @@ class Reducer:
         """The gradient of `parameter` is complete; buckets that now are, and whose turn it is, set off."""
         self._missing[self._bucket_of[parameter.name]] -= 1
         while len(self._handles) < len(self.buckets) and self._missing[len(self._handles)] == 0:
-            self._handles.append(self._comm.all_reduce(self._sent(self.buckets[len(self._handles)]), overlap=True))
+            self._handles.append(
+                self._comm.all_reduce(self._sent(self.buckets[len(self._handles)]), overlap=True)
+            )
 
     def _sent(self, bucket: slice) -> Array:
         """What travels for a bucket."""
         if self._narrow is None:
             return self._wire[bucket]
         part = slice(bucket.start, min(bucket.stop, self._narrow.size))
-        with self._branch.fork() if self._branch else nullcontext():  # where the gradients of weights come from
+        with (
+            self._branch.fork() if self._branch else nullcontext()
+        ):  # where the gradients of weights come from
             narrow(self._wire[part], self._narrow[part])
         return self._narrow[part]
 

@@ -89,14 +89,20 @@ class Run:
         summary = self._read_json("summary.json") or {}
         holds_run = stored is not None or bool(ckpt.list_checkpoints(self.checkpoints))
         if holds_run and config.resume == "none":
-            raise UserError(f"--run-dir {self.path}: holds a run: give a new folder, or --resume auto to go on with it")
+            raise UserError(
+                f"--run-dir {self.path}: holds a run: give a new folder, or --resume auto to go on with it"
+            )
         if summary.get("finished") and config.epochs <= (stored or {}).get("epochs", 0):
-            raise UserError(f"--run-dir {self.path}: holds a finished run: give a new folder, or more --epochs")
+            raise UserError(
+                f"--run-dir {self.path}: holds a finished run: give a new folder, or more --epochs"
+            )
         if stored and ckpt.list_checkpoints(self.checkpoints):
             different = config.differences(stored)
             if different:
-                raise UserError(f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
-                                " give the same ones, or a new folder")  # fmt: skip
+                raise UserError(
+                    f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
+                    " give the same ones, or a new folder"
+                )
         return self._find(config)
 
     def _claim(self) -> None:
@@ -107,7 +113,9 @@ class Run:
             self._lock = open(self.path / "lock", "a")  # noqa: SIM115  # held as long as this
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--run-dir {self.path}: another run is writing there: wait for its end, or give another folder") from None
+            raise UserError(
+                f"--run-dir {self.path}: another run is writing there: wait for its end, or give another folder"
+            ) from None
         except OSError:  # no locks on this file system, or no right to write: that is told where it is tried
             pass
 
@@ -133,7 +141,9 @@ class Run:
                     self._at(new_folder(fresh))
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--run-dir {self.path}: cannot be made ({error.strerror}): give another folder") from None
+            raise UserError(
+                f"--run-dir {self.path}: cannot be made ({error.strerror}): give another folder"
+            ) from None
         self._claim()
         shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what was said in an earlier start
         with contextlib.suppress(OSError):
@@ -146,7 +156,11 @@ class Run:
         step = found.position["step"] if found else 0
         kept: list[str] = []
         if self.metrics_path.exists():
-            kept = [line for line in self.metrics_path.read_text(errors="replace").splitlines(True) if self._within(line, step)]
+            kept = [
+                line
+                for line in self.metrics_path.read_text(errors="replace").splitlines(True)
+                if self._within(line, step)
+            ]
             ckpt.write_atomically(self.metrics_path, "".join(kept).encode())
         for earlier in self.path.glob("events.out.tfevents.*"):
             earlier.unlink()
@@ -170,7 +184,9 @@ class Run:
 
     def keep_plans(self, about: dict[str, str], plans: dict[str, str]) -> None:
         """Write plans.json."""
-        ckpt.write_atomically(self.path / "plans.json", json.dumps({"about": about, "plans": plans}, indent=2).encode())
+        ckpt.write_atomically(
+            self.path / "plans.json", json.dumps({"about": about, "plans": plans}, indent=2).encode()
+        )
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and to TensorBoard's file."""
@@ -183,8 +199,10 @@ class Run:
             with open(path, "ab") as beside:
                 beside.write(events.scalars(values))
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): free space is missing; the"
-                            " last checkpoint is unharmed") from None  # fmt: skip
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}): free space is missing; the"
+                " last checkpoint is unharmed"
+            ) from None
 
     def keep_logits(self, batches: list[np.ndarray], step: int) -> None:
         """Write logits.safetensors: what the model says of each test image after the last step, (images, 10) float32."""
@@ -213,8 +231,14 @@ def code_digest() -> str:
 
 def environment(threads: int, backend: Backend) -> dict[str, Any]:
     """What besides the configuration must be the same for a resumed run to agree to the bit."""
-    blas = next((f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
-                 for p in threadpool_info() if p["user_api"] == "blas"), "unknown")  # fmt: skip
+    blas = next(
+        (
+            f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
+            for p in threadpool_info()
+            if p["user_api"] == "blas"
+        ),
+        "unknown",
+    )
     return {
         "distrib": __version__,
         "code": code_digest()[:12],

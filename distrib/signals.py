@@ -35,7 +35,9 @@ def listening(trainer: Trainer) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else handler)  # a late one must not kill
+            signal.signal(
+                number, signal.SIG_IGN if number == signal.SIGUSR1 else handler
+            )  # a late one must not kill
         os.close(mouth)  # ends the thread
 
 

@@ -76,7 +76,9 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             trainer.read_results(now)
         if screen.due():
             screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
-        if config.check_every and (at.step % config.check_every == 0 or save or last or end or trainer.stopped):
+        if config.check_every and (
+            at.step % config.check_every == 0 or save or last or end or trainer.stopped
+        ):
             compare_replicas(trainer)
         if save and not trainer.stopped:
             meter.pause()
@@ -88,7 +90,9 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     meter.pause()
 
 
-def log_step(run: Run | None, world: World, line: dict[str, Any], meter: Meter, images: int, results: dict[str, float]) -> None:
+def log_step(
+    run: Run | None, world: World, line: dict[str, Any], meter: Meter, images: int, results: dict[str, float]
+) -> None:
     """The line of a logged step, when its results are there."""
     log_line(run, world, {**line, **meter.read(images)}, results)
 
@@ -129,12 +133,18 @@ class Meter:
         laps = self._trainer.laps.seconds
         passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
         waited = passed["sums"] + passed["gradients"]
-        parts = {"compute_seconds": self._seconds - waited - passed["data"], "communication_seconds": waited,
-                 "data_seconds": passed["data"]}  # fmt: skip
+        parts = {
+            "compute_seconds": self._seconds - waited - passed["data"],
+            "communication_seconds": waited,
+            "data_seconds": passed["data"],
+        }
         rate = images / max(self._seconds, 1e-9)
         self._seconds, self._laps = 0.0, laps.copy()
         on_host = self._trainer.world.backend.on_host
-        return {"images_per_second": rate, **{name: value if on_host else None for name, value in parts.items()}}
+        return {
+            "images_per_second": rate,
+            **{name: value if on_host else None for name, value in parts.items()},
+        }
 
 
 def log_line(run: Run | None, world: World, values: dict[str, Any], results: dict[str, float]) -> None:
@@ -167,8 +177,10 @@ def advice(world: World, config: Config) -> str | None:
         return None
     if world.size > 1 and world.size * blas_threads() >= cores:
         return None
-    return (f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be faster:"
-            f" mpirun -n {best} python -m distrib.train …")  # fmt: skip
+    return (
+        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be faster:"
+        f" mpirun -n {best} python -m distrib.train …"
+    )
 
 
 def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Trainer, run_dir: Path) -> None:
@@ -176,20 +188,27 @@ def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Tr
     world = trainer.world
     shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
     hosts = sorted(set(world.hosts))
-    screen.table("distrib train", {
-        **{name.replace("_", "-"): value for name, value in shown.items()},
-        "run folder": run_dir,
-        "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
-        "chosen": world.reason,
-        "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images",
-        "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
-    })  # fmt: skip
+    screen.table(
+        "distrib train",
+        {
+            **{name.replace("_", "-"): value for name, value in shown.items()},
+            "run folder": run_dir,
+            "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
+            "chosen": world.reason,
+            "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images",
+            "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
+        },
+    )
 
 
 def train(config: Config) -> int:
     """Run one configuration on this rank; returns the exit code."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
-    with Run(Path(config.run_dir) if config.run_dir else None, config) if world.rank == 0 else nullcontext() as run:
+    with (
+        Run(Path(config.run_dir) if config.run_dir else None, config)
+        if world.rank == 0
+        else nullcontext() as run
+    ):
         return train_on(world, config, run)
 
 
@@ -225,7 +244,9 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
     guard_layout(trainer)
-    world.watchdog.board = Board(Path(world.broadcast(str(run.path) if run else "", "the run's folder")), world.rank, world.size)
+    world.watchdog.board = Board(
+        Path(world.broadcast(str(run.path) if run else "", "the run's folder")), world.rank, world.size
+    )
     with listening(trainer), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)

@@ -56,9 +56,18 @@ class Trainer:
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
         self.images, self.labels = backend.asarray(data.train_images), backend.asarray(data.train_labels)
-        self.test_images, self.test_labels = backend.asarray(data.test_images), backend.asarray(data.test_labels)
-        self.model = ResNet9(config.variant, config.width, seed=config.seed, backend=backend, dtype=config.dtype,
-                             activations="uint16" if config.precision == "bf16" else None)  # fmt: skip
+        self.test_images, self.test_labels = (
+            backend.asarray(data.test_images),
+            backend.asarray(data.test_labels),
+        )
+        self.model = ResNet9(
+            config.variant,
+            config.width,
+            seed=config.seed,
+            backend=backend,
+            dtype=config.dtype,
+            activations="uint16" if config.precision == "bf16" else None,
+        )
         self.params = self.model.params
         self.optimizer: Optimizer = (
             Adam(self.params, config.weight_decay)
@@ -72,7 +81,9 @@ class Trainer:
         xp, dtype = backend.xp, self.params.dtype
         self.stop, self.own, self.cursor = xp.zeros(1, dtype), xp.zeros(1, dtype), xp.zeros(1, np.int64)
         self.order = xp.zeros(len(data.train_images), np.int32)
-        self.warps = xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
+        self.warps = (
+            xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
+        )
         # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
@@ -91,7 +102,9 @@ class Trainer:
         self.saver = ckpt.Saver()
         self.graphs: Graphs | None = None
         if graph:
-            self.graphs = Graphs(backend.cuda, lambda: self.model.ws.generation, self.capturable, world.size == 1)
+            self.graphs = Graphs(
+                backend.cuda, lambda: self.model.ws.generation, self.capturable, world.size == 1
+            )
         self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
@@ -119,7 +132,9 @@ class Trainer:
         self.order[...] = backend.asarray(order.astype(np.int32))
         self.rates[...] = backend.asarray(self.optimizer.rates(lrs, first))
         if self.warps is not None:
-            warps = sampler.warps(self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate)
+            warps = sampler.warps(
+                self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate
+            )
             self.warps[...] = backend.asarray(warps)
         self.cursor.fill(self.at.step - first)
         self.epoch = epoch
@@ -165,13 +180,23 @@ class Trainer:
         this = Pass(True, count, self.sums) if config.batch_norm == "sync" else Pass(True, max(1, n))
         laps.start()
         x, labels = ws.image("input", (n, mnist.SIDE, mnist.SIDE, 1)), ws.keep("labels", (n,), "uint8")
-        take_batch(self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels,
-                     self.warps)  # fmt: skip
+        take_batch(
+            self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels, self.warps
+        )
         laps.lap("data")
         logits = model.forward(x, this)
         dlogits = ws.keep("dlogits", logits.shape, str(model.dtype))
-        loss_and_gradient(logits, labels, self.stop, dlogits, self.own, self.params.tail, loss=config.loss,
-                          count=count, smoothing=config.label_smoothing)  # fmt: skip
+        loss_and_gradient(
+            logits,
+            labels,
+            self.stop,
+            dlogits,
+            self.own,
+            self.params.tail,
+            loss=config.loss,
+            count=count,
+            smoothing=config.label_smoothing,
+        )
         laps.lap("forward")
         model.backward(dlogits, this, self.reducer.ready)
         laps.lap("backward")
@@ -226,13 +251,21 @@ class Trainer:
         """
         assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
         first = (self.at.step - len(self.unread)) % self.steps_per_epoch
-        self.copies.append((self.world.backend.start_copy(self.history), first, self.at.step, self.unread, then))
+        self.copies.append(
+            (self.world.backend.start_copy(self.history), first, self.at.step, self.unread, then)
+        )
         self.unread = []
         while len(self.copies) > (0 if wait else 1):
             self._take_in(*self.copies.popleft())
 
-    def _take_in(self, copy: Callable[[], np.ndarray], first: int, step: int, counts: list[int],
-                 then: Callable[[dict[str, float]], None] | None) -> None:  # fmt: skip
+    def _take_in(
+        self,
+        copy: Callable[[], np.ndarray],
+        first: int,
+        step: int,
+        counts: list[int],
+        then: Callable[[dict[str, float]], None] | None,
+    ) -> None:
         """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its epoch."""
         with self.world.watchdog.waiting("the device's results"):
             rows = copy()
@@ -252,8 +285,10 @@ class Trainer:
         """All ranks come here together: the loss they read is the same sum."""
         finite = self.world.allgather(bool(np.isfinite(own)), "the search for a non-finite loss")
         rank = finite.index(False) if False in finite else 0
-        raise UserError(f"the loss is {loss} at step {step}, first on rank {rank}: nothing of it was saved;"
-                        f" try a lower --lr than {self.config.lr}, --warmup-epochs, or --precision float64")  # fmt: skip
+        raise UserError(
+            f"the loss is {loss} at step {step}, first on rank {rank}: nothing of it was saved;"
+            f" try a lower --lr than {self.config.lr}, --warmup-epochs, or --precision float64"
+        )
 
     def save(self, run: Run | None) -> None:
         """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0 writes."""
@@ -261,11 +296,17 @@ class Trainer:
         at["wall_seconds"] = self.wall_seconds()
         at["images_per_rank"] = self.images_per_rank()
         at["optimizer_steps"], at["world_size"] = self.optimizer.steps, self.world.size
-        at["environment"], at["config"], at["data"] = self.environment(), asdict(self.config), self.data_digest
+        at["environment"], at["config"], at["data"] = (
+            self.environment(),
+            asdict(self.config),
+            self.data_digest,
+        )
         assert not self.unread, "a checkpoint needs the results of all steps"
         assert not self.copies, "a checkpoint needs the results of all steps"
         self.share_statistics()
-        self.world.allgather(None, "the beginning of a checkpoint")  # the wait for rank 0's disk alone is a patient one
+        self.world.allgather(
+            None, "the beginning of a checkpoint"
+        )  # the wait for rank 0's disk alone is a patient one
         with self.world.agree(PATIENCE):
             self.saver.wait()
             if run:
@@ -279,7 +320,9 @@ class Trainer:
                 if self.averages:  # the model's file has the corrected average
                     moments |= {f"last/{name}": tensor for name, tensor in self.model.state_dict().items()}
                     with self.averaged(share=1.0):
-                        moments |= {f"average/{name}": tensor for name, tensor in self.model.state_dict().items()}
+                        moments |= {
+                            f"average/{name}": tensor for name, tensor in self.model.state_dict().items()
+                        }
                 self.saver.start(run.checkpoints, self.at.step, self.state_dict(), about, moments, at, c.keep)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -305,19 +348,27 @@ class Trainer:
         c, path = self.config, saved.path
         for name, own in (("variant", c.variant), ("width", c.width), ("loss", c.loss), ("dtype", c.dtype)):
             if saved.about[name] != own:
-                raise UserError(f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint")
+                raise UserError(
+                    f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint"
+                )
         at = dict(saved.position)
         different = c.differences(at.pop("config"))
         if at.pop("data") != self.data_digest:
             different.append("other data")
         if different:
-            raise UserError(f"{path}: is of a run with other settings: {'; '.join(different)}: give the same ones")
+            raise UserError(
+                f"{path}: is of a run with other settings: {'; '.join(different)}: give the same ones"
+            )
         before = {**at.pop("environment"), "world_size": at.pop("world_size")}
         if c.batch_norm == "local" and before["world_size"] != self.world.size:
-            raise UserError(f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
-                            f" not {self.world.size}")  # fmt: skip
+            raise UserError(
+                f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
+                f" not {self.world.size}"
+            )
         try:
-            self.model.load_state_dict(self._named(saved.optimizer, "average") if self.averages else saved.model)
+            self.model.load_state_dict(
+                self._named(saved.optimizer, "average") if self.averages else saved.model
+            )
             for mean, values in self.averages:
                 mean[...] = values
             if self.averages:
@@ -331,13 +382,18 @@ class Trainer:
         self.earlier_images = self.at.images_per_rank
         self.at.images_per_rank = [0] * self.world.size
         now = {**self.environment(), "world_size": self.world.size}
-        return [f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}" for name in {**now, **before}
-                if before.get(name) != now.get(name)]  # fmt: skip
+        return [
+            f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}"
+            for name in {**now, **before}
+            if before.get(name) != now.get(name)
+        ]
 
     @staticmethod
     def _named(tensors: dict[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
         """Those named "group/…", by the rest of their names."""
-        return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")}
+        return {
+            name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")
+        }
 
     def environment(self) -> dict[str, Any]:
         """What must be the same for a resumed run to agree to the bit."""
@@ -358,16 +414,23 @@ class Trainer:
         self.share_statistics()
         with self.waiting("the evaluation"), self.averaged():
             self.logits = [] if self.at.step >= self.limit else None
-            loss, accuracy = evaluate(self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm, self.logits)
+            loss, accuracy = evaluate(
+                self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm, self.logits
+            )
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
-            raise UserError(f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"
-                            f" try a lower --lr than {self.config.lr}")  # fmt: skip
+            raise UserError(
+                f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"
+                f" try a lower --lr than {self.config.lr}"
+            )
         return {"test_loss": loss, "test_accuracy": accuracy}
 
     def running(self) -> dict[str, float]:
         """train_loss and train_accuracy (percent) of the epoch so far."""
-        return {"train_loss": self.at.loss_sum / self.at.images, "train_accuracy": 100 * self.at.correct / self.at.images}
+        return {
+            "train_loss": self.at.loss_sum / self.at.images,
+            "train_accuracy": 100 * self.at.correct / self.at.images,
+        }
 
     def summary(self, result: dict[str, float]) -> dict[str, Any]:
         """The contents of summary.json. Collective."""
@@ -398,4 +461,6 @@ class Trainer:
 
 def blas_threads() -> int:
     """Threads of the matrix products."""
-    return max((int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+    return max(
+        (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
+    )

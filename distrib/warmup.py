@@ -63,7 +63,9 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     before = [array.copy() for array in arrays]
     tracked = model.batches_tracked
     for n in evaluation_sizes(trainer, rank):
-        evaluate(model, trainer.test_images[:n], trainer.test_labels[:n], trainer.config.loss, SingleCommunicator())
+        evaluate(
+            model, trainer.test_images[:n], trainer.test_labels[:n], trainer.config.loss, SingleCommunicator()
+        )
     trainer.begin_epoch(trainer.at.step // trainer.steps_per_epoch)
     steps = []
     for count in counts(trainer):

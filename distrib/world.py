@@ -130,8 +130,10 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         except RuntimeError as error:
             missing = str(error)
     everyone = control.allgather(missing)
-    absent = next((f"rank {rank}: {why}" if len(everyone) > 1 else why
-                   for rank, why in enumerate(everyone) if why), None)  # fmt: skip
+    absent = next(
+        (f"rank {rank}: {why}" if len(everyone) > 1 else why for rank, why in enumerate(everyone) if why),
+        None,
+    )
     if name == "cupy" and absent:
         raise UserError(f"--backend cupy: {absent}")
     if name == "numpy":
@@ -145,8 +147,10 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
     forms = control.allgather(sorted(chosen.forms))
     if forms != forms[:1] * len(forms):
         odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
-        raise UserError(f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
-                        " same libraries for all ranks")  # fmt: skip
+        raise UserError(
+            f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
+            " same libraries for all ranks"
+        )
     if precision == "bf16" and "cudnn" not in chosen.forms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why
@@ -162,7 +166,9 @@ def _devices(control: Any, backend: Backend) -> tuple[int, int]:
     return device, max(places.count(place) for place in places)
 
 
-def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Watchdog) -> tuple[Communicator, str]:
+def _device_communicator(
+    name: str, control: Any, backend: Backend, watchdog: Watchdog
+) -> tuple[Communicator, str]:
     """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not NCCL."""
     from distrib.mpi import StagedCommunicator
 
@@ -188,11 +194,19 @@ def _device_communicator(name: str, control: Any, backend: Backend, watchdog: Wa
     from distrib.nccl import NcclCommunicator
 
     return NcclCommunicator(
-        control, backend.xp.cuda, nccl, device, watchdog, lambda: backend.xp.zeros(1, "float32"), backend.branch
+        control,
+        backend.xp.cuda,
+        nccl,
+        device,
+        watchdog,
+        lambda: backend.xp.zeros(1, "float32"),
+        backend.branch,
     ), ""
 
 
-def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0) -> World:
+def connect(
+    comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0
+) -> World:
     """Join the other ranks and choose backend and communicator.
 
     `comm` and `backend` as on the command line. UserError, the same on every rank, where what was asked
@@ -208,13 +222,21 @@ def connect(comm: str = "auto", backend: str = "auto", precision: str = "float32
     with watchdog.waiting("the choice of backend and communicator"):
         everyone = control.allgather((comm, backend, precision))
         for other, asked in enumerate(everyone):
-            for option, wanted, first in zip(("comm", "backend", "precision"), asked, everyone[0], strict=True):
+            for option, wanted, first in zip(
+                ("comm", "backend", "precision"), asked, everyone[0], strict=True
+            ):
                 if wanted != first:
-                    raise UserError(f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all ranks alike")
+                    raise UserError(
+                        f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all ranks alike"
+                    )
         chosen, why = _choose_backend(backend, precision, control)
         communicator: Communicator
         if chosen.on_host and comm == "nccl":
-            raise UserError(f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy")
+            raise UserError(
+                f"--comm nccl needs a GPU: {why}"
+                if why != "asked for"
+                else "--comm nccl needs --backend cupy"
+            )
         if single:
             communicator = SingleCommunicator()
         elif chosen.on_host:

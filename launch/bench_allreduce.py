@@ -26,7 +26,11 @@ from distrib.world import World, connect
 from launch.measure import AsJson, Repeats, machine, spread
 from nn.backend import Array
 
-CHOICES = {"comm": ("auto", "mpi", "nccl"), "backend": ("auto", "numpy", "cupy"), "dtype": ("float32", "float64")}
+CHOICES = {
+    "comm": ("auto", "mpi", "nccl"),
+    "backend": ("auto", "numpy", "cupy"),
+    "dtype": ("float32", "float64"),
+}
 PERIOD = 251
 """Elements after which the values repeat: a prime, so that a shift by any power of two shows."""
 PART = PERIOD << 12
@@ -76,7 +80,9 @@ class Values:
         self.world = world
         steps = np.arange(PART) % PERIOD
         self.own = world.backend.asarray((steps + world.rank + 1).astype(dtype))
-        self.sums = world.backend.asarray((world.size * steps + world.size * (world.size + 1) // 2).astype(dtype))
+        self.sums = world.backend.asarray(
+            (world.size * steps + world.size * (world.size + 1) // 2).astype(dtype)
+        )
 
     def fill(self, x: Array) -> None:
         for begin in range(0, x.size, PART):
@@ -174,7 +180,10 @@ class Meter:
         everyone = self.world.allgather((wrong, first), "the comparison of sums")
         for rank, (_, found) in enumerate(everyone):
             if found:
-                raise WrongSum(sum(count for count, _ in everyone), {"bytes": x.nbytes, "way": way, "rank": rank, **found})
+                raise WrongSum(
+                    sum(count for count, _ in everyone),
+                    {"bytes": x.nbytes, "way": way, "rank": rank, **found},
+                )
 
     def capture(self, x: Array) -> Any:
         """A graph of several all-reduces, or None, then with `no_graph` set, on all ranks alike."""
@@ -203,6 +212,7 @@ class Meter:
             row = {"bytes": nbytes, "elements": x.size, **self.figures(x, call, 1), "graph": None, "wrong": 0}
             graph = None if self.no_graph else self.capture(x)
             if graph:
+
                 def launch() -> None:
                     graph.launch(self.stream)
 
@@ -247,7 +257,9 @@ def vector(world: World, nbytes: int, dtype: str) -> Array:
     x = why = None
     try:
         if need > have:
-            raise MemoryError(f"the ranks of this host need {need / 1e9:.4g} GB, and {have / 1e9:.4g} GB are available")
+            raise MemoryError(
+                f"the ranks of this host need {need / 1e9:.4g} GB, and {have / 1e9:.4g} GB are available"
+            )
         x = world.backend.xp.empty(nbytes // np.dtype(dtype).itemsize, dtype)
         x.fill(0)
         if staged:
@@ -277,8 +289,12 @@ def allreduce(
     comm: Annotated[str, typer.Option(help="auto, mpi or nccl.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, numpy or cupy.")] = "auto",
     repeats: Repeats = 7,
-    seconds: Annotated[float, typer.Option(help="Time to measure each size for; in a graph as long again.")] = 1.0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a wait for another rank ends the job.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time to measure each size for; in a graph as long again.")
+    ] = 1.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a wait for another rank ends the job.")
+    ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Time and bandwidth of an all-reduce at each size, every element checked; alone or under mpirun.
@@ -287,17 +303,25 @@ def allreduce(
     """
     for name, value in (("comm", comm), ("backend", backend), ("dtype", dtype)):
         if value not in CHOICES[name]:
-            raise UserError(f"--{name} {value}: choose {', '.join(CHOICES[name][:-1])} or {CHOICES[name][-1]}")
+            raise UserError(
+                f"--{name} {value}: choose {', '.join(CHOICES[name][:-1])} or {CHOICES[name][-1]}"
+            )
     itemsize = np.dtype(dtype).itemsize
     if not itemsize <= min_bytes <= max_bytes <= 1 << 60:
-        raise UserError(f"--min-bytes {min_bytes} --max-bytes {max_bytes}: the first must hold a {dtype}, the second must not be less")
+        raise UserError(
+            f"--min-bytes {min_bytes} --max-bytes {max_bytes}: the first must hold a {dtype}, the second must not be less"
+        )
     if factor < 2 or repeats < 1:
-        raise UserError(f"--factor {factor} --repeats {repeats}: give a factor of 2 or more, and 1 repeat or more")
+        raise UserError(
+            f"--factor {factor} --repeats {repeats}: give a factor of 2 or more, and 1 repeat or more"
+        )
     for flag, number in (("seconds", seconds), ("timeout", timeout)):
         if not 0 < number < math.inf:
             raise UserError(f"--{flag} {number:g}: give a finite number above 0")
     world = connect(comm, backend, dtype, timeout + seconds)
-    result, error = report(world, message_sizes(min_bytes, max_bytes, factor, itemsize), dtype, repeats, seconds, as_json)
+    result, error = report(
+        world, message_sizes(min_bytes, max_bytes, factor, itemsize), dtype, repeats, seconds, as_json
+    )
     if world.rank == 0 and as_json:
         print(json.dumps(result, indent=2), flush=True)
     world.comm.close()
@@ -307,18 +331,30 @@ def allreduce(
         raise typer.Exit(EXIT_CRASH)
 
 
-def report(world: World, sizes: list[int], dtype: str, repeats: int, seconds: float,
-           as_json: bool) -> tuple[dict[str, Any], WrongSum | None]:  # fmt: skip
+def report(
+    world: World, sizes: list[int], dtype: str, repeats: int, seconds: float, as_json: bool
+) -> tuple[dict[str, Any], WrongSum | None]:
     """Measure all sizes, a line of text each as it is done unless `as_json`; what was found, and what was wrong."""
     lines = world.rank == 0 and not as_json
     say: Callable[[str], None] = (lambda text: print(text, flush=True)) if lines else lambda _: None
     meter = Meter(world, dtype, repeats, seconds)
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "machine": machine(), "device": device_of(world), "ranks": world.size, "hosts": len(set(world.hosts)),
-        "backend": world.backend.name, "communicator": world.comm.name, "reason": world.reason, "dtype": dtype,
-        "repeats": repeats, "seconds_a_size": seconds, "sizes": rows, "no_graph": None, "out_of_memory": None, "wrong": None,
-    }  # fmt: skip
+        "machine": machine(),
+        "device": device_of(world),
+        "ranks": world.size,
+        "hosts": len(set(world.hosts)),
+        "backend": world.backend.name,
+        "communicator": world.comm.name,
+        "reason": world.reason,
+        "dtype": dtype,
+        "repeats": repeats,
+        "seconds_a_size": seconds,
+        "sizes": rows,
+        "no_graph": None,
+        "out_of_memory": None,
+        "wrong": None,
+    }
     for line in head(result, meter.no_graph):
         say(line)
     error, graphs, known = None, not world.backend.on_host, meter.no_graph
@@ -332,9 +368,22 @@ def report(world: World, sizes: list[int], dtype: str, repeats: int, seconds: fl
                 say(str(missing))
                 break
             except WrongSum as found:
-                error, result["wrong"] = found.with_traceback(None), found.found  # which would hold a graph, and NCCL at its end
-                rows.append({"bytes": nbytes, "elements": nbytes // np.dtype(dtype).itemsize, "iterations": 0, "seconds": [],
-                             "algbw_gb_s": None, "busbw_gb_s": None, "graph": None, "wrong": found.wrong})  # fmt: skip
+                error, result["wrong"] = (
+                    found.with_traceback(None),
+                    found.found,
+                )  # which would hold a graph, and NCCL at its end
+                rows.append(
+                    {
+                        "bytes": nbytes,
+                        "elements": nbytes // np.dtype(dtype).itemsize,
+                        "iterations": 0,
+                        "seconds": [],
+                        "algbw_gb_s": None,
+                        "busbw_gb_s": None,
+                        "graph": None,
+                        "wrong": found.wrong,
+                    }
+                )
             say(text_row(rows[-1], graphs))
             if error:
                 break
@@ -346,14 +395,22 @@ def report(world: World, sizes: list[int], dtype: str, repeats: int, seconds: fl
 def head(result: dict[str, Any], no_graph: str | None) -> list[str]:
     """The lines above the table."""
     r = result
-    found = [r["machine"] + (f"; {r['device']}" if r["device"] else ""),
-             f"all-reduce of {r['dtype']}, {r['ranks']} rank(s) on {r['hosts']} host(s): {r['reason']};"
-             f" the slowest rank's time, median (least–most) of {r['repeats']}"]  # fmt: skip
+    found = [
+        r["machine"] + (f"; {r['device']}" if r["device"] else ""),
+        f"all-reduce of {r['dtype']}, {r['ranks']} rank(s) on {r['hosts']} host(s): {r['reason']};"
+        f" the slowest rank's time, median (least–most) of {r['repeats']}",
+    ]
     if r["ranks"] == 1:
-        found.append("one rank: there is nothing to send, so the bus bandwidth is 0 and a time is that of the call alone")
+        found.append(
+            "one rank: there is nothing to send, so the bus bandwidth is 0 and a time is that of the call alone"
+        )
     title = f"{'bytes':>11} {'iterations':>10}   {'time a call':30} {'algbw GB/s':>10} {'busbw GB/s':>10}"
     if r["device"]:
-        found.append(f"no graph: {no_graph}" if no_graph else f"the second half: replayed from a CUDA graph of {GRAPH_CALLS} calls")
+        found.append(
+            f"no graph: {no_graph}"
+            if no_graph
+            else f"the second half: replayed from a CUDA graph of {GRAPH_CALLS} calls"
+        )
         title += f"   {'in a graph':30} {'algbw GB/s':>10} {'busbw GB/s':>10}"
     return [*found, f"{title} {'wrong':>6}"]
 
@@ -369,6 +426,8 @@ def figures_text(found: dict[str, Any] | None) -> str:
     if not found or not found["seconds"]:
         return f"{'–':30} {'–':>10} {'–':>10}"
     middle = statistics.median(found["seconds"])
-    scale, unit = next((s, u) for s, u in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")) if middle * s < 1000 or u == "s")
+    scale, unit = next(
+        (s, u) for s, u in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")) if middle * s < 1000 or u == "s"
+    )
     text = f"{spread([scale * value for value in found['seconds']])} {unit}"
     return f"{text:30} {found['algbw_gb_s']:10.4g} {found['busbw_gb_s']:10.4g}"

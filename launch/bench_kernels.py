@@ -72,7 +72,9 @@ def microseconds(cuda: Any, work: Callable[[], None], copies: int) -> float:
 def kernels(
     batch_size: BatchSize = 8,
     width: Width = 1.0,
-    variant: Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")] = "baseline",
+    variant: Annotated[
+        str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")
+    ] = "baseline",
     precision: Annotated[str, typer.Option(help="float32, tf32 or bf16.")] = "tf32",
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +86,13 @@ def kernels(
     refuse_launcher("distrib bench kernels")
     if precision == "float64":
         raise UserError("--precision float64: its steps are no graphs: use float32, tf32 or bf16")
-    options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision, "limit_test": 1}
+    options = {
+        "batch_size": batch_size,
+        "width": width,
+        "variant": variant,
+        "precision": precision,
+        "limit_test": 1,
+    }
     config = build({**options, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)
     data = mnist.load(None, None, 1)
@@ -94,7 +102,9 @@ def kernels(
     trainer.begin_epoch(0)
     found = launches(trainer, kind)
     if not trainer.capturable():
-        raise UserError(f"--precision {precision}: its steps cannot be graphs: use tf32, bf16 or float32, with cuDNN")
+        raise UserError(
+            f"--precision {precision}: its steps cannot be graphs: use tf32, bf16 or float32, with cuDNN"
+        )
     rows: list[dict[str, Any]] = []
     for name, call in found:
         trainer.cursor.fill(0)
@@ -103,15 +113,28 @@ def kernels(
     whole = microseconds(world.backend.cuda, partial(trainer.compute, *kind), 1)
     total = sum(row["microseconds"] for row in rows)
     result = {
-        "machine": machine(), "device": world.backend.describe(), **options, "kernels": rows, "launches": len(rows),
-        "sum_microseconds": total, "step_microseconds": whole, "outside_percent": max(0.0, 100 * (1 - total / whole)),
-    }  # fmt: skip
+        "machine": machine(),
+        "device": world.backend.describe(),
+        **options,
+        "kernels": rows,
+        "launches": len(rows),
+        "sum_microseconds": total,
+        "step_microseconds": whole,
+        "outside_percent": max(0.0, 100 * (1 - total / whole)),
+    }
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = Table("kernel", "µs", "%", title=f"{result['device'].get('gpu')}: batch {batch_size}, {precision}, width {width}")
+    table = Table(
+        "kernel",
+        "µs",
+        "%",
+        title=f"{result['device'].get('gpu')}: batch {batch_size}, {precision}, width {width}",
+    )
     for row in rows:
         table.add_row(row["name"], f"{row['microseconds']:.2f}", f"{100 * row['microseconds'] / total:.1f}")
     Console().print(table)
-    print(f"{len(rows)} launches, {total:.1f} µs one after another; the step as a graph {whole:.1f} µs:"
-          f" {result['outside_percent']:.0f} % outside kernels")  # fmt: skip
+    print(
+        f"{len(rows)} launches, {total:.1f} µs one after another; the step as a graph {whole:.1f} µs:"
+        f" {result['outside_percent']:.0f} % outside kernels"
+    )

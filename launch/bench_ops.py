@@ -84,19 +84,31 @@ def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) 
         dx = ws.image("dx", x_shape) if conv.c_in > 1 else None
         saved: list[Any] = [None]
 
-        def forward(form: str = form, x: Array = x, y: Array = y, ws: Workspace = ws, saved: list = saved) -> None:
+        def forward(
+            form: str = form, x: Array = x, y: Array = y, ws: Workspace = ws, saved: list = saved
+        ) -> None:
             saved[0] = conv_forward(x, w, SAME, y, ws, form)
 
-        def backward(form: str = form, dy: Array = dy, dw: Array = dw, dx: Array = dx, ws: Workspace = ws,
-                     saved: list = saved) -> None:  # fmt: skip
+        def backward(
+            form: str = form,
+            dy: Array = dy,
+            dw: Array = dw,
+            dx: Array = dx,
+            ws: Workspace = ws,
+            saved: list = saved,
+        ) -> None:
             conv_backward(dy, saved[0], w, SAME, dw, dx, ws, form)
 
         jobs |= {f"{form} forward": forward, f"{form} backward": backward}
     if torch:
         jobs |= torch_convolution(x_shape, w, conv.c_in > 1)
     chosen = choose_form(x_shape, w_shape, SAME, NUMPY)
-    return {"ms": take_turns(jobs, repeats), "chosen": chosen, "gflop": 2 * batch * side**2 * w.size / 1e9,
-            "error": error_of(chosen, w, side)}  # fmt: skip
+    return {
+        "ms": take_turns(jobs, repeats),
+        "chosen": chosen,
+        "gflop": 2 * batch * side**2 * w.size / 1e9,
+        "error": error_of(chosen, w, side),
+    }
 
 
 def error_of(form: str, w: Array, side: int) -> float:
@@ -120,7 +132,11 @@ def torch_convolution(x_shape: tuple[int, ...], w: Array, need_dx: bool) -> dict
 
     n, h, _, c = x_shape
     x = torch.randn(n, c, h, h).contiguous(memory_format=torch.channels_last).requires_grad_(need_dx)
-    weight = torch.tensor(w.transpose(3, 2, 0, 1).copy()).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = (
+        torch.tensor(w.transpose(3, 2, 0, 1).copy())
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     dy = torch.randn(n, w.shape[3], h, h).contiguous(memory_format=torch.channels_last)
     held: dict[str, Any] = {}
 
@@ -162,7 +178,10 @@ def torch_batch_norm(shape: tuple[int, ...], pool: bool, residual: bool) -> dict
     import torch
 
     n, h, _, c = shape
-    z, more = (torch.randn(n, c, h, h).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    z, more = (
+        torch.randn(n, c, h, h).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for _ in range(2)
+    )
     layer = torch.nn.BatchNorm2d(c)
     held: dict[str, Any] = {}
 
@@ -223,7 +242,9 @@ def ops(
     batch_size: BatchSize = 64,
     width: Width = 1.0,
     repeats: Repeats = 7,
-    against: Annotated[str | None, typer.Option(help="torch: the same operations in PyTorch, channels-last.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="torch: the same operations in PyTorch, channels-last.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Each operation of a training step at each shape, with every form of convolution and its error.
@@ -239,14 +260,26 @@ def ops(
     if torch := against == "torch":
         require_torch("--against torch")
     model, seen = ResNet9(width=width), set()
-    result: dict[str, Any] = {"machine": machine(), "batch_size": batch_size, "width": width,
-                              "matrix_peak_gflops": matrix_peak(), "layers": []}  # fmt: skip
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "batch_size": batch_size,
+        "width": width,
+        "matrix_peak_gflops": matrix_peak(),
+        "layers": [],
+    }
     say = (lambda _: None) if as_json else print
-    say(f"{result['machine']}; batch {batch_size}, width {width}, float32, matrix product"
-        f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward")  # fmt: skip
+    say(
+        f"{result['machine']}; batch {batch_size}, width {width}, float32, matrix product"
+        f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward"
+    )
     for conv, side, added in layers(model):
         shape = side, conv.c_in, conv.c_out
-        row: dict[str, Any] = {"name": conv.name, "side": side, "channels": [conv.c_in, conv.c_out], "residual": added}
+        row: dict[str, Any] = {
+            "name": conv.name,
+            "side": side,
+            "channels": [conv.c_in, conv.c_out],
+            "residual": added,
+        }
         say(f"{conv.name}: {side}×{side}, {conv.c_in}→{conv.c_out}")
         if shape not in seen:
             seen.add(shape)
@@ -262,9 +295,15 @@ def ops(
         for name in ("distrib", *(["torch"] if torch else [])):
             say(f"    {label + name:44} {pair(row['batch_norm_ms'], name)}")
         result["layers"].append(row)
-    for name, found in (("head_ms", head(model, batch_size, repeats, torch)), ("adam_ms", optimizer(model, repeats, torch))):
+    for name, found in (
+        ("head_ms", head(model, batch_size, repeats, torch)),
+        ("adam_ms", optimizer(model, repeats, torch)),
+    ):
         result[name] = found
-        say(f"{name.removesuffix('_ms')}: " + ", ".join(f"{side} {spread(ms, 3)}" for side, ms in found.items()))
+        say(
+            f"{name.removesuffix('_ms')}: "
+            + ", ".join(f"{side} {spread(ms, 3)}" for side, ms in found.items())
+        )
     if as_json:
         print(json.dumps(result, indent=2))
 

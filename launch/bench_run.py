@@ -31,12 +31,18 @@ FIXED = ("seed", "run_dir", "resume", "max_steps")
 def timed(command: list[str], threads: int) -> tuple[str, float]:
     """Standard output of a command, and its seconds from start to end; UserError where it was used wrongly."""
     begin = time.perf_counter()
-    done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=child_environment(threads), capture_output=True, text=True, check=False
+    )
     seconds = time.perf_counter() - begin
     if done.returncode == EXIT_USAGE:
-        raise UserError(next(line for line in done.stderr.splitlines() if line.strip()).removeprefix("distrib: error: "))
+        raise UserError(
+            next(line for line in done.stderr.splitlines() if line.strip()).removeprefix("distrib: error: ")
+        )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr or done.stdout}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr or done.stdout}"
+        )
     return done.stdout, seconds
 
 
@@ -68,8 +74,12 @@ def theirs(config: Config, kind: str, threads: int) -> dict[str, float]:
 def run(
     context: typer.Context,
     ranks: Annotated[int, typer.Option(help="Ranks of our side; PyTorch gets as many threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Runs of each side, in alternation, with seeds 0, 1, 2, …")] = 3,
-    against: Annotated[str | None, typer.Option(help="torch: the same recipe in PyTorch, both layouts.")] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of each side, in alternation, with seeds 0, 1, 2, …")
+    ] = 3,
+    against: Annotated[
+        str | None, typer.Option(help="torch: the same recipe in PyTorch, both layouts.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Whole training runs: seconds from the first step to the end of the last evaluation, and test accuracy.
@@ -106,17 +116,26 @@ def run(
                 results[name].append(found)
     report: dict[str, Any] = {"machine": machine(), "ranks": ranks, "options": context.args, "runs": results}
     if against:
-        best = min(sides[1:], key=lambda name: statistics.median(row["wall_seconds"] for row in results[name]))
+        best = min(
+            sides[1:], key=lambda name: statistics.median(row["wall_seconds"] for row in results[name])
+        )
         pairs = zip(results[best], results["distrib"], strict=True)
-        report |= {"against": best, "ratio": [theirs["wall_seconds"] / ours["wall_seconds"] for theirs, ours in pairs]}
+        report |= {
+            "against": best,
+            "ratio": [theirs["wall_seconds"] / ours["wall_seconds"] for theirs, ours in pairs],
+        }
     if as_json:
         print(json.dumps(report, indent=2))
         return
-    print(f"{report['machine']}\n{' '.join(context.args)}: {ranks} rank(s) of ours, {ranks} thread(s) of PyTorch")
+    print(
+        f"{report['machine']}\n{' '.join(context.args)}: {ranks} rank(s) of ours, {ranks} thread(s) of PyTorch"
+    )
     for name, rows in results.items():
         accuracy = [row["test_accuracy"] for row in rows]
-        print(f"  {name:20} {spread([row['wall_seconds'] for row in rows], 3)} s; whole process"
-              f" {spread([row['process_seconds'] for row in rows], 3)} s; test accuracy mean"
-              f" {statistics.mean(accuracy):.2f} % ({min(accuracy):.2f}–{max(accuracy):.2f})")  # fmt: skip
+        print(
+            f"  {name:20} {spread([row['wall_seconds'] for row in rows], 3)} s; whole process"
+            f" {spread([row['process_seconds'] for row in rows], 3)} s; test accuracy mean"
+            f" {statistics.mean(accuracy):.2f} % ({min(accuracy):.2f}–{max(accuracy):.2f})"
+        )
     if against:
         print(f"  ratio of seconds, {report['against']} to distrib: {spread(report['ratio'], 3)}")

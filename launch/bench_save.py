@@ -26,7 +26,9 @@ def save(
     batch_size: BatchSize = 8,
     width: Width = 1.0,
     every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 50,
-    folder: Annotated[Path, typer.Option(help="Write to a folder in this one, removed at the end: the disk counts.")] = Path(),
+    folder: Annotated[
+        Path, typer.Option(help="Write to a folder in this one, removed at the end: the disk counts.")
+    ] = Path(),
     repeats: Repeats = 9,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +54,9 @@ def save(
     plain: list[float] = []
     saving: list[float] = []
     held: list[float] = []
-    with tempfile.TemporaryDirectory(prefix=".bench-save-", dir=folder, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(
+        prefix=".bench-save-", dir=folder, ignore_cleanup_errors=True
+    ) as temporary:
         run = Run(Path(temporary)) if world.rank == 0 else None
         with world.agree():
             if run:
@@ -71,21 +75,32 @@ def save(
                 held.append(waited)
     if world.rank == 0:
         result: dict[str, Any] = {
-            "machine": machine(), "ranks": world.size, "threads": world.size * blas_threads(), "batch_size": batch_size,
-            "width": width, "every": every, "step_ms": [1e3 * seconds / every for seconds in plain],
+            "machine": machine(),
+            "ranks": world.size,
+            "threads": world.size * blas_threads(),
+            "batch_size": batch_size,
+            "width": width,
+            "every": every,
+            "step_ms": [1e3 * seconds / every for seconds in plain],
             "held_up_ms": [1e3 * seconds for seconds in held],
             "held_up_percent": [100 * a / b for a, b in zip(held, plain, strict=True)],
             "cost_percent": [100 * (a / b - 1) for a, b in zip(saving, plain, strict=True)],
-        }  # fmt: skip
+        }
         print(json.dumps(result, indent=2)) if as_json else show(result)
     trainer.close()
 
 
 def show(r: dict[str, Any]) -> None:
     """The report of `bench save`."""
-    print(f"{r['machine']}\ntraining, {r['ranks']} rank(s), {r['threads']} thread(s) in total, batch {r['batch_size']}, width"
-          f" {r['width']}, a checkpoint every {r['every']} steps, {len(r['step_ms'])} pairs")  # fmt: skip
+    print(
+        f"{r['machine']}\ntraining, {r['ranks']} rank(s), {r['threads']} thread(s) in total, batch {r['batch_size']}, width"
+        f" {r['width']}, a checkpoint every {r['every']} steps, {len(r['step_ms'])} pairs"
+    )
     print(f"  a step          {spread(r['step_ms'])} ms")
-    print(f"  held up         {spread(r['held_up_ms'], 3)} ms a checkpoint: {spread(r['held_up_percent'], 2)} %")
-    print(f"  the whole cost  {statistics.median(r['cost_percent']):.1f} %"
-          f" ({min(r['cost_percent']):.1f} to {max(r['cost_percent']):.1f}) of the training time")  # fmt: skip
+    print(
+        f"  held up         {spread(r['held_up_ms'], 3)} ms a checkpoint: {spread(r['held_up_percent'], 2)} %"
+    )
+    print(
+        f"  the whole cost  {statistics.median(r['cost_percent']):.1f} %"
+        f" ({min(r['cost_percent']):.1f} to {max(r['cost_percent']):.1f}) of the training time"
+    )

@@ -53,7 +53,9 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         for step in range(steps):
             part = sampler.share(batch, world.rank, world.size)
             first = step % whole * batch
-            logits = infer(trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop)[0]
+            logits = infer(
+                trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop
+            )[0]
         world.backend.to_host(logits)  # the device is waited for once
 
     def measure() -> dict[str, Any]:
@@ -63,7 +65,10 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         infer_only() if evaluate else train()
         world.comm.barrier()
         seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "phases": {name: trainer.laps.seconds[name] - before[name] for name in PHASES}}
+        return {
+            "seconds": seconds,
+            "phases": {name: trainer.laps.seconds[name] - before[name] for name in PHASES},
+        }
 
     return measure
 
@@ -96,23 +101,33 @@ def wait_quietly(world: World, measure: Callable[[], Any] | None) -> Any:
 def step(
     batch_size: BatchSize = 64,
     width: Width = 1.0,
-    variant: Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")] = "baseline",
+    variant: Annotated[
+        str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")
+    ] = "baseline",
     optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
     precision: Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")] = "float32",
     backend: Annotated[str, typer.Option(help="numpy, cupy, or auto.")] = "auto",
     comm: Annotated[str, typer.Option(help="none, mpi, nccl, or auto.")] = "auto",
-    graph: Annotated[bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, whole steps as CUDA graphs.")] = True,
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Forward passes of evaluation instead of training.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Steps of one measurement; without it, about a second's.")] = None,
+    graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, whole steps as CUDA graphs.")
+    ] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Forward passes of evaluation instead of training.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of one measurement; without it, about a second's.")
+    ] = None,
     repeats: Repeats = 7,
     against: Annotated[
         str | None,
-        typer.Option(help="torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU"
-                          " eagerly and compiled with CUDA graphs;"
-                          " loop: this network with its convolutions as plain loops (slow)."),
+        typer.Option(
+            help="torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU"
+            " eagerly and compiled with CUDA graphs;"
+            " loop: this network with its convolutions as plain loops (slow)."
+        ),
     ] = None,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Whole training steps: images/s, where a step's time goes, peak memory; alone or under mpirun.
 
     Example: mpirun -n 2 distrib bench step --against torch
@@ -120,15 +135,28 @@ def step(
     if against not in (None, "torch", "loop"):
         raise UserError(f"--against {against}: choose torch or loop, or leave it out")
     if evaluate and against == "loop":
-        raise UserError("--evaluate --against loop: the loop is compared in training only: leave out --evaluate")
+        raise UserError(
+            "--evaluate --against loop: the loop is compared in training only: leave out --evaluate"
+        )
     if min(batch_size, repeats, 1 if steps is None else steps) < 1:
         raise UserError("--batch-size, --steps and --repeats: give 1 or more")
     if batch_size > 60000:
         raise UserError(f"--batch-size {batch_size}: the data has only 60000 images")
     if against == "torch" and precision == "float64":
         raise UserError("--against torch: not in float64")
-    config = build({"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer, "limit_test": 1,
-                    "precision": precision, "backend": backend, "comm": comm, "cuda_graph": graph})  # fmt: skip
+    config = build(
+        {
+            "batch_size": batch_size,
+            "width": width,
+            "variant": variant,
+            "optimizer": optimizer,
+            "limit_test": 1,
+            "precision": precision,
+            "backend": backend,
+            "comm": comm,
+            "cuda_graph": graph,
+        }
+    )
     world = connect(comm, backend, precision, timeout=600)
     with world.agree():
         config = config.resolve(world.size, 60000, 1)
@@ -153,7 +181,9 @@ def step(
             done["plain loop"] = slow()
         for name, worker in workers.items():
             done[name] = wait_quietly(world, worker)
-        peak = 0.0 if bf16 else sum(world.allgather(matrix_peak(world.backend), "the peak"))  # CuPy has no product in bf16
+        peak = (
+            0.0 if bf16 else sum(world.allgather(matrix_peak(world.backend), "the peak"))
+        )  # CuPy has no product in bf16
         if repeat:
             peaks += [peak] if peak else []
             for name, row in done.items():
@@ -166,18 +196,36 @@ def step(
     if world.rank == 0:
         images = steps * batch_size
         result: dict[str, Any] = {
-            "machine": machine(), "backend": world.backend.name, "ranks": world.size, "threads": threads,
-            "precision": precision, "device": world.backend.describe(), "graph": bool(trainer.graphs and trainer.graphs.replays),
-            "batch_size": batch_size, "width": width, "variant": variant, "evaluate": evaluate, "steps": steps,
-            "images_per_second": {name: [images / row["seconds"] for row in found if row] for name, found in rows.items()},
-            "phases_ms": {} if not show_phases else {
-                name: statistics.median(1e3 * statistics.mean(rank[i][name] for rank in phases) / steps for i in range(repeats))
+            "machine": machine(),
+            "backend": world.backend.name,
+            "ranks": world.size,
+            "threads": threads,
+            "precision": precision,
+            "device": world.backend.describe(),
+            "graph": bool(trainer.graphs and trainer.graphs.replays),
+            "batch_size": batch_size,
+            "width": width,
+            "variant": variant,
+            "evaluate": evaluate,
+            "steps": steps,
+            "images_per_second": {
+                name: [images / row["seconds"] for row in found if row] for name, found in rows.items()
+            },
+            "phases_ms": {}
+            if not show_phases
+            else {
+                name: statistics.median(
+                    1e3 * statistics.mean(rank[i][name] for rank in phases) / steps for i in range(repeats)
+                )
                 for name in PHASES
             },
-            "matrix_peak_gflops": peaks, "peak_bytes": {"distrib": memory}, "workspace_grown_bytes": grown,
+            "matrix_peak_gflops": peaks,
+            "peak_bytes": {"distrib": memory},
+            "workspace_grown_bytes": grown,
             "flops_per_image": trainer.model.flops(train=not evaluate),
-            "gradient_buckets": len(trainer.reducer.buckets), "all_reduce_alone_ms": None if alone is None else 1e3 * alone,
-        }  # fmt: skip
+            "gradient_buckets": len(trainer.reducer.buckets),
+            "all_reduce_alone_ms": None if alone is None else 1e3 * alone,
+        }
         for name, found in rows.items():
             if "peak_bytes" in found[-1]:
                 result["peak_bytes"][name] = [found[-1]["peak_bytes"]]
@@ -198,12 +246,16 @@ def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int) ->
     return lambda: {"seconds": one()["seconds"] * steps}
 
 
-def torch_workers(config: Config, world: World, threads: int, steps: int, evaluate: bool) -> dict[str, Worker | None]:
+def torch_workers(
+    config: Config, world: World, threads: int, steps: int, evaluate: bool
+) -> dict[str, Worker | None]:
     """PyTorch in each memory layout, started by rank 0."""
     require_torch("--against torch")
     config = replace(config, backend=world.backend.name)
-    return {f"torch {kind}": Worker(config, kind, threads, steps, evaluate) if world.rank == 0 else None
-            for kind in kinds(not world.backend.on_host)}  # fmt: skip
+    return {
+        f"torch {kind}": Worker(config, kind, threads, steps, evaluate) if world.rank == 0 else None
+        for kind in kinds(not world.backend.on_host)
+    }
 
 
 def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
@@ -224,12 +276,18 @@ def show(result: dict[str, Any]) -> None:
     r = result
     kind = "evaluation" if r["evaluate"] else "training"
     device = ", ".join(f"{name} {value}" for name, value in r["device"].items())
-    print(f"{r['machine']}{f'; {device}' if device else ''}\n{kind}, {r['ranks']} rank(s), "
-          f"{'whole steps as CUDA graphs' if r['graph'] else str(r['threads']) + ' thread(s) in total'}, batch"
-          f" {r['batch_size']}, width {r['width']}, {r['variant']}, {r['precision']}, {r['steps']} steps a measurement")  # fmt: skip
+    print(
+        f"{r['machine']}{f'; {device}' if device else ''}\n{kind}, {r['ranks']} rank(s), "
+        f"{'whole steps as CUDA graphs' if r['graph'] else str(r['threads']) + ' thread(s) in total'}, batch"
+        f" {r['batch_size']}, width {r['width']}, {r['variant']}, {r['precision']}, {r['steps']} steps a measurement"
+    )
     for name, rates in r["images_per_second"].items():
         memory = r["peak_bytes"].get(name)
-        peak = f"   peak memory {max(memory) / 2**20:.0f} MiB" + (" a rank" if len(memory) > 1 else "") if memory else ""
+        peak = (
+            f"   peak memory {max(memory) / 2**20:.0f} MiB" + (" a rank" if len(memory) > 1 else "")
+            if memory
+            else ""
+        )
         print(f"  {name:26} {spread(rates)} images/s{peak}")
     for name, ratio in r.get("ratios", {}).items():
         print(f"  ratio to {name}: {spread(ratio)}{'  (the best of them)' if name == r['against'] else ''}")
@@ -243,5 +301,7 @@ def show(result: dict[str, Any]) -> None:
         print("  ms a step: " + ", ".join(f"{name} {ms:.3g}" for name, ms in r["phases_ms"].items()))
     if r["all_reduce_alone_ms"] is not None and r["phases_ms"]:
         waited, alone = r["phases_ms"]["gradients"], r["all_reduce_alone_ms"]
-        print(f"  gradients: {r['gradient_buckets']} bucket(s) take {alone:.3g} ms alone; {waited:.3g} ms of waiting (for the"
-              f" slower rank too) remain after the backward: {max(0.0, 100 * (1 - waited / alone)):.0f} % hidden")  # fmt: skip
+        print(
+            f"  gradients: {r['gradient_buckets']} bucket(s) take {alone:.3g} ms alone; {waited:.3g} ms of waiting (for the"
+            f" slower rank too) remain after the backward: {max(0.0, 100 * (1 - waited / alone)):.0f} % hidden"
+        )

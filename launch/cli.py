@@ -47,7 +47,9 @@ Is this machine fit for it, alone or under mpirun or srun:
 )
 app.command("train")(train_command)
 
-Model = Annotated[Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")]
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -59,7 +61,9 @@ def version(show: bool) -> None:
 
 @app.callback()
 def options(
-    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -87,13 +91,18 @@ def evaluate(
     test = mnist.load(data, limit_test=limit_test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {
-        "checkpoint": str(found.path), "data": test.name, "images": len(test.test_images),
-        "test_loss": loss, "test_accuracy": accuracy,
-    }  # fmt: skip
+        "checkpoint": str(found.path),
+        "data": test.name,
+        "images": len(test.test_images),
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+    }
     if as_json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{found.path}: test accuracy {accuracy:.2f} %, loss {loss:.4f} on {result['images']} images of {test.name}")
+        print(
+            f"{found.path}: test accuracy {accuracy:.2f} %, loss {loss:.4f} on {result['images']} images of {test.name}"
+        )
 
 
 def _add_commands() -> None:

@@ -46,7 +46,9 @@ from nn.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 STATES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}  # from good to bad
-DIFFERING = dict.fromkeys(("Python", "BLAS", "CuPy", "NCCL", "cuDNN", "MPI library"), WARNING) | {"data": FAILURE}
+DIFFERING = dict.fromkeys(("Python", "BLAS", "CuPy", "NCCL", "cuDNN", "MPI library"), WARNING) | {
+    "data": FAILURE
+}
 """State of what the ranks should find alike and do not."""
 ELEMENTS, REPEATS = 1 << 14, 20
 LITTLE, TOO_LITTLE = 1 << 30, 100 << 20
@@ -114,29 +116,51 @@ def blas_pool() -> dict[str, Any]:
 
 def blas() -> Finding:
     if pool := blas_pool():
-        return Finding(OK, f"NumPy {np.__version__}, {pool['internal_api']} {pool.get('version')}, {pool['num_threads']} thread(s) a rank")
-    return Finding(WARNING, f"NumPy {np.__version__}, its BLAS is not known", "install NumPy's wheel, which brings OpenBLAS")
+        return Finding(
+            OK,
+            f"NumPy {np.__version__}, {pool['internal_api']} {pool.get('version')}, {pool['num_threads']} thread(s) a rank",
+        )
+    return Finding(
+        WARNING,
+        f"NumPy {np.__version__}, its BLAS is not known",
+        "install NumPy's wheel, which brings OpenBLAS",
+    )
 
 
 def data(folder: str | None) -> Finding:
     try:
         found = mnist.load(folder)
     except UserError as error:
-        return Finding(FAILURE, str(error), "copy the four files again, or leave --data out" if folder else "install the package again")
+        return Finding(
+            FAILURE,
+            str(error),
+            "copy the four files again, or leave --data out" if folder else "install the package again",
+        )
     how = "not known to us" if folder else "as shipped"
-    return Finding(OK, f"{found.name}: {len(found.train_images)} + {len(found.test_images)} images, SHA-256 {found.digest()[:12]}…, {how}")
+    return Finding(
+        OK,
+        f"{found.name}: {len(found.train_images)} + {len(found.test_images)} images, SHA-256 {found.digest()[:12]}…, {how}",
+    )
 
 
 def disk(run_dir: str) -> Finding:
-    place = next(path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists())
+    place = next(
+        path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists()
+    )
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(1 << 16))
         free = shutil.disk_usage(place).free
     except OSError as error:
-        return Finding(FAILURE, f"{place}: cannot be written ({error.strerror})", "give --run-dir in a folder of yours on a disk with space")
+        return Finding(
+            FAILURE,
+            f"{place}: cannot be written ({error.strerror})",
+            "give --run-dir in a folder of yours on a disk with space",
+        )
     state = FAILURE if free < TOO_LITTLE else WARNING if free < LITTLE else OK
-    return Finding(state, f"{free / 1e9:.1f} GB free at {place}", "free some, or give --run-dir on another disk")
+    return Finding(
+        state, f"{free / 1e9:.1f} GB free at {place}", "free some, or give --run-dir on another disk"
+    )
 
 
 def driver() -> str:
@@ -154,7 +178,10 @@ def cupy() -> Finding:
             return Finding(OK, f"{error}; nor is there a driver")
         remedy = "install distrib[cuda12] or distrib[cuda13], as the driver allows, or a newer driver"
         return Finding(WARNING, f"{error}, though there is a driver {driver()}", remedy)
-    ours, drivers = (f"{number // 1000}.{number % 1000 // 10}" for number in (runtime.runtimeGetVersion(), runtime.driverGetVersion()))
+    ours, drivers = (
+        f"{number // 1000}.{number % 1000 // 10}"
+        for number in (runtime.runtimeGetVersion(), runtime.driverGetVersion())
+    )
     return Finding(OK, f"{cupy_version()} with CUDA {ours}; driver {driver()}, for CUDA {drivers}")
 
 
@@ -166,11 +193,19 @@ def devices() -> list[tuple[str, str]]:
     except RuntimeError:
         return []
     about = [runtime.getDeviceProperties(device) for device in range(runtime.getDeviceCount())]
-    return [(each["name"].decode(), f"GPU-{uuid.UUID(bytes=raw)}" if len(raw := each["uuid"]) == 16 else f"GPU-{raw.hex()}") for each in about]
+    return [
+        (
+            each["name"].decode(),
+            f"GPU-{uuid.UUID(bytes=raw)}" if len(raw := each["uuid"]) == 16 else f"GPU-{raw.hex()}",
+        )
+        for each in about
+    ]
 
 
 def gpus() -> Finding:
-    found = ", ".join(f"{name} {identity}" for name, identity in devices()) or "none visible, and none is needed"
+    found = (
+        ", ".join(f"{name} {identity}" for name, identity in devices()) or "none visible, and none is needed"
+    )
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     return Finding(OK, found if limit is None else f"{found} (CUDA_VISIBLE_DEVICES={limit})")
 
@@ -187,9 +222,16 @@ def nccl() -> Finding:
     if not devices():
         return Finding(OK, f"not needed without a GPU ({installed('nvidia-nccl-cu12', 'nvidia-nccl-cu13')})")
     if not number:
-        return Finding(WARNING, "CuPy finds no NCCL library: ranks sum through the host", "pip install nvidia-nccl-cu12 (or -cu13)")
+        return Finding(
+            WARNING,
+            "CuPy finds no NCCL library: ranks sum through the host",
+            "pip install nvidia-nccl-cu12 (or -cu13)",
+        )
     able = "can" if number >= MULTI_RANK_NCCL else "cannot"
-    return Finding(OK, f"{number // 10000}.{number // 100 % 100}.{number % 100}, which {able} put several ranks on one GPU")
+    return Finding(
+        OK,
+        f"{number // 10000}.{number // 100 % 100}.{number % 100}, which {able} put several ranks on one GPU",
+    )
 
 
 def mpi_library() -> Finding:
@@ -211,13 +253,23 @@ def launcher() -> Finding:
     mpirun, mpi = shutil.which("mpirun") or shutil.which("mpiexec"), sys.modules.get("mpi4py.MPI")
     if mpirun is None:
         state = OK if shutil.which("srun") or launched_ranks() > 1 else WARNING
-        return Finding(state, f"{found}; no mpirun on the PATH", "put your MPI's bin folder there, or pip install 'distrib[mpi]'")
-    said = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=10, errors="replace").stdout
+        return Finding(
+            state,
+            f"{found}; no mpirun on the PATH",
+            "put your MPI's bin folder there, or pip install 'distrib[mpi]'",
+        )
+    said = subprocess.run(
+        [mpirun, "--version"], capture_output=True, text=True, timeout=10, errors="replace"
+    ).stdout
     found += f"; {mpirun} is of {family(said)} {version(said)}"
     library = mpi.Get_library_version() if mpi else said
-    same = family(library) == family(said) and (family(said) != "Open MPI" or version(library) == version(said))
+    same = family(library) == family(said) and (
+        family(said) != "Open MPI" or version(library) == version(said)
+    )
     found += "" if same else f", mpi4py's library of {family(library)} {version(library)}"
-    return Finding(OK if same else WARNING, found, "put that library's mpirun first on the PATH, or use srun --mpi=pmix")
+    return Finding(
+        OK if same else WARNING, found, "put that library's mpirun first on the PATH, or use srun --mpi=pmix"
+    )
 
 
 def cudnn(world: World | None) -> Finding:
@@ -226,18 +278,34 @@ def cudnn(world: World | None) -> Finding:
         return Finding(OK, f"not needed without a GPU ({frontend})")
     if form := world and world.backend.forms.get("cudnn"):
         return Finding(OK, f"{form.version}, {frontend}")
-    why = " ".join(world.backend.notes) or world.reason if world else "not looked at, as the ranks did not come together"
-    return Finding(WARNING, f"{why} ({frontend})", "pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 (or -cu13)")
+    why = (
+        " ".join(world.backend.notes) or world.reason
+        if world
+        else "not looked at, as the ranks did not come together"
+    )
+    return Finding(
+        WARNING, f"{why} ({frontend})", "pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 (or -cu13)"
+    )
 
 
 def ranks(facts: list[Facts]) -> Finding:
     """This and what follows is found by all ranks together."""
     launched, size, tasks = launched_ranks(), facts[0].mpi_size, os.environ.get("SLURM_NTASKS", "")
     if launched > 1 and size < 2:
-        remedy = "use the mpirun of mpi4py's MPI library, or srun --mpi=pmix (srun --mpi=list tells what there is)"
-        return Finding(FAILURE, f"{launched} were started, and MPI sees {'1 in each' if size else 'none'}", remedy if size else "install MPI, as above")
+        remedy = (
+            "use the mpirun of mpi4py's MPI library, or srun --mpi=pmix (srun --mpi=list tells what there is)"
+        )
+        return Finding(
+            FAILURE,
+            f"{launched} were started, and MPI sees {'1 in each' if size else 'none'}",
+            remedy if size else "install MPI, as above",
+        )
     if tasks.isdigit() and int(tasks) != len(facts):
-        return Finding(WARNING, f"{len(facts)} rank(s), but SLURM_NTASKS={tasks}", f"start all: with srun, or mpirun -n {tasks}")
+        return Finding(
+            WARNING,
+            f"{len(facts)} rank(s), but SLURM_NTASKS={tasks}",
+            f"start all: with srun, or mpirun -n {tasks}",
+        )
     return Finding(OK, f"{len(facts)} rank(s)" + (f", as SLURM_NTASKS={tasks}" if tasks else ""))
 
 
@@ -245,7 +313,9 @@ def hosts(facts: list[Facts]) -> Finding:
     count = Counter(fact.host for fact in facts)
     found = ", ".join(f"{host} with {ranks} rank(s)" for host, ranks in count.items())
     state = OK if len(set(count.values())) == 1 else WARNING
-    return Finding(state, found, "give each as many ranks (srun --ntasks-per-node): the fullest sets the pace")
+    return Finding(
+        state, found, "give each as many ranks (srun --ntasks-per-node): the fullest sets the pace"
+    )
 
 
 def threads(facts: list[Facts]) -> Finding:
@@ -253,7 +323,9 @@ def threads(facts: list[Facts]) -> Finding:
     for host in dict.fromkeys(fact.host for fact in facts):
         own = [fact for fact in facts if fact.host == host]
         cores = len({core for fact in own for core in fact.cores})
-        found.append(f"{len(own)} rank(s) × {max(fact.threads for fact in own)} BLAS thread(s) on {cores} core(s) of {host}")
+        found.append(
+            f"{len(own)} rank(s) × {max(fact.threads for fact in own)} BLAS thread(s) on {cores} core(s) of {host}"
+        )
         if sum(fact.threads for fact in own) > cores or any(fact.threads > len(fact.cores) for fact in own):
             most = min(most, cores // len(own), *(len(fact.cores) for fact in own))
     remedy = f"set OMP_NUM_THREADS={most}" if most else "start a rank per core, or fewer"
@@ -263,15 +335,37 @@ def threads(facts: list[Facts]) -> Finding:
 def sharing(facts: list[Facts]) -> Finding:
     without = [str(rank) for rank, fact in enumerate(facts) if not fact.gpus]
     if without:
-        state, found = (OK, "no rank has a GPU") if len(without) == len(facts) else (WARNING, f"no GPU for rank {', '.join(without)}, so all take NumPy")
+        state, found = (
+            (OK, "no rank has a GPU")
+            if len(without) == len(facts)
+            else (WARNING, f"no GPU for rank {', '.join(without)}, so all take NumPy")
+        )
         return Finding(state, found, "give each a GPU (srun --gpus-per-task=1)")
     local = [sum(other.host == fact.host for other in facts[:rank]) for rank, fact in enumerate(facts)]
-    most = max(Counter((fact.host, fact.gpus[place % len(fact.gpus)]) for place, fact in zip(local, facts)).values())
-    able, allowed = min(fact.nccl for fact in facts) >= MULTI_RANK_NCCL, os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    most = max(
+        Counter((fact.host, fact.gpus[place % len(fact.gpus)]) for place, fact in zip(local, facts)).values()
+    )
+    able, allowed = (
+        min(fact.nccl for fact in facts) >= MULTI_RANK_NCCL,
+        os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1",
+    )
     if most == 1 or (able and allowed):
-        return Finding(OK, "every rank has its own" if most == 1 else f"up to {most} ranks on one, as NCCL_MULTI_RANK_GPU_ENABLE=1 allows")
-    other = "set NCCL_MULTI_RANK_GPU_ENABLE=1" if able else "install NCCL 2.30 or newer and set NCCL_MULTI_RANK_GPU_ENABLE=1"
-    return Finding(WARNING, f"up to {most} ranks on one, which sum through the host", f"start one rank per GPU, or {other}")
+        return Finding(
+            OK,
+            "every rank has its own"
+            if most == 1
+            else f"up to {most} ranks on one, as NCCL_MULTI_RANK_GPU_ENABLE=1 allows",
+        )
+    other = (
+        "set NCCL_MULTI_RANK_GPU_ENABLE=1"
+        if able
+        else "install NCCL 2.30 or newer and set NCCL_MULTI_RANK_GPU_ENABLE=1"
+    )
+    return Finding(
+        WARNING,
+        f"up to {most} ranks on one, which sum through the host",
+        f"start one rank per GPU, or {other}",
+    )
 
 
 def all_reduce(world: World) -> Finding:
@@ -284,11 +378,20 @@ def all_reduce(world: World) -> Finding:
         if world.backend.stream:
             world.backend.stream.synchronize()
         seconds.append(time.perf_counter() - begin)
-    everyone = world.allgather((values.compare(x, 1)[0], statistics.median(seconds)), "the results of the all-reduce")
+    everyone = world.allgather(
+        (values.compare(x, 1)[0], statistics.median(seconds)), "the results of the all-reduce"
+    )
     how = f"{world.backend.name} and communicator {world.comm.name}"
     if bad := [f"{wrong} on rank {rank}" for rank, (wrong, _) in enumerate(everyone) if wrong]:
-        return Finding(FAILURE, f"of {ELEMENTS} sums are wrong: {', '.join(bad)} ({how})", "find the broken link or library; until then --comm mpi")
-    return Finding(OK, f"{ELEMENTS} sums over {world.size} rank(s) right, {max(s for _, s in everyone) * 1e6:.0f} µs, with {how}")
+        return Finding(
+            FAILURE,
+            f"of {ELEMENTS} sums are wrong: {', '.join(bad)} ({how})",
+            "find the broken link or library; until then --comm mpi",
+        )
+    return Finding(
+        OK,
+        f"{ELEMENTS} sums over {world.size} rank(s) right, {max(s for _, s in everyone) * 1e6:.0f} µs, with {how}",
+    )
 
 
 def merge(everyone: list[list[Finding]]) -> list[Finding]:
@@ -300,9 +403,13 @@ def merge(everyone: list[list[Finding]]) -> list[Finding]:
         for rank, finding in enumerate(same):
             texts.setdefault(finding.found, []).append(str(rank))
         if len(texts) > 1:
-            worst = worst._replace(found="; ".join(f"rank {', '.join(who)}: {text}" for text, who in texts.items()))
+            worst = worst._replace(
+                found="; ".join(f"rank {', '.join(who)}: {text}" for text, who in texts.items())
+            )
             if worst.state == OK and worst.name in DIFFERING:
-                worst = worst._replace(state=DIFFERING[worst.name], remedy=f"give all ranks the same {worst.name}")
+                worst = worst._replace(
+                    state=DIFFERING[worst.name], remedy=f"give all ranks the same {worst.name}"
+                )
         merged.append(worst)
     return merged
 
@@ -314,9 +421,21 @@ def probe(timeout: float, folder: str | None, run_dir: str) -> None:
     def tell(doing: str) -> None:
         print(f"\n{MARK}{json.dumps([doing, found])}", flush=True)
 
-    os.environ |= {"MPI4PY_RC_INITIALIZE": "0", "MPI4PY_RC_FINALIZE": "1"}  # tell the library's name before it starts
-    alone = {"Python": lambda: Finding(OK, f"{platform.python_version()}, distrib {__version__}"), "BLAS": blas, "data": lambda: data(folder), "disk": lambda: disk(run_dir), "CuPy": cupy, "GPUs": gpus,
-             "NCCL": nccl, "MPI library": mpi_library, "launcher": launcher}  # fmt: skip
+    os.environ |= {
+        "MPI4PY_RC_INITIALIZE": "0",
+        "MPI4PY_RC_FINALIZE": "1",
+    }  # tell the library's name before it starts
+    alone = {
+        "Python": lambda: Finding(OK, f"{platform.python_version()}, distrib {__version__}"),
+        "BLAS": blas,
+        "data": lambda: data(folder),
+        "disk": lambda: disk(run_dir),
+        "CuPy": cupy,
+        "GPUs": gpus,
+        "NCCL": nccl,
+        "MPI library": mpi_library,
+        "launcher": launcher,
+    }
     for name, check in alone.items():
         tell(f"the check of {name}")
         found.append(look(name, check))
@@ -325,7 +444,14 @@ def probe(timeout: float, folder: str | None, run_dir: str) -> None:
     if mpi and launched_ranks() > 1:
         mpi.Init_thread()
     size = mpi.COMM_WORLD.Get_size() if mpi and mpi.Is_initialized() else 0
-    own = Facts(socket.gethostname(), sorted(os.sched_getaffinity(0)), blas_pool().get("num_threads", 1), size, [gpu for _, gpu in devices()], nccl_number())
+    own = Facts(
+        socket.gethostname(),
+        sorted(os.sched_getaffinity(0)),
+        blas_pool().get("num_threads", 1),
+        size,
+        [gpu for _, gpu in devices()],
+        nccl_number(),
+    )
 
     def join() -> Finding:
         worlds.append(connect(timeout=timeout))
@@ -338,7 +464,12 @@ def probe(timeout: float, folder: str | None, run_dir: str) -> None:
     if world:
         everyone = world.allgather((found, own), "the exchange of findings")
         found, facts = merge([lines for lines, _ in everyone]), [fact for _, fact in everyone]
-    for name, together in {"ranks": ranks, "hosts": hosts, "threads": threads, "ranks on GPUs": sharing}.items():
+    for name, together in {
+        "ranks": ranks,
+        "hosts": hosts,
+        "threads": threads,
+        "ranks on GPUs": sharing,
+    }.items():
         found.append(look(name, together, facts))
     tell("the all-reduce")
     found.append(look("all-reduce", all_reduce, world) if world else joined)
@@ -372,19 +503,32 @@ def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
         if thread.is_alive():
             why = f"no answer after {2 * timeout:g} s"
         elif child.returncode:
-            why = f"exit code {child.returncode}" if child.returncode > 0 else signal.Signals(-child.returncode).name
+            why = (
+                f"exit code {child.returncode}"
+                if child.returncode > 0
+                else signal.Signals(-child.returncode).name
+            )
     except KeyboardInterrupt:
         why = "interrupted: the launcher ends a job in which a rank has failed"
     child.kill()
     if not why:
         return found
-    return [*found, Finding(FAILURE, f"{doing}: {why}" + (f": {said}" if said else ""),
-                            "read what other ranks say; all need one MPI library; under srun --mpi=pmix is for Open MPI, --mpi=pmi2 for MPICH", "outcome")]  # fmt: skip
+    return [
+        *found,
+        Finding(
+            FAILURE,
+            f"{doing}: {why}" + (f": {said}" if said else ""),
+            "read what other ranks say; all need one MPI library; under srun --mpi=pmix is for Open MPI, --mpi=pmi2 for MPICH",
+            "outcome",
+        ),
+    ]
 
 
 def show(findings: list[Finding]) -> None:
     """The report as a table."""
-    console = Console(highlight=False, force_terminal=on_terminal(), width=None if on_terminal() else 200)  # a log file has no width
+    console = Console(
+        highlight=False, force_terminal=on_terminal(), width=None if on_terminal() else 200
+    )  # a log file has no width
     table = Table(show_header=False, box=None, pad_edge=False)
     for state, found, remedy, name in findings:
         table.add_row(Text(state, STATES[state]), name, Text(found + (f"\n→ {remedy}" if remedy else "")))
@@ -396,7 +540,12 @@ def show(findings: list[Finding]) -> None:
 def doctor(
     data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
     run_dir: Annotated[Path, typer.Option(help="Where a run would be kept.")] = Path("runs"),
-    timeout: Annotated[float, typer.Option(help="Seconds after which a wait for another rank is given up; all together take at most twice as long.")] = 30.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a wait for another rank is given up; all together take at most twice as long."
+        ),
+    ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine for the trainer: alone, or on all ranks that mpirun or srun started. Exit code 2 if a check failed.
@@ -405,14 +554,25 @@ def doctor(
     """
     if not 0 < timeout < math.inf:
         raise UserError(f"--timeout {timeout:g}: give a finite number above 0")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # with it mpirun ends the job; there is time for the report
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # with it mpirun ends the job; there is time for the report
     findings = ask(timeout, data, str(run_dir))
-    if launched_rank() > 0:  # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
+    if (
+        launched_rank() > 0
+    ):  # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
         if findings[-1].state == FAILURE:
-            print(f"distrib doctor: rank {launched_rank()} on {socket.gethostname()}: {findings[-1].found}", file=sys.stderr, flush=True)
+            print(
+                f"distrib doctor: rank {launched_rank()} on {socket.gethostname()}: {findings[-1].found}",
+                file=sys.stderr,
+                flush=True,
+            )
         return
     if as_json:
-        print(json.dumps([{"name": finding.name} | finding._asdict() for finding in findings], indent=2), flush=True)
+        print(
+            json.dumps([{"name": finding.name} | finding._asdict() for finding in findings], indent=2),
+            flush=True,
+        )
     else:
         show(findings)
     raise typer.Exit(EXIT_USAGE if any(finding.state == FAILURE for finding in findings) else 0)

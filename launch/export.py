@@ -57,8 +57,16 @@ class Graph:
     def conv_bn(self, conv: ConvBN, x: str, residual: str | None = None) -> str:
         """What `ConvBN.forward` computes with the running statistics, on N×C×H×W."""
         name, pad = conv.name, [conv.geometry.padding] * 4
-        y = self.add("Conv", [x, self.constant(f"{name}.0.weight")], f"{name}.conv", kernel_shape=[conv.kernel] * 2, pads=pad)
-        norm = [self.constant(f"{name}.1.{part}") for part in ("weight", "bias", "running_mean", "running_var")]
+        y = self.add(
+            "Conv",
+            [x, self.constant(f"{name}.0.weight")],
+            f"{name}.conv",
+            kernel_shape=[conv.kernel] * 2,
+            pads=pad,
+        )
+        norm = [
+            self.constant(f"{name}.1.{part}") for part in ("weight", "bias", "running_mean", "running_var")
+        ]
         y = self.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
         if residual:
             y = self.add("Add", [y, residual], f"{name}.sum")
@@ -90,19 +98,24 @@ def build(loaded: Loaded) -> ModelProto:
     after = "sigmoid" if loaded.loss == "bce" else "softmax"
     made = helper.make_model(
         helper.make_graph(graph.nodes, "ResNet9", [images], [output], graph.constants),
-        opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR,
-        producer_name="distrib", producer_version=distrib.__version__,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR,
+        producer_name="distrib",
+        producer_version=distrib.__version__,
         doc_string="ResNet-9. images: float32 N×1×28×28, white on black, scaled to [0, 1]. logits: N×10, one for each"
-                   f" digit; probabilities are their {after}, which is left to the caller.",
-    )  # fmt: skip
+        f" digit; probabilities are their {after}, which is left to the caller.",
+    )
     helper.set_model_props(made, description(loaded))
     return made
 
 
 def description(loaded: Loaded) -> dict[str, str]:
     """What a file's metadata say of the model; `step` is the training steps that it has had."""
-    return {**{name: str(value) for name, value in loaded.about.items()},
-            "step": str(loaded.model.batches_tracked), "version": distrib.__version__}  # fmt: skip
+    return {
+        **{name: str(value) for name, value in loaded.about.items()},
+        "step": str(loaded.model.batches_tracked),
+        "version": distrib.__version__,
+    }
 
 
 def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int]:
@@ -137,10 +150,14 @@ def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | 
     test = mnist.load(data, limit_test=limit)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
     if difference > TOLERANCE:
-        raise UserError(f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest, above"
-                        f" {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with {loaded.path}")  # fmt: skip
-    return (f"checked with onnxruntime on {len(test.test_images)} images of {test.name}: logits differ by at most"
-            f" {difference:.1e} of the largest, and {others or 'no'} images get another digit")  # fmt: skip
+        raise UserError(
+            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest, above"
+            f" {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with {loaded.path}"
+        )
+    return (
+        f"checked with onnxruntime on {len(test.test_images)} images of {test.name}: logits differ by at most"
+        f" {difference:.1e} of the largest, and {others or 'no'} images get another digit"
+    )
 
 
 def to_safetensors(loaded: Loaded) -> bytes:
@@ -159,7 +176,9 @@ def format_of(out: Path, asked: str | None) -> str:
     found = asked or out.suffix.removeprefix(".").lower()
     if found not in FORMATS:
         given = f"--format {asked}" if asked else f"{out}: an unknown ending"
-        raise UserError(f"{given}: {'choose' if asked else 'give .onnx or .safetensors, or --format'} onnx or safetensors")
+        raise UserError(
+            f"{given}: {'choose' if asked else 'give .onnx or .safetensors, or --format'} onnx or safetensors"
+        )
     return found
 
 
@@ -174,16 +193,28 @@ def require_place(out: Path, checkpoint: Path) -> None:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
+    ],
     out: Annotated[Path, typer.Argument(help="The file to write: NAME.onnx or NAME.safetensors.")],
-    format: Annotated[str | None, typer.Option(help="onnx or safetensors.", show_default="by the ending of OUT")] = None,
-    check: Annotated[bool | None, typer.Option(
-        "--check/--no-check", help="Compare an ONNX graph's logits with our own before it is written.",
-        show_default="where onnxruntime is installed",
-    )] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with the IDX files of the check; without it, MNIST.")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="Check with the first N test images only.", show_default="all")] = None,
-) -> None:  # fmt: skip
+    format: Annotated[
+        str | None, typer.Option(help="onnx or safetensors.", show_default="by the ending of OUT")
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare an ONNX graph's logits with our own before it is written.",
+            show_default="where onnxruntime is installed",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder with the IDX files of the check; without it, MNIST.")
+    ] = None,
+    limit_test: Annotated[
+        int | None, typer.Option(help="Check with the first N test images only.", show_default="all")
+    ] = None,
+) -> None:
     """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
 
     The ONNX graph takes `images`, float32 N×1×28×28 in [0, 1], and gives `logits`, N×10: softmax (or, of a model
@@ -205,7 +236,9 @@ def export(
     about, dtype, notes = found.about, found.about["dtype"], []
     if kind == "safetensors":
         content = to_safetensors(found)
-        notes.append("tensors are those of the checkpoint to the bit; load_state_dict takes them with strict=True")
+        notes.append(
+            "tensors are those of the checkpoint to the bit; load_state_dict takes them with strict=True"
+        )
     else:
         from onnx import checker
 
@@ -214,12 +247,16 @@ def export(
         if check or (check is None and importlib.util.find_spec("onnxruntime")):
             notes.append(check_onnx(made, found, data, limit_test))
         elif check is None:
-            notes.append("note: not checked against our own logits: onnxruntime is missing: pip install 'distrib[report]'")
+            notes.append(
+                "note: not checked against our own logits: onnxruntime is missing: pip install 'distrib[report]'"
+            )
         if dtype != "float32":
             notes.append(f"note: the checkpoint is in {dtype}, the graph in float32")
         content, dtype = made.SerializeToString(), f"opset {OPSET}, float32"
     write(out, content)
-    print(f"{os.fspath(found.path)} → {out}: {kind}, {len(content) / 1e6:.2f} MB, {about['variant']}, width {about['width']},"
-          f" {about['loss']}, step {found.model.batches_tracked}, {dtype}")  # fmt: skip
+    print(
+        f"{os.fspath(found.path)} → {out}: {kind}, {len(content) / 1e6:.2f} MB, {about['variant']}, width {about['width']},"
+        f" {about['loss']}, step {found.model.batches_tracked}, {dtype}"
+    )
     for note in notes:
         print(note)

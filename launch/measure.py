@@ -58,15 +58,21 @@ def matrix_peak(backend: Backend = NUMPY) -> float:
 
 
 MPI_DEFAULTS = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
-}  # fmt: skip
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
 """What Open MPI needs to start as root, and more ranks than cores."""
 
 
 def child_environment(threads: int) -> dict[str, str]:
     """The environment of a process with `threads` BLAS threads, without what a launcher of ours left in it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_COMM", "PMIX_", "PRTE_JOB"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_COMM", "PMIX_", "PRTE_JOB"))
+    }
     return MPI_DEFAULTS | kept | {name: str(threads) for name in THREAD_VARIABLES}
 
 

@@ -23,11 +23,23 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 """Okabe and Ito (2008): told apart by the colour-blind; dashes tell what comes after the last."""
 
 STYLE: dict[str, Any] = {
-    "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4, "figure.constrained_layout.use": True,
-    "svg.fonttype": "none", "svg.hashsalt": "distrib", "savefig.dpi": 160,
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "distrib",
+    "savefig.dpi": 160,
+}
 
 
 def require(*modules: str) -> None:
@@ -44,7 +56,9 @@ def render(template: str, **values: Any) -> str:
 
     loader = jinja2.PackageLoader("launch", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(version=distrib.__version__, made=time.strftime("%Y-%m-%d %H:%M"), **values)
+    return environment.get_template(template).render(
+        version=distrib.__version__, made=time.strftime("%Y-%m-%d %H:%M"), **values
+    )
 
 
 @contextmanager

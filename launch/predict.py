@@ -28,7 +28,11 @@ LONGEST_BAR = 30
 
 def has_shades(console: Console) -> bool:
     """Whether half blocks in shades of grey can be shown: on a terminal of 256 colours or more that takes UTF-8."""
-    return console.color_system in ("256", "truecolor") and not console.no_color and console.encoding.startswith("utf")
+    return (
+        console.color_system in ("256", "truecolor")
+        and not console.no_color
+        and console.encoding.startswith("utf")
+    )
 
 
 def drawing(pixels: np.ndarray, shades: bool) -> Text:
@@ -78,12 +82,20 @@ def line(result: dict[str, Any], top: int) -> str:
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")],
-    images: Annotated[list[Path], typer.Argument(help="PNG (or other picture) or IDX files, gzipped or not.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
+    ],
+    images: Annotated[
+        list[Path], typer.Argument(help="PNG (or other picture) or IDX files, gzipped or not.")
+    ],
     top: Annotated[int, typer.Option(help="Digits named for each image, the most probable first.")] = 3,
-    draw: Annotated[bool, typer.Option("--draw", help="Draw each image beside a bar chart of its probabilities.")] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw each image beside a bar chart of its probabilities.")
+    ] = False,
     limit: Annotated[int, typer.Option(help="Images drawn at most.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all ten probabilities of each image.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with all ten probabilities of each image.")
+    ] = False,
 ) -> None:
     """The digit in each image, with its probability and the next likely ones.
 
@@ -117,4 +129,7 @@ def predict(
             console.print(beside(pixels, result, console), Text())
     count = sum(len(file.pixels) for file in files)
     if draw and count > limit:
-        console.out(f"the first {limit} of {count} images; --limit N draws more, without --draw all are listed", highlight=False)
+        console.out(
+            f"the first {limit} of {count} images; --limit N draws more, without --draw all are listed",
+            highlight=False,
+        )

@@ -30,11 +30,19 @@ UNLIKE = ("label_smoothing", "shift", "rotate", "average")
 """Options with which training and test loss are not of the same kind."""
 
 SUMMARY = {
-    "test accuracy": ("test_accuracy", "{:.2f} %"), "test loss": ("test_loss", "{:.4f}"), "training accuracy": ("train_accuracy", "{:.2f} %"),
-    "training loss": ("train_loss", "{:.4f}"), "epochs": ("epochs", "{}"), "steps": ("steps", "{:,}"),
-    "ranks": ("world_size", "{}"), "backend": ("backend", "{}"), "communicator": ("communicator", "{}"),
-    "images/s": ("images_per_second", "{:,.0f}"), "wall time, s": ("wall_seconds", "{:,.1f}"), "parameters": ("parameters", "{:,}"),
-}  # fmt: skip
+    "test accuracy": ("test_accuracy", "{:.2f} %"),
+    "test loss": ("test_loss", "{:.4f}"),
+    "training accuracy": ("train_accuracy", "{:.2f} %"),
+    "training loss": ("train_loss", "{:.4f}"),
+    "epochs": ("epochs", "{}"),
+    "steps": ("steps", "{:,}"),
+    "ranks": ("world_size", "{}"),
+    "backend": ("backend", "{}"),
+    "communicator": ("communicator", "{}"),
+    "images/s": ("images_per_second", "{:,.0f}"),
+    "wall time, s": ("wall_seconds", "{:,.1f}"),
+    "parameters": ("parameters", "{:,}"),
+}
 
 
 @dataclass
@@ -48,7 +56,10 @@ class Digits:
     @property
     def per_class(self) -> list[tuple[int, int, float]]:
         """(digit, images, accuracy in percent)."""
-        return [(digit, int(row.sum()), 100 * row[digit] / max(1, row.sum())) for digit, row in enumerate(self.confusion)]
+        return [
+            (digit, int(row.sum()), 100 * row[digit] / max(1, row.sum()))
+            for digit, row in enumerate(self.confusion)
+        ]
 
 
 def digits(run: RunData) -> Digits | str:
@@ -63,8 +74,16 @@ def digits(run: RunData) -> Digits | str:
     probability = probabilities(logits.astype("float64"), run.config["loss"]).max(1)
     wrong = np.flatnonzero(said != labels)
     surest = wrong[np.argsort(-probability[wrong], kind="stable")][:WORST]
-    worst = [{"index": int(i), "label": int(labels[i]), "said": int(said[i]), "probability": 100 * float(probability[i]),
-              "picture": _picture(data.test_images[i])} for i in surest]  # fmt: skip
+    worst = [
+        {
+            "index": int(i),
+            "label": int(labels[i]),
+            "said": int(said[i]),
+            "probability": 100 * float(probability[i]),
+            "picture": _picture(data.test_images[i]),
+        }
+        for i in surest
+    ]
     return Digits(step, confusion, worst)
 
 
@@ -80,9 +99,18 @@ def _loss(ax: Axes, runs: list[RunData]) -> None:
         epochs, values = run.curve("loss")
         (line,) = ax.plot(epochs, smooth(values), label=plain(run.name))
         if len(runs) == 1:
-            ax.plot(epochs, np.maximum(values, 1e-7), color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
+            ax.plot(
+                epochs, np.maximum(values, 1e-7), color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1
+            )
         epochs, values = run.by_epoch("test_loss")
-        ax.plot(epochs, values, "o", color=line.get_color(), markersize=4, label="test" if len(runs) == 1 else None)
+        ax.plot(
+            epochs,
+            values,
+            "o",
+            color=line.get_color(),
+            markersize=4,
+            label="test" if len(runs) == 1 else None,
+        )
     ax.set_yscale("log")
     ax.set(title="Loss (lines: training, smoothed; points: test)", xlabel="epoch")
 
@@ -92,7 +120,15 @@ def _accuracy(ax: Axes, runs: list[RunData]) -> None:
         epochs, values = run.by_epoch("test_accuracy")
         (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=plain(run.name))
         epochs, values = run.by_epoch("train_accuracy")
-        ax.plot(epochs, values, marker=".", linestyle=line.get_linestyle(), color=line.get_color(), alpha=0.4, linewidth=0.9)
+        ax.plot(
+            epochs,
+            values,
+            marker=".",
+            linestyle=line.get_linestyle(),
+            color=line.get_color(),
+            alpha=0.4,
+            linewidth=0.9,
+        )
     ax.set(title="Accuracy, % (strong: test; pale: training)", xlabel="epoch")
 
 
@@ -125,9 +161,12 @@ def _time(ax: Axes, runs: list[RunData]) -> None:
 
 
 PLOTS: dict[str, tuple[str, Callable[[Any, list[RunData]], None]]] = {
-    "loss": ("Training and test loss", _loss), "accuracy": ("Test and training accuracy", _accuracy),
-    "rate": ("Learning rate", _rate), "throughput": ("Throughput", _throughput), "time": ("Where a step's time goes", _time),
-}  # fmt: skip
+    "loss": ("Training and test loss", _loss),
+    "accuracy": ("Test and training accuracy", _accuracy),
+    "rate": ("Learning rate", _rate),
+    "throughput": ("Throughput", _throughput),
+    "time": ("Where a step's time goes", _time),
+}
 
 
 def draw(runs: list[RunData], use: Callable[[Any, str, str], None]) -> None:
@@ -143,10 +182,15 @@ def draw(runs: list[RunData], use: Callable[[Any, str, str], None]) -> None:
             use(made, name, title)
 
 
-def rows(runs: list[RunData], part: Callable[[RunData], dict[str, Any]], differing: bool) -> list[tuple[str, list[str]]]:
+def rows(
+    runs: list[RunData], part: Callable[[RunData], dict[str, Any]], differing: bool
+) -> list[tuple[str, list[str]]]:
     """(name, value of each run), all of them or only those that differ between runs."""
     names = list(dict.fromkeys(name for run in runs for name in part(run)))
-    found = [(name, ["–" if (value := part(run).get(name)) is None else str(value) for run in runs]) for name in names]
+    found = [
+        (name, ["–" if (value := part(run).get(name)) is None else str(value) for run in runs])
+        for name in names
+    ]
     return [row for row in found if not differing or len(set(row[1])) > 1]
 
 
@@ -164,23 +208,35 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
     for run in runs:
         progress(run.name)
         details.append((run, digits(run)))
-    return render("report.html.j2",
-        runs=runs, plots=plots, details=details,
+    return render(
+        "report.html.j2",
+        runs=runs,
+        plots=plots,
+        details=details,
         summary=[(label, [figure_of(run, *what) for run in runs]) for label, what in SUMMARY.items()],
         parts=[(run.name, run.parts_ms()) for run in runs],
         config=rows(runs, lambda run: run.config, differing=False),
         unlike=[run.name for run in runs if any(run.config[name] for name in UNLIKE)],
-        differences=rows(runs, lambda run: {k: v for k, v in run.config.items() if k != "run_dir"}, differing=True),
+        differences=rows(
+            runs, lambda run: {k: v for k, v in run.config.items() if k != "run_dir"}, differing=True
+        ),
         environment=rows(runs, lambda run: run.environment, differing=False),
-    )  # fmt: skip
+    )
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="The page, or with --png the folder of the plots.",
-                                             show_default="RUN/report.html, or report.html for several; RUN/plots, or plots")] = None,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders of runs; several are compared.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page, or with --png the folder of the plots.",
+            show_default="RUN/report.html, or report.html for several; RUN/plots, or plots",
+        ),
+    ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write the plots alone, as PNG files.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """A page for one run, or for a comparison of several: curves, tables, and the digits that were taken for others.
 
     Self-contained, without JavaScript, fit for a phone and for print; also of a run that is still going on.
@@ -206,7 +262,9 @@ def report(
         return
     with Progress(disable=not on_terminal(), transient=True) as bar:
         task = bar.add_task("looking at digits", total=len(runs))
-        text = page(runs, lambda name: bar.update(task, advance=1, description=f"looking at digits of {name}"))
+        text = page(
+            runs, lambda name: bar.update(task, advance=1, description=f"looking at digits of {name}")
+        )
     path = out or home / "report.html"
     write(path, text)
     print(f"{path}: {len(runs)} run(s), {len(text) / 1e6:.1f} MB")

@@ -59,8 +59,18 @@ ROWS = {
     "ablation": (
         replace(OURS_SGD, label="baseline: residual added, 2 blocks, max pooling (SGD)"),
         Row("avgpool-sgd", "variant 1: average pooling (SGD)", ("--variant", "avgpool", *SGD), 99.46),
-        Row("conv-shortcut-sgd", "variant 2: residual through a convolution (SGD)", ("--variant", "conv-shortcut", *SGD), 99.19),
-        Row("three-blocks-sgd", "variant 3: the same, 3 blocks (SGD)", ("--variant", "three-blocks", *SGD), 99.20),
+        Row(
+            "conv-shortcut-sgd",
+            "variant 2: residual through a convolution (SGD)",
+            ("--variant", "conv-shortcut", *SGD),
+            99.19,
+        ),
+        Row(
+            "three-blocks-sgd",
+            "variant 3: the same, 3 blocks (SGD)",
+            ("--variant", "three-blocks", *SGD),
+            99.20,
+        ),
         replace(OURS_ADAM, label="variant 4: baseline (Adam)"),
     ),
     "curves": (TORCH, OURS_SGD, OURS_ADAM),
@@ -83,9 +93,19 @@ class Settings:
 
     def options(self, seed: int) -> list[str]:
         """For `distrib train`."""
-        given = {"epochs": self.epochs, "batch-size": BATCH, "lr": RATE, "width": self.width, "seed": seed, "backend": self.backend,
-                 "limit-train": self.limit_train, "limit-test": self.limit_test}  # fmt: skip
-        return [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
+        given = {
+            "epochs": self.epochs,
+            "batch-size": BATCH,
+            "lr": RATE,
+            "width": self.width,
+            "seed": seed,
+            "backend": self.backend,
+            "limit-train": self.limit_train,
+            "limit-test": self.limit_test,
+        }
+        return [
+            text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))
+        ]
 
     def steps(self) -> int:
         """Of one run."""
@@ -142,7 +162,25 @@ def jobs(part: str, settings: Settings, out: Path) -> list[Job]:
             folder = out / "runs" / f"{row.name}-seed{seed}-{key([row.torch, options])}"
             launcher = [mpirun(), "-n", str(settings.ranks)] if settings.ranks > 1 and not row.torch else []
             module = "launch.torch_train" if row.torch else "distrib.train"
-            found.append(Job(row, settings, seed, folder, [*launcher, sys.executable, "-m", module, "--run-dir", str(folder), "--log-every", "10", *options]))
+            found.append(
+                Job(
+                    row,
+                    settings,
+                    seed,
+                    folder,
+                    [
+                        *launcher,
+                        sys.executable,
+                        "-m",
+                        module,
+                        "--run-dir",
+                        str(folder),
+                        "--log-every",
+                        "10",
+                        *options,
+                    ],
+                )
+            )
     return found
 
 
@@ -153,8 +191,14 @@ def execute(job: Job, show: Callable[[int], None]) -> None:
     threads = all_threads() if job.row.torch else 1
     with open(log, "ab") as file:
         earlier = file.tell()
-        child = subprocess.Popen(job.command, stdout=file, stderr=subprocess.STDOUT, env=child_environment(threads),
-                                 stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            job.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=child_environment(threads),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             while child.poll() is None:
                 show(job.step())
@@ -169,13 +213,17 @@ def execute(job: Job, show: Callable[[int], None]) -> None:
     if child.returncode:
         said = log.read_bytes()[earlier:].decode(errors="replace")
         words = [line for line in said.splitlines() if line.startswith("distrib")]
-        raise UserError(f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'}; see {log};"
-                        " the same command goes on once the cause is gone")  # fmt: skip
+        raise UserError(
+            f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'}; see {log};"
+            " the same command goes on once the cause is gone"
+        )
 
 
 def times_path(settings: Settings, out: Path) -> Path:
     """Where the times of this machine are kept."""
-    return out / f"time-{key([settings.width, settings.ranks, all_threads(), machine(), bool(devices())])}.json"
+    return (
+        out / f"time-{key([settings.width, settings.ranks, all_threads(), machine(), bool(devices())])}.json"
+    )
 
 
 def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) -> None:
@@ -189,7 +237,11 @@ def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) ->
         "vectorised": ([], ["--against", "torch", "--repeats", "5"], threads),
     }
     if settings.ranks > 1:
-        ways[f"vectorised, {settings.ranks} ranks"] = ([mpirun(), "-n", str(settings.ranks)], ["--repeats", "5"], 1)
+        ways[f"vectorised, {settings.ranks} ranks"] = (
+            [mpirun(), "-n", str(settings.ranks)],
+            ["--repeats", "5"],
+            1,
+        )
     if devices():
         ways["cupy"] = ([], ["--backend", "cupy", "--against", "torch", "--repeats", "5"], threads)
     found: dict[str, Any] = {"machine": machine(), "images_per_second": {}, "commands": {}}
@@ -198,10 +250,14 @@ def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) ->
         # the host's ways stay on the host where there is a GPU, too
         backend = [] if way == "cupy" else ["--backend", "numpy"]
         command = [*launcher, sys.executable, "-m", "launch.cli", *common, *options, *backend]
-        done = subprocess.run(command, env=child_environment(count), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=child_environment(count), capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            raise UserError(f"{way}: distrib {' '.join([*common, *options])} ended with code {done.returncode}:"
-                            f" {(done.stderr.strip() or 'no word').splitlines()[-1]}")  # fmt: skip
+            raise UserError(
+                f"{way}: distrib {' '.join([*common, *options])} ended with code {done.returncode}:"
+                f" {(done.stderr.strip() or 'no word').splitlines()[-1]}"
+            )
         rates = json.loads(done.stdout)["images_per_second"]
         own, others = rates.pop("distrib"), rates
         best = max(others, key=lambda name: statistics.median(others[name]), default=None)
@@ -210,7 +266,9 @@ def measure_times(settings: Settings, out: Path, show: Callable[[str], None]) ->
         else:
             found["images_per_second"][way] = own
             if best:
-                found["images_per_second"]["PyTorch on the GPU" if way == "cupy" else "PyTorch"] = others[best]
+                found["images_per_second"]["PyTorch on the GPU" if way == "cupy" else "PyTorch"] = others[
+                    best
+                ]
         start = f"mpirun -n {settings.ranks} " if launcher else f"OMP_NUM_THREADS={count} "
         found["commands"][way] = f"{start}distrib {' '.join([*common[:-1], *options, *backend])}"
     write_atomically(path, json.dumps(found, indent=2).encode())
@@ -232,12 +290,29 @@ def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
             continue
         rows = []
         for row in ROWS[part]:
-            runs = [read_run(job.folder) for job in jobs(part, stored[part], out) if job.row.name == row.name and job.finished()]
+            runs = [
+                read_run(job.folder)
+                for job in jobs(part, stored[part], out)
+                if job.row.name == row.name and job.finished()
+            ]
             test = spread([run.summary["test_accuracy"] for run in runs])
             train = spread([run.summary["train_accuracy"] for run in runs])
-            rows.append((row.label, [train, test, f"{row.train:.2f}", f"{row.test:.2f}"] if part == "accuracy" else [test, f"{row.test:.2f}"]))
-        heads = ["training", "test", "reference: training", "reference: test"] if part == "accuracy" else ["here", "reference"]
-        note = stored[part].say() + ("; training: while it was trained on, over the last epoch" if part == "accuracy" else "")
+            rows.append(
+                (
+                    row.label,
+                    [train, test, f"{row.train:.2f}", f"{row.test:.2f}"]
+                    if part == "accuracy"
+                    else [test, f"{row.test:.2f}"],
+                )
+            )
+        heads = (
+            ["training", "test", "reference: training", "reference: test"]
+            if part == "accuracy"
+            else ["here", "reference"]
+        )
+        note = stored[part].say() + (
+            "; training: while it was trained on, over the last epoch" if part == "accuracy" else ""
+        )
         found.append({"title": title, "note": note, "heads": heads, "rows": rows})
     if "time" in stored and (path := times_path(stored["time"], out)).exists():
         found.append(time_table(stored["time"], json.loads(path.read_text())))
@@ -247,17 +322,35 @@ def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
 def time_table(settings: Settings, measured: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a whole run by each way, extrapolated from a few steps."""
     images = settings.epochs * (settings.limit_train or mnist.TRAINING_IMAGES)
-    names = {"plain loop": "NumPy, convolutions as plain loops", "vectorised": "NumPy, one process", "cupy": "CuPy"}
+    names = {
+        "plain loop": "NumPy, convolutions as plain loops",
+        "vectorised": "NumPy, one process",
+        "cupy": "CuPy",
+    }
     rows = []
     for way, rates in measured["images_per_second"].items():
         reference = SECONDS.get("torch" if way.startswith("PyTorch") else way)
         seconds = [images / rate for rate in rates]
-        rows.append((names.get(way, way.replace("vectorised", "NumPy")), [f"{statistics.median(rates):,.4g}",
-                     f"{statistics.median(seconds):,.0f} ({min(seconds):,.0f}–{max(seconds):,.0f})",
-                     f"{reference:,.0f}" if reference else "–"]))  # fmt: skip
-    note = (f"{settings.epochs} epoch(s), {images:,} images in all, batch {BATCH}, extrapolated from a few steps (of the plain loops"
-            f" one at a time); median (least–most); {measured['machine']}; by {'; '.join(measured['commands'].values())}")  # fmt: skip
-    return {"title": "Seconds of training", "note": note, "heads": ["images/s", "seconds", "reference: seconds"], "rows": rows}
+        rows.append(
+            (
+                names.get(way, way.replace("vectorised", "NumPy")),
+                [
+                    f"{statistics.median(rates):,.4g}",
+                    f"{statistics.median(seconds):,.0f} ({min(seconds):,.0f}–{max(seconds):,.0f})",
+                    f"{reference:,.0f}" if reference else "–",
+                ],
+            )
+        )
+    note = (
+        f"{settings.epochs} epoch(s), {images:,} images in all, batch {BATCH}, extrapolated from a few steps (of the plain loops"
+        f" one at a time); median (least–most); {measured['machine']}; by {'; '.join(measured['commands'].values())}"
+    )
+    return {
+        "title": "Seconds of training",
+        "note": note,
+        "heads": ["images/s", "seconds", "reference: seconds"],
+        "rows": rows,
+    }
 
 
 def draw_curves(settings: Settings, out: Path, use: Callable[[Any, str], None]) -> None:
@@ -289,25 +382,46 @@ def write_report(stored: dict[str, Settings], out: Path) -> None:
         draw_curves(stored["curves"], out, lambda made, _: save(made, out / "curves.png"))
     text = []
     for table in found:
-        lines = [["", *table["heads"]], ["---"] * (1 + len(table["heads"])), *([label, *values] for label, values in table["rows"])]
-        text += [f"### {table['title']}", "", *(f"| {' | '.join('–' if v is None else str(v) for v in line)} |" for line in lines),
-                 "", table["note"] + ".", ""]  # fmt: skip
+        lines = [
+            ["", *table["heads"]],
+            ["---"] * (1 + len(table["heads"])),
+            *([label, *values] for label, values in table["rows"]),
+        ]
+        text += [
+            f"### {table['title']}",
+            "",
+            *(f"| {' | '.join('–' if v is None else str(v) for v in line)} |" for line in lines),
+            "",
+            table["note"] + ".",
+            "",
+        ]
     text += [f"### {title}\n\n![training loss](curves.png)\n" for title, _ in plots]
     write(out / "report.md", "\n".join(text))
     write(out / "report.html", render("reproduce.html.j2", tables=found, plots=plots, machine=machine()))
 
 
 def reproduce(
-    only: Annotated[str | None, typer.Option(help="A part alone: accuracy, ablation, curves or time.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="A part alone: accuracy, ablation, curves or time.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 8,
     limit_train: Annotated[int | None, typer.Option(help="Use only the first N training images.")] = None,
     limit_test: Annotated[int | None, typer.Option(help="Use only the first N test images.")] = None,
     width: Annotated[float, typer.Option(help="Multiplier of all channel counts.")] = 1.0,
     seeds: Annotated[int, typer.Option(help="Runs of each line, with seeds 0, 1, 2, …")] = 1,
-    ranks: Annotated[int | None, typer.Option(help="Ranks of our runs.", show_default="one a core, 4 images each at least; on a GPU 1")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and of the report; what it holds is not run again.")] = Path("reproduce"),
-    report_only: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what is there.")] = False,
-) -> None:  # fmt: skip
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks of our runs.", show_default="one a core, 4 images each at least; on a GPU 1"
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs and of the report; what it holds is not run again.")
+    ] = Path("reproduce"),
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write the report of what is there.")
+    ] = False,
+) -> None:
     """All that the reference reports: accuracies, the ablation, loss curves, the table of times, beside its figures.
 
     With the reference's settings that is six runs, each more than half an hour on two cores. It can be stopped (Ctrl-C) and taken up
@@ -327,28 +441,43 @@ def reproduce(
     config = parse(settings.options(0))
     config.resolve(best, mnist.TRAINING_IMAGES, 10_000)  # a mistake is told before anything runs
     path = out / "settings.json"
-    stored = {part: Settings(**values) for part, values in json.loads(path.read_text()).items()} if path.exists() else {}
+    stored = (
+        {part: Settings(**values) for part, values in json.loads(path.read_text()).items()}
+        if path.exists()
+        else {}
+    )
     wanted = [only] if only else list(PARTS)
     if not report_only:
         if set(wanted) - {"ablation"}:
             require_torch("distrib reproduce, but for --only ablation")
         out.mkdir(parents=True, exist_ok=True)
         stored |= dict.fromkeys(wanted, settings)
-        write_atomically(path, json.dumps({part: asdict(each) for part, each in stored.items()}, indent=2).encode())
+        write_atomically(
+            path, json.dumps({part: asdict(each) for part, each in stored.items()}, indent=2).encode()
+        )
         code = work(wanted, settings, out)
         if code:
             raise typer.Exit(code)
     if not stored:
         raise UserError(f"{out}: holds nothing yet: leave out --report")
     write_report(stored, out)
-    print(f"{out / 'report.html'} and {out / 'report.md'}: {', '.join(part for part in PARTS if part in stored)}")
+    print(
+        f"{out / 'report.html'} and {out / 'report.md'}: {', '.join(part for part in PARTS if part in stored)}"
+    )
 
 
 def work(parts: list[str], settings: Settings, out: Path) -> int:
     """Run what is missing; returns the exit code."""
-    every: dict[Path, Job] = {job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)}
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
-                   disable=not on_terminal())  # fmt: skip
+    every: dict[Path, Job] = {
+        job.folder: job for part in parts if part in ROWS for job in jobs(part, settings, out)
+    }
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        disable=not on_terminal(),
+    )
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the run must not go on alone
         signal.signal(ending, signal.default_int_handler)
     try:
@@ -359,7 +488,10 @@ def work(parts: list[str], settings: Settings, out: Path) -> int:
                     bar.console.print(f"{name}: there already") if bar.disable else None
                     continue
                 if bar.disable:
-                    print(f"{name}: {settings.steps()} steps, from {job.step()}; distrib watch {job.folder} shows it", flush=True)
+                    print(
+                        f"{name}: {settings.steps()} steps, from {job.step()}; distrib watch {job.folder} shows it",
+                        flush=True,
+                    )
                 task = bar.add_task(name, total=settings.steps(), completed=job.step())
                 execute(job, lambda step, task=task: bar.update(task, completed=step))  # type: ignore[misc]
             if "time" in parts:

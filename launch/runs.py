@@ -105,8 +105,15 @@ def read_run(path: Path) -> RunData:
             except ValueError:  # the last line of a run that is going on, or was killed
                 continue
     summary = _json(path / "summary.json") if (path / "summary.json").exists() else {}
-    return RunData(path, shown(path.resolve().name), {**asdict(Config()), **config}, environment, [line for line in lines if "loss" in line],
-                   [line for line in lines if "loss" not in line], summary)  # fmt: skip
+    return RunData(
+        path,
+        shown(path.resolve().name),
+        {**asdict(Config()), **config},
+        environment,
+        [line for line in lines if "loss" in line],
+        [line for line in lines if "loss" not in line],
+        summary,
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -142,5 +149,8 @@ def logits_of_test_images(run: RunData) -> tuple[np.ndarray, mnist.Dataset, int]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         pass  # a run that goes on, or was stopped
     model, images = load(run.path).model, data.test_images
-    found = [logits_of(model, images, start, min(start + HOST_BATCH, len(images))) for start in range(0, len(images), HOST_BATCH)]
+    found = [
+        logits_of(model, images, start, min(start + HOST_BATCH, len(images)))
+        for start in range(0, len(images), HOST_BATCH)
+    ]
     return np.concatenate(found), data, model.batches_tracked

@@ -77,17 +77,24 @@ class Model:
     def busy(self, p: int) -> float:  # of the other cores of a host
         return min(1.0, (min(p, self.ranks_per_host) - 1) / max(1, self.full - 1))
 
-    def all_reduce(self, p: int, calls: int, nbytes: float) -> float:  # seconds of `calls` of them, of `nbytes` in all
+    def all_reduce(
+        self, p: int, calls: int, nbytes: float
+    ) -> float:  # seconds of `calls` of them, of `nbytes` in all
         r = min(p, self.ranks_per_host)
         latency = self.host.latency * math.log2(r) + self.net.latency * math.log2(p / r)
-        return calls * latency + 2 * (p - 1) / p * nbytes * max(self.host.per_byte * (r > 1), self.net.per_byte * (p > r))
+        return calls * latency + 2 * (p - 1) / p * nbytes * max(
+            self.host.per_byte * (r > 1), self.net.per_byte * (p > r)
+        )
 
     def parts(self, p: int, n: int) -> dict[str, float]:  # seconds of a step by what they go to
         compute = self.fixed + self.image * n * (1 + self.shared * self.busy(p))
         ring = self.all_reduce(p, self.buckets, self.gradient_bytes)
-        return {"compute": compute, "waiting": self.wait * greatest(p) * compute,
-                "sums": self.all_reduce(p, self.sums, self.sum_bytes),
-                "gradients": max(self.exposed * ring, ring - self.backward * compute)}  # fmt: skip
+        return {
+            "compute": compute,
+            "waiting": self.wait * greatest(p) * compute,
+            "sums": self.all_reduce(p, self.sums, self.sum_bytes),
+            "gradients": max(self.exposed * ring, ring - self.backward * compute),
+        }
 
     def step(self, p: int, n: int) -> float:
         return sum(self.parts(p, n).values())
@@ -118,21 +125,39 @@ def fit(points: list[Point], bare: Model) -> Model:
     used = [q for q in points if not q.crowded]
     many, split = [q for q in used if q.ranks > 1], used[0].sums is not None
     rows = [q for q in used if split or q.ranks == 1]
-    several, seconds, steps = float(len({q.images for q in rows}) > 1), [q.compute for q in rows], [q.step for q in many]
-    columns = [[several, q.images, q.images * bare.at(q).busy(q.ranks)] for q in rows]  # one n cannot tell a from b
+    several, seconds, steps = (
+        float(len({q.images for q in rows}) > 1),
+        [q.compute for q in rows],
+        [q.step for q in many],
+    )
+    columns = [
+        [several, q.images, q.images * bare.at(q).busy(q.ranks)] for q in rows
+    ]  # one n cannot tell a from b
     a, b, more = least_squares(columns, seconds, seconds)
     model = replace(bare, fixed=a, image=b, shared=more / b if b else 0.0)
     if split:
         model = replace(model, backward=statistics.mean((q.backward or 0) / q.compute for q in used))
     known = {q: model.at(q).parts(q.ranks, q.images) for q in many}  # with e = 1 and ω = 0 so far
     lost = {q: q.step - (q.compute if split else known[q]["compute"]) for q in many}
-    free = [q for q in many if 0 < known[q]["gradients"] <= model.backward * known[q]["compute"]]  # all could hide
+    free = [
+        q for q in many if 0 < known[q]["gradients"] <= model.backward * known[q]["compute"]
+    ]  # all could hide
     if free:
         left = [lost[q] - known[q]["sums"] if q.gradients is None else q.gradients for q in free]
-        model = replace(model, exposed=min(1.0, *least_squares([[known[q]["gradients"]] for q in free], left, [q.step for q in free])))
+        model = replace(
+            model,
+            exposed=min(
+                1.0, *least_squares([[known[q]["gradients"]] for q in free], left, [q.step for q in free])
+            ),
+        )
     if many:
-        excess = [lost[q] - known[q]["sums"] - model.at(q).parts(q.ranks, q.images)["gradients"] for q in many]
-        model = replace(model, wait=least_squares([[greatest(q.ranks) * known[q]["compute"]] for q in many], excess, steps)[0])
+        excess = [
+            lost[q] - known[q]["sums"] - model.at(q).parts(q.ranks, q.images)["gradients"] for q in many
+        ]
+        model = replace(
+            model,
+            wait=least_squares([[greatest(q.ranks) * known[q]["compute"]] for q in many], excess, steps)[0],
+        )
     return model
 
 
@@ -152,23 +177,45 @@ def predict(model: Model, batch: int, weak: bool) -> Iterator[dict[str, Any]]:
         if whole >= p:
             parts = model.parts(p, -(-whole // p))
             step = sum(parts.values())
-            yield {"ranks": p, "batch_size": whole, "images_per_second": whole / step, "step_ms": 1e3 * step,
-                   "efficiency": whole / step / p / one, "communication": 1 - parts["compute"] / step,
-                   "parts_ms": {name: 1e3 * seconds for name, seconds in parts.items()}}  # fmt: skip
+            yield {
+                "ranks": p,
+                "batch_size": whole,
+                "images_per_second": whole / step,
+                "step_ms": 1e3 * step,
+                "efficiency": whole / step / p / one,
+                "communication": 1 - parts["compute"] / step,
+                "parts_ms": {name: 1e3 * seconds for name, seconds in parts.items()},
+            }
 
 
 def levels(results: list[dict[str, Any]], net: Level) -> tuple[Level, Level, dict[str, str]]:
     """(within a host, between hosts, where each comes from), from results of `bench allreduce`; `net` where none is of several hosts."""
-    host, source = None, {"host": "not measured, no two ranks shared a host: taken as between hosts", "net": "assumed, not measured"}
+    host, source = (
+        None,
+        {
+            "host": "not measured, no two ranks shared a host: taken as between hosts",
+            "net": "assumed, not measured",
+        },
+    )
     for name in ("host", "net"):
         rows, seconds = [], []
         for r in (r for r in results if (r["hosts"] > 1) == (name == "net")):
-            within = host.latency * math.log2(r["ranks"] / r["hosts"]) if host else 0.0  # on one host `host` is still None
-            rows += [[math.log2(r["hosts"] if name == "net" else r["ranks"]), 2 * (1 - 1 / r["ranks"]) * size["bytes"]] for size in r["sizes"]]
+            within = (
+                host.latency * math.log2(r["ranks"] / r["hosts"]) if host else 0.0
+            )  # on one host `host` is still None
+            rows += [
+                [
+                    math.log2(r["hosts"] if name == "net" else r["ranks"]),
+                    2 * (1 - 1 / r["ranks"]) * size["bytes"],
+                ]
+                for size in r["sizes"]
+            ]
             seconds += [max(1e-9, statistics.median(size["seconds"]) - within) for size in r["sizes"]]
         if rows:
             found = least_squares(rows, seconds, seconds)
             host, net = (host, Level(*found)) if name == "net" else (Level(*found), net)
             errors = np.abs(np.array(rows) @ found / seconds - 1)
-            source[name] = f"{len(rows)} measured all-reduces, error {np.median(errors):.0%} in the middle, {errors.max():.0%} at worst"
+            source[name] = (
+                f"{len(rows)} measured all-reduces, error {np.median(errors):.0%} in the middle, {errors.max():.0%} at worst"
+            )
     return host or net, net, source

@@ -26,12 +26,20 @@ def script_path() -> Path:
     here = Path(__file__).resolve().parent
     found = next((here / place for place in PLACES if (here / place).is_file()), None)
     if found is None:
-        raise UserError(f"slurm/train.sh is neither beside {here} nor in it: install distrib again, or use the repository")
+        raise UserError(
+            f"slurm/train.sh is neither beside {here} nor in it: install distrib again, or use the repository"
+        )
     return found.resolve()
 
 
-def sbatch_command(script: Path, nodes: int, gpus_per_node: int, ntasks_per_node: int | None, training: list[str],
-                   **options: str | int | None) -> list[str]:  # fmt: skip
+def sbatch_command(
+    script: Path,
+    nodes: int,
+    gpus_per_node: int,
+    ntasks_per_node: int | None,
+    training: list[str],
+    **options: str | int | None,
+) -> list[str]:
     """The sbatch command: `options` by name, those that are None left to the script's #SBATCH lines."""
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: give 1 or more")
@@ -41,7 +49,9 @@ def sbatch_command(script: Path, nodes: int, gpus_per_node: int, ntasks_per_node
     if ranks < 1:
         raise UserError(f"--ntasks-per-node {ranks}: give 1 or more")
     if gpus_per_node and ranks != gpus_per_node:
-        raise UserError(f"--ntasks-per-node {ranks} with --gpus-per-node {gpus_per_node}: one rank per GPU; leave it out")
+        raise UserError(
+            f"--ntasks-per-node {ranks} with --gpus-per-node {gpus_per_node}: one rank per GPU; leave it out"
+        )
     given = {"nodes": nodes, "gpus_per_node": gpus_per_node, "ntasks_per_node": ranks, **options}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     return ["sbatch", "--parsable", *flags, str(script), *training]
@@ -50,7 +60,9 @@ def sbatch_command(script: Path, nodes: int, gpus_per_node: int, ntasks_per_node
 def _send(command: list[str], variables: dict[str, str]) -> str:
     """Run sbatch; the job's number. UserError with sbatch's own words where it refuses."""
     if shutil.which("sbatch") is None:
-        raise UserError("no sbatch on PATH: submit from a login node of a Slurm cluster, or look with --dry-run")
+        raise UserError(
+            "no sbatch on PATH: submit from a login node of a Slurm cluster, or look with --dry-run"
+        )
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if done.returncode:
         words = (done.stderr.strip() or f"exit code {done.returncode}").replace("sbatch: ", "")
@@ -75,18 +87,42 @@ def how_to_follow(job: str, run_dir: str | None, array: str | None) -> str:
 
 
 def submit(
-    training: Annotated[list[str] | None, typer.Argument(help="After --: options of distrib train, which win over the script's.")] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Argument(help="After --: options of distrib train, which win over the script's."),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, one rank each; 0 on a partition without GPUs.")] = 1,
-    ntasks_per_node: Annotated[int | None, typer.Option(help="Ranks of a node without GPUs.", show_default="1")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="Cores of a rank.", show_default="the script's")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, as sbatch takes it: 2:00:00.", show_default="the script's")] = None,
+    gpus_per_node: Annotated[
+        int, typer.Option(help="GPUs of a node, one rank each; 0 on a partition without GPUs.")
+    ] = 1,
+    ntasks_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of a node without GPUs.", show_default="1")
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(help="Cores of a rank.", show_default="the script's")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit, as sbatch takes it: 2:00:00.", show_default="the script's")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.", show_default="the cluster's")] = None,
     account: Annotated[str | None, typer.Option(help="Account.", show_default="the person's")] = None,
-    array: Annotated[str | None, typer.Option(help="Array, as sbatch takes it: 0-4; each task's number is its seed.")] = None,
-    launcher: Annotated[str, typer.Option(envvar="LAUNCHER", help="pmix or pmi2 (srun --mpi), or mpirun.")] = "pmix",
-    run_dir: Annotated[str | None, typer.Option(envvar="RUN_DIR", help="The run's folder; one with a run is gone on with.", show_default="runs/slurm-JOB")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and the script, submit nothing.")] = False,
+    array: Annotated[
+        str | None, typer.Option(help="Array, as sbatch takes it: 0-4; each task's number is its seed.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(envvar="LAUNCHER", help="pmix or pmi2 (srun --mpi), or mpirun.")
+    ] = "pmix",
+    run_dir: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RUN_DIR",
+            help="The run's folder; one with a run is gone on with.",
+            show_default="runs/slurm-JOB",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command and the script, submit nothing.")
+    ] = False,
 ) -> None:
     """Submit a training run to Slurm; sbatch's options win over the #SBATCH lines of slurm/train.sh.
 
@@ -106,8 +142,18 @@ def submit(
     if run_dir is not None and config.run_dir is None:
         given += ["--run-dir", run_dir]
     script = script_path()
-    command = sbatch_command(script, nodes, gpus_per_node, ntasks_per_node, given, cpus_per_task=cpus_per_task,
-                             time=time, partition=partition, account=account, array=array)  # fmt: skip
+    command = sbatch_command(
+        script,
+        nodes,
+        gpus_per_node,
+        ntasks_per_node,
+        given,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        partition=partition,
+        account=account,
+        array=array,
+    )
     variables = {"PYTHON": os.environ.get("PYTHON") or sys.executable, "LAUNCHER": launcher}
     if dry_run:
         print(shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))

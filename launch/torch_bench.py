@@ -26,7 +26,9 @@ LAYOUTS = ("channels-last", "contiguous")
 
 def kinds(gpu: bool) -> tuple[str, ...]:
     """Ways to run PyTorch: both memory layouts, on a GPU eagerly and compiled with CUDA graphs."""
-    return tuple(f"{mode} {layout}" for mode in ("eager", "compile") for layout in LAYOUTS) if gpu else LAYOUTS
+    return (
+        tuple(f"{mode} {layout}" for mode in ("eager", "compile") for layout in LAYOUTS) if gpu else LAYOUTS
+    )
 
 
 def command(what: str, config: Config, kind: str, threads: int, **more: Any) -> list[str]:
@@ -41,8 +43,11 @@ class Worker:
     def __init__(self, config: Config, kind: str, threads: int, steps: int, evaluate: bool) -> None:
         self._process = subprocess.Popen(
             command("step", config, kind, threads, steps=steps, evaluate=evaluate),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment(threads), text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=child_environment(threads),
+            text=True,
+        )
         self._ask("ready")
 
     def __call__(self) -> dict[str, Any]:
@@ -92,16 +97,26 @@ class TorchSide:
         if mode == "compile":  # forward and backward as CUDA graphs
             self.model = torch.compile(model, mode="reduce-overhead", dynamic=False)
         data = mnist.load(config.data, config.limit_train, config.limit_test)
-        self.images, self.test = (torch.tensor(a[:, None], device=self.device) for a in (data.train_images, data.test_images))
-        self.labels, self.wanted = (torch.tensor(a, device=self.device).long() for a in (data.train_labels, data.test_labels))
+        self.images, self.test = (
+            torch.tensor(a[:, None], device=self.device) for a in (data.train_images, data.test_images)
+        )
+        self.labels, self.wanted = (
+            torch.tensor(a, device=self.device).long() for a in (data.train_labels, data.test_labels)
+        )
         parameters: Any = model.parameters()
         fused = {"fused": True} if self.gpu else {}
         self.optimizer: Any = (
             torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, **fused)
             if config.optimizer == "adam"
-            else torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
-                                 nesterov=config.nesterov, **fused)
-        )  # fmt: skip
+            else torch.optim.SGD(
+                parameters,
+                config.lr,
+                config.momentum,
+                weight_decay=config.weight_decay,
+                nesterov=config.nesterov,
+                **fused,
+            )
+        )
 
     def scaled(self, images: Any) -> Any:
         """Images (uint8) as the network's input, scaled to [0, 1]."""
@@ -118,7 +133,9 @@ class TorchSide:
         self.mark_step()
         with self.precision():
             logits, labels = self.model(self.scaled(self.images[indices])), self.labels[indices]
-        loss = self.torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        loss = self.torch.nn.functional.cross_entropy(
+            logits.float(), labels, label_smoothing=self.config.label_smoothing
+        )
         if train:
             self.optimizer.zero_grad()
             loss.backward()
@@ -142,7 +159,9 @@ class TorchSide:
         weights, state = copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.optimizer.state_dict())
         order, size = self.order(0), self.config.batch_size
         for _ in range(4):  # compiled code is captured after some calls
-            for indices in {len(part): part for part in (order[:size], order[len(order) // size * size :]) if len(part)}.values():
+            for indices in {
+                len(part): part for part in (order[:size], order[len(order) // size * size :]) if len(part)
+            }.values():
                 self.model.train()
                 self.batch(indices)
             self.accuracy()
@@ -152,7 +171,9 @@ class TorchSide:
 
     def order(self, epoch: int) -> Any:
         """The permutation of `epoch`, where the images are."""
-        return self.torch.tensor(sampler.permutation(self.config.seed, epoch, len(self.images)), device=self.device)
+        return self.torch.tensor(
+            sampler.permutation(self.config.seed, epoch, len(self.images)), device=self.device
+        )
 
     def wait(self) -> None:
         """Until all work queued is done."""
@@ -209,7 +230,11 @@ def train(side: TorchSide) -> dict[str, float]:
         for _ in side.epoch(epoch):
             pass
         accuracy = side.accuracy()
-    return {"wall_seconds": time.perf_counter() - begin, "test_accuracy": accuracy, "test_images": len(side.test)}
+    return {
+        "wall_seconds": time.perf_counter() - begin,
+        "test_accuracy": accuracy,
+        "test_images": len(side.test),
+    }
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from distrib.run import Run
 from launch.measure import machine, require_torch
 from launch.torch_bench import LAYOUTS, TorchSide
 
-PLAIN = {name: getattr(Config(), name) for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")}
+PLAIN = {
+    name: getattr(Config(), name)
+    for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")
+}
 """Options that this side has one value of."""
 
 
@@ -38,15 +41,27 @@ class TorchRun:
         import torch
 
         self.torch, self.config, self.run = torch, config, run
-        self.side = TorchSide(config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+        self.side = TorchSide(
+            config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        )
         # of this epoch so far: loss_sum, correct, images; of the whole run: seconds, those of training alone, trained images
-        self.at: dict[str, Any] = {"step": 0, "loss_sum": 0.0, "correct": 0.0, "images": 0, "seconds": 0.0, "train_seconds": 0.0,
-                                   "trained": 0, "last_epoch": {}}  # fmt: skip
+        self.at: dict[str, Any] = {
+            "step": 0,
+            "loss_sum": 0.0,
+            "correct": 0.0,
+            "images": 0,
+            "seconds": 0.0,
+            "train_seconds": 0.0,
+            "trained": 0,
+            "last_epoch": {},
+        }
         self.per_epoch = sampler.steps_per_epoch(len(self.side.images), config.batch_size)
         self.names = [name for name, _ in self.side.model.named_parameters()]  # in the optimizer's order
         if saved:
             self.at = saved.position
-            self.side.model.load_state_dict({name: torch.tensor(array) for name, array in saved.model.items()})
+            self.side.model.load_state_dict(
+                {name: torch.tensor(array) for name, array in saved.model.items()}
+            )
             state: dict[int, dict[str, Any]] = {}
             for key, array in saved.optimizer.items():
                 moment, name = key.split("/", 1)
@@ -57,10 +72,22 @@ class TorchRun:
         """Write a checkpoint, whole or not at all."""
         c, side = self.config, self.side
         model = {name: tensor.cpu().contiguous().numpy() for name, tensor in side.model.state_dict().items()}
-        moments = {f"{moment}/{self.names[i]}": tensor.cpu().contiguous().numpy() for i, state in side.optimizer.state_dict()["state"].items()
-                   for moment, tensor in state.items() if tensor is not None}  # fmt: skip
+        moments = {
+            f"{moment}/{self.names[i]}": tensor.cpu().contiguous().numpy()
+            for i, state in side.optimizer.state_dict()["state"].items()
+            for moment, tensor in state.items()
+            if tensor is not None
+        }
         about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
-        save_checkpoint(self.run.checkpoints, self.at["step"], dict(sorted(model.items())), about, moments, self.at, c.keep)
+        save_checkpoint(
+            self.run.checkpoints,
+            self.at["step"],
+            dict(sorted(model.items())),
+            about,
+            moments,
+            self.at,
+            c.keep,
+        )
 
     def fit(self, stop: deque[int], screen: Screen) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a signal came into `stop`."""
@@ -79,7 +106,12 @@ class TorchRun:
             logged, images = time.perf_counter(), 0
             for indices, loss, logits, lr in side.epoch(epoch, first):
                 correct = int((logits.argmax(1) == side.labels[indices]).sum())
-                for name, more in (("step", 1), ("images", len(indices)), ("loss_sum", float(loss) * len(indices)), ("correct", correct)):
+                for name, more in (
+                    ("step", 1),
+                    ("images", len(indices)),
+                    ("loss_sum", float(loss) * len(indices)),
+                    ("correct", correct),
+                ):
                     at[name] += more
                 images += len(indices)
                 saves = bool(stop) or at["step"] % config.checkpoint_every == 0
@@ -87,11 +119,19 @@ class TorchRun:
                 if saves or logs:
                     seconds = time.perf_counter() - logged
                     at["train_seconds"], at["trained"] = at["train_seconds"] + seconds, at["trained"] + images
-                    line = {"step": at["step"], "epoch": epoch + 1, "lr": lr, "images_per_second": images / seconds,
-                            "loss": float(loss), "accuracy": 100 * correct / len(indices)}  # fmt: skip
+                    line = {
+                        "step": at["step"],
+                        "epoch": epoch + 1,
+                        "lr": lr,
+                        "images_per_second": images / seconds,
+                        "loss": float(loss),
+                        "accuracy": 100 * correct / len(indices),
+                    }
                     if logs:
                         self.run.log(line)
-                    screen.progress(at["step"], epoch, float(loss), images / seconds) if screen.due() else None
+                    screen.progress(
+                        at["step"], epoch, float(loss), images / seconds
+                    ) if screen.due() else None
                     board.publish(step=at["step"], doing="computing")
                     at["seconds"] = before + time.perf_counter() - begin
                     if saves:
@@ -103,19 +143,33 @@ class TorchRun:
         if not hasattr(self, "logits"):  # it ended between its last checkpoint and its result
             self.test()
         board.publish(now=True, step=at["step"], state="finished")
-        return {"finished": True, **at["last_epoch"], "epochs": config.epochs, "steps": at["step"], "world_size": 1,
-                "backend": f"PyTorch {self.torch.__version__}", "communicator": "none", "wall_seconds": at["seconds"],
-                "parameters": sum(p.numel() for p in side.model.parameters()),
-                "images_per_second": at["trained"] / at["train_seconds"]}  # fmt: skip
+        return {
+            "finished": True,
+            **at["last_epoch"],
+            "epochs": config.epochs,
+            "steps": at["step"],
+            "world_size": 1,
+            "backend": f"PyTorch {self.torch.__version__}",
+            "communicator": "none",
+            "wall_seconds": at["seconds"],
+            "parameters": sum(p.numel() for p in side.model.parameters()),
+            "images_per_second": at["trained"] / at["train_seconds"],
+        }
 
     def close_epoch(self, epoch: int, screen: Screen) -> dict[str, Any]:
         """Evaluate, write the epoch's line, reset the running sums."""
         at = self.at
-        result = {"train_loss": at["loss_sum"] / at["images"], "train_accuracy": 100 * at["correct"] / at["images"], **self.test()}
+        result = {
+            "train_loss": at["loss_sum"] / at["images"],
+            "train_accuracy": 100 * at["correct"] / at["images"],
+            **self.test(),
+        }
         at["loss_sum"], at["correct"], at["images"] = 0.0, 0.0, 0
         self.run.log({"step": at["step"], "epoch": epoch + 1, **result})
-        screen.say(f"epoch {epoch + 1}/{self.config.epochs}: train accuracy {result['train_accuracy']:.2f} %;"
-                   f" test accuracy {result['test_accuracy']:.2f} %")  # fmt: skip
+        screen.say(
+            f"epoch {epoch + 1}/{self.config.epochs}: train accuracy {result['train_accuracy']:.2f} %;"
+            f" test accuracy {result['test_accuracy']:.2f} %"
+        )
         return result
 
     def test(self) -> dict[str, float]:
@@ -123,7 +177,10 @@ class TorchRun:
         logits = self.side.logits()
         self.logits = logits.float().cpu().numpy().copy()
         loss = self.torch.nn.functional.cross_entropy(logits.float(), self.side.wanted)
-        return {"test_loss": float(loss), "test_accuracy": float(100 * (logits.argmax(1) == self.side.wanted).double().mean())}
+        return {
+            "test_loss": float(loss),
+            "test_accuracy": float(100 * (logits.argmax(1) == self.side.wanted).double().mean()),
+        }
 
 
 def train(config: Config) -> int:
@@ -131,7 +188,9 @@ def train(config: Config) -> int:
     require_torch("launch.torch_train")
     for name, value in PLAIN.items():
         if getattr(config, name) != value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the PyTorch side has {value} only")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)}: the PyTorch side has {value} only"
+            )
     if not config.run_dir:
         raise UserError("--run-dir: give the run's folder")
     stop: deque[int] = deque()
@@ -141,7 +200,11 @@ def train(config: Config) -> int:
     with Run(Path(config.run_dir)) as run:
         saved = run.open(config)
         mine = TorchRun(config, run, saved)
-        environment = {"torch": mine.torch.__version__, "machine": machine(), "threads": mine.torch.get_num_threads()}
+        environment = {
+            "torch": mine.torch.__version__,
+            "machine": machine(),
+            "threads": mine.torch.get_num_threads(),
+        }
         run.prepare(config, saved, environment)
         try:
             summary = mine.fit(stop, screen)
@@ -151,7 +214,9 @@ def train(config: Config) -> int:
             return EXIT_REQUEUE
         run.keep_logits([mine.logits], summary["steps"])
         run.finish(summary)
-        screen.say(f"finished: test accuracy {summary['test_accuracy']:.2f} %, {summary['wall_seconds']:.1f} s")
+        screen.say(
+            f"finished: test accuracy {summary['test_accuracy']:.2f} %, {summary['wall_seconds']:.1f} s"
+        )
     return 0
 
 

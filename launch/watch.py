@@ -43,15 +43,21 @@ class Follower:
         self.epochs: list[dict[str, Any]] = []
         self.end: tuple[int, str] | None = None  # exit code and verdict
         self._inode = self._offset = 0
-        self._heard: dict[int, tuple[float, float]] = {}  # by rank: its last word's time, when it was seen here
+        self._heard: dict[
+            int, tuple[float, float]
+        ] = {}  # by rank: its last word's time, when it was seen here
         self._news = time.monotonic()  # when any rank's word was new, or was first looked for
         self.doubt: float | None = None  # since when the run seems to be over without a last file
 
     def look(self) -> None:
         """Read the folder again."""
         config = self._json("config.json") or {}
-        self.config = config if {"epochs", "batch_size"} <= config.keys() else self.config  # else no run's, or half written
-        self.words = board.read(self.folder)  # before the summary, which a rank that says "finished" has written
+        self.config = (
+            config if {"epochs", "batch_size"} <= config.keys() else self.config
+        )  # else no run's, or half written
+        self.words = board.read(
+            self.folder
+        )  # before the summary, which a rank that says "finished" has written
         for word in self.words:
             told, _ = self._heard.get(word.rank, (None, 0))
             if told != word.time:  # the clocks of hosts differ: they count for the first word only
@@ -72,7 +78,9 @@ class Follower:
         """Take in the whole lines that are new."""
         with contextlib.suppress(OSError), open(self.folder / "metrics.jsonl", "rb") as file:
             about = os.fstat(file.fileno())
-            if about.st_ino != self._inode or about.st_size < self._offset:  # a run that was gone on with writes it anew
+            if (
+                about.st_ino != self._inode or about.st_size < self._offset
+            ):  # a run that was gone on with writes it anew
                 self._inode, self._offset = about.st_ino, 0
                 self.steps.clear()
                 self.epochs.clear()
@@ -91,17 +99,27 @@ class Follower:
         All steps are those to --max-steps where the run ends there, unknown where its data cannot be found. The time
         left is at the speed of the last logged steps, evaluations apart.
         """
-        epochs, batch, working = self.config["epochs"], self.config["batch_size"], [word for word in self.words if word.running]
+        epochs, batch, working = (
+            self.config["epochs"],
+            self.config["batch_size"],
+            [word for word in self.words if word.running],
+        )
         logged = max((lines[-1]["step"] for lines in (self.steps, self.epochs) if lines), default=0)
         done = self.summary.get("steps") or max(logged, min((word.step for word in working), default=0) - 1)
         images = self.config.get("limit_train") or training_images(self.config.get("data")) or 0
-        per_epoch = self.epochs[-1]["step"] // self.epochs[-1]["epoch"] if self.epochs else -(-images // batch)
+        per_epoch = (
+            self.epochs[-1]["step"] // self.epochs[-1]["epoch"] if self.epochs else -(-images // batch)
+        )
         total = min(per_epoch * epochs, self.config.get("max_steps") or per_epoch * epochs)
         rates = [line["images_per_second"] for line in list(self.steps)[-5:] if line.get("images_per_second")]
         text = f"{done}/{total or '?'}"
         if total and rates and not self.end:
             text += f"  left {timedelta(seconds=round((total - done) * batch * len(rates) / sum(rates)))}"
-        return done / total if total else 0.0, f"epoch {min(done // per_epoch + 1, epochs) if per_epoch else '?'}/{epochs}", text
+        return (
+            done / total if total else 0.0,
+            f"epoch {min(done // per_epoch + 1, epochs) if per_epoch else '?'}/{epochs}",
+            text,
+        )
 
     def silence(self, word: Word) -> float:
         """Seconds since a rank's last word."""
@@ -117,7 +135,11 @@ class Follower:
         alive = [word for word in self.words if word.running or word.state == TOLD_TO_STOP]
         here = socket.gethostname()
         quiet = min((self.silence(word) for word in alive), default=time.monotonic() - self._news)
-        gone = bool(self.words) and quiet > SILENT and all(word.host == here and board.gone(word.pid) for word in alive)
+        gone = (
+            bool(self.words)
+            and quiet > SILENT
+            and all(word.host == here and board.gone(word.pid) for word in alive)
+        )
         if not self.config or not (gone or quiet > self.patience):
             self.doubt = None
             return None
@@ -143,12 +165,24 @@ def accuse(words: list[Word], alive: list[Word], gone: bool, quiet: str) -> str:
 
 def verdict_of(summary: dict[str, Any], max_steps: int | None) -> tuple[int, str]:
     """(exit code, line) of a run with a summary."""
-    steps, accuracy, finished = summary.get("steps") or 0, summary.get("test_accuracy"), bool(summary.get("finished"))
+    steps, accuracy, finished = (
+        summary.get("steps") or 0,
+        summary.get("test_accuracy"),
+        bool(summary.get("finished")),
+    )
     asked = max_steps is not None and steps >= max_steps
-    state = "finished" if finished else "ended as --max-steps asked" if asked else "stopped, with a checkpoint to go on from,"
+    state = (
+        "finished"
+        if finished
+        else "ended as --max-steps asked"
+        if asked
+        else "stopped, with a checkpoint to go on from,"
+    )
     test = "" if accuracy is None else f"test accuracy {accuracy:.2f} %, "
-    text = (f"{state} at step {steps}: {test}{summary.get('wall_seconds') or 0:.1f} s,"
-            f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size')} rank(s)")  # fmt: skip
+    text = (
+        f"{state} at step {steps}: {test}{summary.get('wall_seconds') or 0:.1f} s,"
+        f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size')} rank(s)"
+    )
     return (0 if finished or asked else EXIT_REQUEUE), text
 
 
@@ -175,23 +209,35 @@ def figures(run: Follower) -> dict[str, str]:
 
 def epoch_line(line: dict[str, Any], epochs: int) -> str:
     """As the run itself says it."""
-    return (f"epoch {line['epoch']}/{epochs}: train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2f} %;"
-            f" test loss {line['test_loss']:.4f}, accuracy {line['test_accuracy']:.2f} %")  # fmt: skip
+    return (
+        f"epoch {line['epoch']}/{epochs}: train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2f} %;"
+        f" test loss {line['test_loss']:.4f}, accuracy {line['test_accuracy']:.2f} %"
+    )
 
 
 def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
     """A line for each rank; of more than `most` those that stand out: not running, silent, furthest behind."""
-    order = sorted(run.words, key=lambda word: (word.running and run.silence(word) < 2 * SILENT, word.step, word.rank))
+    order = sorted(
+        run.words, key=lambda word: (word.running and run.silence(word) < 2 * SILENT, word.step, word.rank)
+    )
     shown, rest = sorted(order[:most], key=lambda word: word.rank), order[most:]
     table = Table("rank", "host", "step", "does", "last word", box=None, pad_edge=False, header_style="dim")
     for word in shown:
         bad = word.state.startswith(board.FAILED) or (word.running and run.silence(word) > 10)
-        cells = word.rank, word.host, word.step, word.doing if word.running else word.state, f"{run.silence(word):.0f} s ago"
+        cells = (
+            word.rank,
+            word.host,
+            word.step,
+            word.doing if word.running else word.state,
+            f"{run.silence(word):.0f} s ago",
+        )
         table.add_row(*(cropped(str(cell)) for cell in cells), style="red" if bad else "")
     yield table
     if rest:
-        yield Text(f"and {len(rest)} more at steps {min(word.step for word in rest)} to {max(word.step for word in rest)}, the last"
-                   f" word of each at most {max(run.silence(word) for word in rest):.0f} s ago")  # fmt: skip
+        yield Text(
+            f"and {len(rest)} more at steps {min(word.step for word in rest)} to {max(word.step for word in rest)}, the last"
+            f" word of each at most {max(run.silence(word) for word in rest):.0f} s ago"
+        )
 
 
 def cropped(text: str, style: str = "") -> Text:
@@ -201,25 +247,38 @@ def cropped(text: str, style: str = "") -> Text:
 def view(run: Follower, console: Console) -> Group:
     """The whole state, for a terminal or, once, for a file."""
     c, shown, (share, epoch, step) = run.config, figures(run), run.progress()
-    names = (f"{c.get('variant')}, width {c.get('width')}", c.get("optimizer"), f"batch {c['batch_size']}", c.get("precision"))
+    names = (
+        f"{c.get('variant')}, width {c.get('width')}",
+        c.get("optimizer"),
+        f"batch {c['batch_size']}",
+        c.get("precision"),
+    )
     losses = [line["loss"] for line in run.steps][-max(8, console.width - 60) :]
     if losses and console.encoding.startswith("utf"):
-        shown["loss"] += f"  {sparkline(losses)}  {min(losses):.2g} to {max(losses):.2g} in {len(losses)} logged steps"
+        shown["loss"] += (
+            f"  {sparkline(losses)}  {min(losses):.2g} to {max(losses):.2g} in {len(losses)} logged steps"
+        )
     grid = Table.grid(padding=(0, 2))
     grid.add_row(epoch, ProgressBar(1.0, share, width=max(10, min(60, console.width - 20))))
     for name, text in {"step": step, **shown}.items():
         grid.add_row(name, cropped(text))
     epochs = [cropped(epoch_line(line, c["epochs"])) for line in run.epochs[-SHOWN_EPOCHS:]]
     most = min(SHOWN_RANKS, max(3, console.height - 10 - len(epochs))) if console.is_terminal else SHOWN_RANKS
-    return Group(cropped(f"{run.folder}  {', '.join(map(str, names))}", "bold"), grid, *epochs,
-                 *(ranks(run, most) if run.words else [Text("no rank has said a word yet")]))  # fmt: skip
+    return Group(
+        cropped(f"{run.folder}  {', '.join(map(str, names))}", "bold"),
+        grid,
+        *epochs,
+        *(ranks(run, most) if run.words else [Text("no rank has said a word yet")]),
+    )
 
 
 def plain(run: Follower) -> str:
     """The state in a line, for a log file."""
     (_, epoch, step), heard = run.progress(), [run.silence(word) for word in run.words]
     parts = [epoch, *(f"{name} {text}" for name, text in {"step": step, **figures(run)}.items())]
-    parts.append(f"{len(heard)} rank(s), last word {max(heard):.0f} s ago" if heard else "no rank has said a word yet")
+    parts.append(
+        f"{len(heard)} rank(s), last word {max(heard):.0f} s ago" if heard else "no rank has said a word yet"
+    )
     return "  ".join(parts)
 
 
@@ -232,7 +291,9 @@ def wait_for(run: Follower, console: Console, seconds: float) -> None:
     while not run.config:
         if time.monotonic() - begin >= seconds:
             state = "holds no run (config.json)" if run.folder.is_dir() else "no such folder"
-            raise UserError(f"{run.folder}: {state}{f' after {seconds:g} s' if seconds else ''}: give a run's folder")
+            raise UserError(
+                f"{run.folder}: {state}{f' after {seconds:g} s' if seconds else ''}: give a run's folder"
+            )
         time.sleep(0.2)
         run.look()
 
@@ -261,7 +322,9 @@ def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, which may not be there yet.")],
     once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between looks into the folder.")] = 1.0,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the run to begin, or for any rank's next word.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the run to begin, or for any rank's next word.")
+    ] = 60.0,
 ) -> None:
     """Follow a running job from another terminal: progress, loss, accuracy, speed, and what each rank does.
 

@@ -145,8 +145,12 @@ class Backend:
         runtime = self.cuda.runtime
         gpu = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
         convolutions = self.forms.get("cudnn")
-        return {"gpu": gpu, "cupy": self.xp.__version__, "cuda": str(runtime.runtimeGetVersion()),
-                "cudnn": convolutions.version if convolutions else "none"}  # fmt: skip
+        return {
+            "gpu": gpu,
+            "cupy": self.xp.__version__,
+            "cuda": str(runtime.runtimeGetVersion()),
+            "cudnn": convolutions.version if convolutions else "none",
+        }
 
     def asarray(self, x: np.ndarray) -> Array:
         """Copy of the host array `x` on the device (on the host: `x` itself)."""
@@ -205,7 +209,9 @@ def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
 
     os.environ["CUPY_TF32"] = "1" if precision == "tf32" else "0"
     cupy = import_cupy()
-    cupy.cuda.runtime.setDevice(local_rank % cupy.cuda.runtime.getDeviceCount())  # before anything lives on it
+    cupy.cuda.runtime.setDevice(
+        local_rank % cupy.cuda.runtime.getDeviceCount()
+    )  # before anything lives on it
     stream = cupy.cuda.Stream(non_blocking=True)
     stream.__enter__()  # not use(): after the next `with` on another stream CuPy would be back on the default one
     kernels = Kernels(lambda code: cupy.RawModule(code=code, options=("--std=c++17",)))
@@ -256,7 +262,9 @@ def blocks(x: Array, step: int = 1) -> tuple[tuple[slice, slice], ...]:
 
 
 @functools.lru_cache(256)
-def _blocks(outer: int, inner: int, k: int, c: int, step: int, elements: int) -> tuple[tuple[slice, slice], ...]:
+def _blocks(
+    outer: int, inner: int, k: int, c: int, step: int, elements: int
+) -> tuple[tuple[slice, slice], ...]:
     lines = max(1, elements // max(k * c, 1))
     b_step = inner if lines >= inner * step else max(step, lines // step * step)
     a_step = max(step, lines // max(inner, 1) // step * step) if b_step == inner else step

@@ -11,8 +11,17 @@ WARPED_AT_ONCE = 16
 
 
 @replaceable
-def take_batch(images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array,
-               warps: Array | None = None) -> None:  # fmt: skip
+def take_batch(
+    images: Array,
+    labels: Array,
+    order: Array,
+    at: Array,
+    batch: int,
+    start: int,
+    x: Array,
+    y: Array,
+    warps: Array | None = None,
+) -> None:
     """x (n, H, W, 1) and y (n,): images / 255 and labels number order[at·batch + start + i] for i < n.
 
     `at` (1,) is this rank's step in the epoch, in memory of the device, so that a captured step needs no new argument.
@@ -43,7 +52,10 @@ def warp(images: Array, warps: Array, out: Array) -> None:
     top, left = xp.minimum(rows.astype(np.int32), h), xp.minimum(columns.astype(np.int32), w)
     rows -= top
     columns -= left
-    flat, at = framed.reshape(-1), top * (w + 2) + left + xp.arange(n, dtype=np.int32)[:, None, None] * ((h + 2) * (w + 2))
+    flat, at = (
+        framed.reshape(-1),
+        top * (w + 2) + left + xp.arange(n, dtype=np.int32)[:, None, None] * ((h + 2) * (w + 2)),
+    )
     upper, lower = flat[at], flat[at + (w + 2)]
     upper += columns * (flat[at + 1] - upper)
     lower += columns * (flat[at + (w + 3)] - lower)

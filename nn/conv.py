@@ -68,7 +68,9 @@ def windows(x_shape: tuple[int, ...], w_shape: tuple[int, ...], g: Geometry) -> 
         for j in range(w_shape[1]):
             rows_out, rows_in = span(i * g.dilation - g.padding, g.stride, x_shape[1], p)
             cols_out, cols_in = span(j * g.dilation - g.padding, g.stride, x_shape[2], q)
-            found.append((i * w_shape[1] + j, (slice(None), rows_out, cols_out), (slice(None), rows_in, cols_in)))
+            found.append(
+                (i * w_shape[1] + j, (slice(None), rows_out, cols_out), (slice(None), rows_in, cols_in))
+            )
     return found
 
 
@@ -97,7 +99,9 @@ class Loop:
         return ws.hold(x) if keep else None
 
     @staticmethod
-    def backward(dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace) -> None:
+    def backward(
+        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace
+    ) -> None:
         dw[...] = 0
         n, h, w_in, c = x.shape
         pad = g.padding
@@ -169,7 +173,9 @@ class Patches:
         return ws.hold(x) if keep else None
 
     @staticmethod
-    def backward(dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace) -> None:
+    def backward(
+        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace
+    ) -> None:
         xp = namespace(x)
         c = w.shape[2]
         matrix, dmatrix = _as_matrix(w), _as_matrix(dw)
@@ -203,7 +209,9 @@ def _as_matrix(w: Array) -> Array:
 FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
 
 
-def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, backend: Backend) -> str:
+def choose_form(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, backend: Backend
+) -> str:
     """The fastest form: a pure function of shape and backend. On a device, the first of its own that takes this shape.
 
     On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
@@ -223,7 +231,9 @@ def choose_form(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Ge
 
 def _form(name: str, ws: Workspace) -> Any:
     if name in FORMS and ws.dtype == "uint16":
-        raise ValueError("bfloat16 convolutions need cuDNN, which has none for these channels: use another width or precision")
+        raise ValueError(
+            "bfloat16 convolutions need cuDNN, which has none for these channels: use another width or precision"
+        )
     return FORMS.get(name) or ws.backend.forms[name]
 
 

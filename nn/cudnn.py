@@ -101,9 +101,13 @@ class Convolutions:
     """
 
     def __init__(
-        self, cudnn: Any, cuda: Any, precision: str = "float32", widen: Callable[[Array, Array], Any] | None = None,
+        self,
+        cudnn: Any,
+        cuda: Any,
+        precision: str = "float32",
+        widen: Callable[[Array, Array], Any] | None = None,
         branch: Branch | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if precision not in NOTES:
             raise ValueError(f"precision {precision!r} is none of {', '.join(NOTES)}")
         if precision == "bf16" and widen is None:
@@ -150,7 +154,9 @@ class Convolutions:
         May run on a stream of its own beside `input_gradient`; then always on the same one, as its scratch is shared.
         """
         memory = dw.transpose(3, 0, 1, 2)
-        assert (memory.flags.c_contiguous, dw.dtype) == (True, "float32"), "dw must be float32, dense as (O, kh, kw, C)"
+        assert (memory.flags.c_contiguous, dw.dtype) == (True, "float32"), (
+            "dw must be float32, dense as (O, kh, kw, C)"
+        )
         if not len(x):
             stream = self.cuda.get_current_stream()
             self.cuda.runtime.memsetAsync(dw.data.ptr, 0, dw.nbytes, stream.ptr)
@@ -234,7 +240,11 @@ class Convolutions:
         node, inputs, output = KINDS[operation.kind]
         float32 = cudnn.data_type.FLOAT
         try:
-            types = {"io_data_type": self._type, "intermediate_data_type": float32, "compute_data_type": float32}
+            types = {
+                "io_data_type": self._type,
+                "intermediate_data_type": float32,
+                "compute_data_type": float32,
+            }
             graph, tensors = cudnn.pygraph(**types, handle=self._lane().handle), {}
             for uid, (name, like) in enumerate(inputs.items(), 1):
                 dim, stride = layouts[like]
@@ -247,12 +257,18 @@ class Convolutions:
             graph.build_operation_graph()
             # Under "float32" mode A often lists nothing but tensor cores: the fallbacks behind it are what is left.
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            graph.deselect_numeric_notes([getattr(cudnn.numerical_note, note) for note in NOTES[self.precision]])
+            graph.deselect_numeric_notes(
+                [getattr(cudnn.numerical_note, note) for note in NOTES[self.precision]]
+            )
             graph.deselect_workspace_greater_than(WORKSPACE_LIMIT)
         except cudnn.cudnnGraphNotSupportedError as error:
-            raise NoPlan(f"cuDNN {self.version} has no plan for {operation} {self.precision}: {_line(error)}") from error
+            raise NoPlan(
+                f"cuDNN {self.version} has no plan for {operation} {self.precision}: {_line(error)}"
+            ) from error
         except (RuntimeError, ValueError) as error:
-            raise RuntimeError(f"cuDNN {self.version}, {operation} {self.precision}: {_line(error)}") from error
+            raise RuntimeError(
+                f"cuDNN {self.version}, {operation} {self.precision}: {_line(error)}"
+            ) from error
         return graph
 
     def _buildable(self, graph: Any) -> Iterator[str]:

@@ -27,7 +27,9 @@ def _add_lines(total: Array, block: Array, ws: Workspace) -> None:
     """Add to `total` (k·C,), float64, the sum of a block (A, B, k, C) over A and B."""
     a, b, k, c = block.shape
     if block.flags.c_contiguous:
-        total += namespace(block).matmul(ws.ones(a * b), block.reshape(a * b, k * c), out=ws.scratch("line", (k * c,)))
+        total += namespace(block).matmul(
+            ws.ones(a * b), block.reshape(a * b, k * c), out=ws.scratch("line", (k * c,))
+        )
     else:
         total += (ws.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
 
@@ -97,9 +99,18 @@ class Gate(NamedTuple):
 
 
 def activate(
-    z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, *,
-    residual: Array | None = None, relu: bool = True, pool: bool = False, gate: Gate | None = None,
-) -> None:  # fmt: skip
+    z: Array,
+    inverse_std: Array,
+    gamma: Array,
+    beta: Array,
+    y: Array,
+    ws: Workspace,
+    *,
+    residual: Array | None = None,
+    relu: bool = True,
+    pool: bool = False,
+    gate: Gate | None = None,
+) -> None:
     """y = pool(relu(z · inverse_std · γ + β + residual)): batch norm's second half and all that follows it.
 
     `inverse_std`, γ and β are (C,); `pool` is a 2×2 max-pool, y then (N, H//2, W//2, C), without a residual.
@@ -126,8 +137,17 @@ def activate(
             xp.maximum(out, zero, out=out)
 
 
-def _activate_and_pool(z: Array, inverse_std: Array, gamma: Array, beta: Array, y: Array, ws: Workspace, relu: bool,
-                       gate: Gate | None, first: int) -> None:  # fmt: skip
+def _activate_and_pool(
+    z: Array,
+    inverse_std: Array,
+    gamma: Array,
+    beta: Array,
+    y: Array,
+    ws: Workspace,
+    relu: bool,
+    gate: Gate | None,
+    first: int,
+) -> None:
     """`activate` with pooling, on arrays in memory order; `first` as in `pool_views`.
 
     The maximum is taken of x̂ · sign(γ); multiplying by |γ| and adding β, which leave the order of values as it
@@ -135,7 +155,9 @@ def _activate_and_pool(z: Array, inverse_std: Array, gamma: Array, beta: Array, 
     """
     xp = namespace(z)
     unit = _per_channel("scale", xp.copysign(inverse_std, gamma), z, ws)
-    gain, shift, zero = (_per_channel(name, v, y, ws) for name, v in (("gain", xp.abs(gamma)), ("shift", beta), ("zero", 0.0)))
+    gain, shift, zero = (
+        _per_channel(name, v, y, ws) for name, v in (("gain", xp.abs(gamma)), ("shift", beta), ("zero", 0.0))
+    )
     for block in blocks(z, 2):
         small = _pooled(block, first)
         whole, out = ws.scratch("block", z[block].shape), y[small]
@@ -161,9 +183,17 @@ def _pooled(block: tuple[slice, slice], first: int) -> tuple[slice, slice]:
 
 
 def batch_norm_backward(
-    dy: Array, centred: Array, inverse_std: Array, gamma: Array, count: int, ws: Workspace,
-    sum_over_ranks: SumOverRanks | None, dx: Array, *, gate: Gate | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    dy: Array,
+    centred: Array,
+    inverse_std: Array,
+    gamma: Array,
+    count: int,
+    ws: Workspace,
+    sum_over_ranks: SumOverRanks | None,
+    dx: Array,
+    *,
+    gate: Gate | None = None,
+) -> tuple[Array, Array]:
     """Writes dL/dx of batch norm and of what `activate` did after it; returns this rank's (dL/dγ, dL/dβ), float64.
 
     With g = dy where it passed the gate, 0 elsewhere, x̂ = centred · inverse_std and sums over all `count` values
@@ -196,7 +226,9 @@ def batch_norm_backward(
     if gate and pool:
         _input_gradient_through_pool(dy, x, factors, dx, ws, gate.passed, axes.index(1))
         return d_gamma, d_beta
-    a, b, c = (_per_channel(name, v, x, ws) for name, v in zip(("scale", "slope", "shift"), factors, strict=True))
+    a, b, c = (
+        _per_channel(name, v, x, ws) for name, v in zip(("scale", "slope", "shift"), factors, strict=True)
+    )
     for block in blocks(x):
         part = dx[block]
         product = ws.scratch("block", part.shape)
@@ -207,8 +239,9 @@ def batch_norm_backward(
     return d_gamma, d_beta
 
 
-def _input_gradient_through_pool(g: Array, x: Array, factors: tuple[Array, ...], dx: Array, ws: Workspace,
-                                 passed: Array, first: int) -> None:  # fmt: skip
+def _input_gradient_through_pool(
+    g: Array, x: Array, factors: tuple[Array, ...], dx: Array, ws: Workspace, passed: Array, first: int
+) -> None:
     """dx = a·g + b·x + c with g (of each window) where it `passed`."""
     xp = namespace(x)
     g *= _per_channel("gain", factors[0], g, ws)
@@ -225,10 +258,20 @@ def _input_gradient_through_pool(g: Array, x: Array, factors: tuple[Array, ...],
 
 @replaceable
 def norm_forward(
-    z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace, *,
-    count: int, sum_over_ranks: SumOverRanks | None, residual: Array | None = None, relu: bool = True,
+    z: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    y: Array,
+    ws: Workspace,
+    *,
+    count: int,
+    sum_over_ranks: SumOverRanks | None,
+    residual: Array | None = None,
+    relu: bool = True,
     pool: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """y = pool(relu(γ·x̂ + β + residual)), x̂ normalised over `count` values a channel; running statistics move on.
 
     Returns what `norm_backward` needs. z belongs to it from then on: its contents are undefined. With a residual,
@@ -251,9 +294,17 @@ def norm_forward(
 
 @replaceable
 def norm_backward(
-    dy: Array, saved: Any, gamma: Array, beta: Array, d_gamma: Array, d_beta: Array, ws: Workspace, *, count: int,  # noqa: ARG001
+    dy: Array,
+    saved: Any,
+    gamma: Array,
+    beta: Array,  # noqa: ARG001
+    d_gamma: Array,
+    d_beta: Array,
+    ws: Workspace,
+    *,
+    count: int,  # noqa: ARG001
     sum_over_ranks: SumOverRanks | None,
-) -> Array:  # fmt: skip
+) -> Array:
     """Writes this rank's d_gamma and d_beta; returns dz, in memory that lasts at least until the next operation.
 
     `saved` comes from `norm_forward`, in the same step. dy is overwritten: with a residual, by the gradient of
@@ -269,9 +320,18 @@ def norm_backward(
 
 @replaceable
 def norm_inference(
-    z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace, *,
-    residual: Array | None = None, relu: bool = True, pool: bool = False,
-) -> None:  # fmt: skip
+    z: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    y: Array,
+    ws: Workspace,
+    *,
+    residual: Array | None = None,
+    relu: bool = True,
+    pool: bool = False,
+) -> None:
     """As `norm_forward` with the running statistics, which stay as they are. Without pooling, y may be z."""
     inverse_std = (running_var.astype(np.float64) + EPS) ** -0.5
     shift = beta - running_mean * inverse_std * gamma
@@ -348,7 +408,15 @@ def head_forward(x: Array, w: Array, b: Array, pooled: Array, logits: Array, ave
 
 @replaceable
 def head_backward(
-    dlogits: Array, x: Array, pooled: Array, w: Array, dw: Array, db: Array, dx: Array, ws: Workspace, average: bool
+    dlogits: Array,
+    x: Array,
+    pooled: Array,
+    w: Array,
+    dw: Array,
+    db: Array,
+    dx: Array,
+    ws: Workspace,
+    average: bool,
 ) -> None:
     """Writes dw (K, C), db (K,) and dx (N, H, H, C) for dlogits (N, K) and what `head_forward` took and wrote."""
     grid = ws.image("dpooled", pooled.shape)

@@ -15,6 +15,7 @@ from nn.workspace import Workspace
 OnGrad = Callable[[Parameter], Any]
 """Called with a parameter as soon as its gradient is complete."""
 
+
 @dataclass(frozen=True)
 class Pass:
     """What one pass through the network is told.
@@ -32,8 +33,9 @@ class Pass:
 class ConvBN:
     """Convolution without bias → batch norm (→ + residual) (→ ReLU) (→ 2×2 max-pool, without a residual)."""
 
-    def __init__(self, name: str, c_in: int, c_out: int, *, kernel: int = 3, relu: bool = True,
-                 pool: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, name: str, c_in: int, c_out: int, *, kernel: int = 3, relu: bool = True, pool: bool = False
+    ) -> None:
         self.name, self.c_in, self.c_out, self.kernel = name, c_in, c_out, kernel
         self.relu, self.pool = relu, pool
         self.geometry = Geometry(padding=kernel // 2)
@@ -70,8 +72,17 @@ class ConvBN:
         z = ws.image("z", shape)
         saved = conv_forward(x, self.w.compute, self.geometry, z, ws, form)
         y = ws.passing(out)
-        after = F.norm_forward(z, *norm, y, ws, count=step.images * h * w, sum_over_ranks=step.sum_over_ranks,
-                               residual=residual, relu=self.relu, pool=self.pool)  # fmt: skip
+        after = F.norm_forward(
+            z,
+            *norm,
+            y,
+            ws,
+            count=step.images * h * w,
+            sum_over_ranks=step.sum_over_ranks,
+            residual=residual,
+            relu=self.relu,
+            pool=self.pool,
+        )
         self.saved = x.shape, form, saved, after, step.images * h * w
         return y
 
@@ -79,8 +90,17 @@ class ConvBN:
         """dL/dx; dy is overwritten: with a residual, by the residual's gradient."""
         ws = self.ws
         x_shape, form, saved, after, count = self.saved
-        dz = F.norm_backward(dy, after, self.gamma.value, self.beta.value, self.gamma.grad, self.beta.grad, ws,
-                             count=count, sum_over_ranks=step.sum_over_ranks)  # fmt: skip
+        dz = F.norm_backward(
+            dy,
+            after,
+            self.gamma.value,
+            self.beta.value,
+            self.gamma.grad,
+            self.beta.grad,
+            ws,
+            count=count,
+            sum_over_ranks=step.sum_over_ranks,
+        )
         dx = ws.ring(x_shape) if need_dx else None
         conv_backward(dz, saved, self.w.compute, self.geometry, self.w.grad, dx, ws, form)
         for parameter in (self.beta, self.gamma, self.w):

@@ -42,14 +42,25 @@ def binary_cross_entropy(logits: Array, labels: Array, count: int) -> tuple[Arra
     return terms.sum() / scale, (sigmoid - t) / scale
 
 
-LOSSES: dict[str, Callable[..., tuple[Array, Array]]] = {"ce": softmax_cross_entropy, "bce": binary_cross_entropy}
+LOSSES: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "ce": softmax_cross_entropy,
+    "bce": binary_cross_entropy,
+}
 
 
 @replaceable
 def loss_and_gradient(
-    logits: Array, labels: Array, stop: Array, dlogits: Array, own: Array, tail: Array, *, loss: str, count: int,
+    logits: Array,
+    labels: Array,
+    stop: Array,
+    dlogits: Array,
+    own: Array,
+    tail: Array,
+    *,
+    loss: str,
+    count: int,
     smoothing: float = 0.0,
-) -> None:  # fmt: skip
+) -> None:
     """Writes dlogits and own = [loss], tail = [loss, correct, stop] of these images' part of a batch of `count`.
 
     `loss` names one of LOSSES; `correct` counts the images whose largest logit (the first of equals) is the label's.

@@ -56,16 +56,27 @@ class Optimizer(ABC):
 class SGD(Optimizer):
     """Stochastic gradient descent, with momentum where it is not 0 (see `sgd`)."""
 
-    def __init__(self, params: Parameters, weight_decay: float = 0.0, momentum: float = 0.0,
-                 nesterov: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, params: Parameters, weight_decay: float = 0.0, momentum: float = 0.0, nesterov: bool = False
+    ) -> None:
         self.moments = ("momentum",) if momentum else ()
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
     def update(self, rates: Array, at: Array) -> None:
         p = self.params
-        sgd(p.values, p.grads, self.state.get("momentum"), rates, at, p.compute, self.scratch,
-            weight_decay=self.weight_decay, momentum=self.momentum, nesterov=self.nesterov)  # fmt: skip
+        sgd(
+            p.values,
+            p.grads,
+            self.state.get("momentum"),
+            rates,
+            at,
+            p.compute,
+            self.scratch,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+        )
 
 
 class Adam(Optimizer):
@@ -78,8 +89,17 @@ class Adam(Optimizer):
 
     def update(self, rates: Array, at: Array) -> None:
         p = self.params
-        adam(p.values, p.grads, self.state["m"], self.state["v"], rates, at, p.compute, self.scratch,
-             weight_decay=self.weight_decay)  # fmt: skip
+        adam(
+            p.values,
+            p.grads,
+            self.state["m"],
+            self.state["v"],
+            rates,
+            at,
+            p.compute,
+            self.scratch,
+            weight_decay=self.weight_decay,
+        )
 
 
 def _row(rates: Array, at: Array) -> Any:
@@ -102,16 +122,27 @@ def _blocks(scratch: Array, *vectors: Array) -> Iterator[tuple[Array, ...]]:
 
 @replaceable
 def sgd(
-    values: Array, grads: Array, velocity: Array | None, rates: Array, at: Array, compute: Array | None,
-    scratch: Array, *, weight_decay: float, momentum: float, nesterov: bool,
-) -> None:  # fmt: skip
+    values: Array,
+    grads: Array,
+    velocity: Array | None,
+    rates: Array,
+    at: Array,
+    compute: Array | None,
+    scratch: Array,
+    *,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+) -> None:
     """g += λθ; v = μv + g; θ −= lr·v, or with Nesterov θ −= lr·(g + μv), as `torch.optim.SGD`; without v, θ −= lr·g.
 
     v starts as the first gradient, which v = μ·0 + g gives. lr is rates[at[0], 0]; `compute`, where given, is
     `values` narrowed; `scratch` (2, B) is for blocks of B elements (0: all at once).
     """
     xp, (lr, _) = namespace(values), _row(rates, at)
-    for update, other, θ, g, *state in _blocks(scratch, values, grads, *([] if velocity is None else [velocity])):
+    for update, other, θ, g, *state in _blocks(
+        scratch, values, grads, *([] if velocity is None else [velocity])
+    ):
         xp.multiply(θ, weight_decay, out=update)
         update += g
         for v in state:
@@ -130,9 +161,17 @@ def sgd(
 
 @replaceable
 def adam(
-    values: Array, grads: Array, m: Array, v: Array, rates: Array, at: Array, compute: Array | None, scratch: Array, *,
+    values: Array,
+    grads: Array,
+    m: Array,
+    v: Array,
+    rates: Array,
+    at: Array,
+    compute: Array | None,
+    scratch: Array,
+    *,
     weight_decay: float,
-) -> None:  # fmt: skip
+) -> None:
     """m += (1−β1)(g − m); v += (1−β2)(g² − v); θ −= lr_t·m/(√v + ε̂), lr_t = lr·√(1−β2^t)/(1−β1^t).
 
     Kingma and Ba (2015), the efficient form at the end of section 2, with ε̂ = 1e-7. Weight decay is

@@ -85,9 +85,7 @@ class Parameters:
         self.grads, self.tail = self.wire[:size], self.wire[size:]
         self.compute: Array | None = backend.xp.zeros(size, narrow) if narrow and narrow != dtype else None
         self._specs = specs
-        self._named = {
-            spec.name: self._view(spec, start) for spec, start in zip(specs, starts, strict=True)
-        }
+        self._named = {spec.name: self._view(spec, start) for spec, start in zip(specs, starts, strict=True)}
 
     def _view(self, spec: Spec, start: int) -> Parameter:
         made = Parameter(spec.name, spec.shape, start, start + prod(spec.shape), self.backend.order)

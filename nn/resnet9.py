@@ -41,8 +41,16 @@ class ResNet9:
     `activations` is their dtype where it is not the parameters': uint16, which holds the bits of bfloat16.
     """
 
-    def __init__(self, variant: str = "baseline", width: float = 1.0, *, seed: int = 0,
-                 backend: Backend = NUMPY, dtype: str = "float32", activations: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        variant: str = "baseline",
+        width: float = 1.0,
+        *,
+        seed: int = 0,
+        backend: Backend = NUMPY,
+        dtype: str = "float32",
+        activations: str | None = None,
+    ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
         c1, c2, c3 = channels(width)
@@ -66,7 +74,10 @@ class ResNet9:
         self.batches_tracked, at = 0, 0
         for conv in self.convs():
             conv.bind(self.params, self.ws, self.statistics[at : at + 2 * conv.c_out].reshape(2, -1))
-            self.buffers |= {f"{conv.name}.1.running_mean": conv.running_mean, f"{conv.name}.1.running_var": conv.running_var}
+            self.buffers |= {
+                f"{conv.name}.1.running_mean": conv.running_mean,
+                f"{conv.name}.1.running_var": conv.running_var,
+            }
             at += 2 * conv.c_out
         self.head.bind(self.params, self.ws)
         self.params.initialise(np.random.default_rng(seed))
@@ -108,7 +119,10 @@ class ResNet9:
         """
         for conv, side in self.sides():
             x = self.ws.ring((n, side, side, conv.c_in))
-            y, form = self.ws.ring((n, side, side, conv.c_out)), choose_form(x.shape, conv.w.value.shape, conv.geometry, self.backend)
+            y, form = (
+                self.ws.ring((n, side, side, conv.c_out)),
+                choose_form(x.shape, conv.w.value.shape, conv.geometry, self.backend),
+            )
             saved = conv_forward(x, conv.w.compute, conv.geometry, y, self.ws, form, keep=train)
             if train:
                 dx = self.ws.ring(x.shape) if conv is not self.stages[0] else None
@@ -156,7 +170,9 @@ class ResNet9:
             if name not in own:
                 raise ValueError(f"tensor {name} is not of this network")
             if state[name].shape != own[name]:
-                raise ValueError(f"tensor {name} has shape {state[name].shape}, this network's is {own[name]}")
+                raise ValueError(
+                    f"tensor {name} has shape {state[name].shape}, this network's is {own[name]}"
+                )
         self.params.from_checkpoint(state, self.params.values)
         for name, value in self.buffers.items():
             value[...] = self.backend.asarray(state[name].astype(self.dtype))

@@ -108,7 +108,13 @@ def axis(size: int) -> list[Piece]:
             tiles = [(s, m) for s, m in zip(starts[part], sizes[part], strict=True) if point < m + 2]
             if groups and groups[-1].tiles == len(tiles):
                 last = groups.pop()
-                groups.append(Group(slice(last.points.start, point + 1), slice(last.rows.start, len(b) + len(tiles)), len(tiles)))
+                groups.append(
+                    Group(
+                        slice(last.points.start, point + 1),
+                        slice(last.rows.start, len(b) + len(tiles)),
+                        len(tiles),
+                    )
+                )
             else:
                 groups.append(Group(slice(point, point + 1), slice(len(b), len(b) + len(tiles)), len(tiles)))
             for start, m in tiles:
@@ -194,25 +200,39 @@ class Winograd:
         u = take("winograd.u", (*kernel.shape[:2], c, c_out))
         sizes = [(chunk.part.stop - chunk.part.start) * c for chunk in parts]
         v = take("winograd.v", (sum(sizes) if keep else max(sizes, default=0),))
-        calls: list[Call] = [partial(matmul, kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))]
+        calls: list[Call] = [
+            partial(matmul, kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))
+        ]
         for chunk, size in zip(parts, sizes, strict=True):
             v_part = v[chunk.part.start * c : chunk.part.stop * c] if keep else v[:size]
             calls += transform(x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, ws)
             m = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
-            for (points, v_k), (_, m_k) in zip(chunk.matrices(v_part, c), chunk.matrices(m, c_out), strict=True):
+            for (points, v_k), (_, m_k) in zip(
+                chunk.matrices(v_part, c), chunk.matrices(m, c_out), strict=True
+            ):
                 calls.append(partial(matmul, v_k, u[points], out=m_k))
             calls += inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], ws)
         return calls, (v, u, x.shape)
 
     @staticmethod
-    def backward(dy: Array, saved: tuple[Array, Array, tuple[int, ...]], w: Array, geometry: Any, dw: Array,
-                 dx: Array | None, ws: Workspace) -> None:  # fmt: skip
+    def backward(
+        dy: Array,
+        saved: tuple[Array, Array, tuple[int, ...]],
+        w: Array,
+        geometry: Any,
+        dw: Array,
+        dx: Array | None,
+        ws: Workspace,
+    ) -> None:
         require_order(dy, dy if dx is None else dx)
-        ws.replay("winograd.backward", (dy, saved[0], dw, dx), lambda: Winograd._backward(dy, saved, dw, dx, ws))
+        ws.replay(
+            "winograd.backward", (dy, saved[0], dw, dx), lambda: Winograd._backward(dy, saved, dw, dx, ws)
+        )
 
     @staticmethod
-    def _backward(dy: Array, saved: tuple[Array, Array, tuple[int, ...]], dw: Array, dx: Array | None,
-                  ws: Workspace) -> tuple[list[Call], Any]:  # fmt: skip
+    def _backward(
+        dy: Array, saved: tuple[Array, Array, tuple[int, ...]], dw: Array, dx: Array | None, ws: Workspace
+    ) -> tuple[list[Call], Any]:
         xp = namespace(dy)
         v, u, (n, height, width, c) = saved
         c_out = dw.shape[3]

@@ -66,7 +66,9 @@ class Workspace:
         view = self._views[key] = flat[:size].reshape(shape)
         return view
 
-    def replay(self, name: str, arrays: tuple[Array, ...], build: Callable[[], tuple[list[Callable[[], Any]], Any]]) -> Any:
+    def replay(
+        self, name: str, arrays: tuple[Array, ...], build: Callable[[], tuple[list[Callable[[], Any]], Any]]
+    ) -> Any:
         """Run the calls that `build` makes of these arrays; what it returns beside them is returned.
 
         The list is kept and run again as long as the arrays are the same objects and no buffer has moved:

@@ -32,18 +32,27 @@ MPI_ENVIRONMENT = {
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """Of every subprocess: MPI as the README sets it, one BLAS thread (other threads round otherwise)."""
-    return {**os.environ, **MPI_ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", **(more or {})}
+    return {
+        **os.environ,
+        **MPI_ENVIRONMENT,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        **(more or {}),
+    }
 
 
-def run(*command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True,
-        ranks: int = 1) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def run(
+    *command: object, cwd: Path = ROOT, env: dict[str, str] | None = None, check: bool = True, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
     """Run Python with `command` in a subprocess, under mpirun where ranks > 1; AssertionError on failure."""
     python = [sys.executable, "-W", "error::DeprecationWarning:nn", *map(str, command)]
     if ranks > 1:
         mpirun = Path(sys.executable).with_name("mpirun")
         python = [str(mpirun) if mpirun.exists() else "mpirun", "-n", str(ranks), *python]
     for _ in range(3):
-        done = subprocess.run(python, cwd=cwd, env=environment(env), text=True, capture_output=True, timeout=LIMIT)
+        done = subprocess.run(
+            python, cwd=cwd, env=environment(env), text=True, capture_output=True, timeout=LIMIT
+        )
         if NOT_STARTED not in done.stdout + done.stderr:
             break
     if check:
@@ -71,8 +80,9 @@ def at(rank: int, step: int, code: str) -> str:
     return before_each_step(f"if self.world.rank == {rank} and self.at.step == {step}: {code}")
 
 
-def train(folder: Path, *arguments: object, ranks: int = 1, check: bool = True,
-          env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def train(
+    folder: Path, *arguments: object, ranks: int = 1, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python -m distrib.train --run-dir FOLDER …`, on `ranks` ranks."""
     return run("-m", "distrib.train", "--run-dir", folder, *arguments, ranks=ranks, check=check, env=env)
 
@@ -98,7 +108,9 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Call a command's function as the command line does, within this process: (exit code, standard output, standard error)."""
 
     def call(function: Callable[..., None], *arguments: object) -> tuple[int, str, str]:

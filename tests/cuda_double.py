@@ -13,6 +13,7 @@
 Not as on a GPU: blocks do not wait for each other (one that spins on another's write hangs), `a * b + c` is
 not contracted to fma, functions round as the C library's. Inline PTX and dynamic shared memory do not compile.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -34,9 +35,18 @@ HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 ORDERS = ("forward", "reverse", "shuffled")
 GRID_LIMIT, BLOCK_LIMIT, MAX_THREADS = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024
 CXX = ("g++", "-std=c++17")
-FLAGS = ("-O2", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fvisibility=hidden",
-         "-fno-stack-protector", "-U_FORTIFY_SOURCE",  # else _longjmp refuses to change stacks
-         "-fsanitize=bounds,alignment,null,integer-divide-by-zero,signed-integer-overflow", "-fno-sanitize-recover")
+FLAGS = (
+    "-O2",
+    "-w",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-fno-stack-protector",
+    "-U_FORTIFY_SOURCE",  # else _longjmp refuses to change stacks
+    "-fsanitize=bounds,alignment,null,integer-divide-by-zero,signed-integer-overflow",
+    "-fno-sanitize-recover",
+)
 BRACKETS = {"(": 1, "[": 1, "{": 1, "<": 1, ")": -1, "]": -1, "}": -1, ">": -1}
 
 
@@ -123,8 +133,9 @@ def host_source(code: str) -> str:
     # The nameless namespace keeps libraries apart; the other one leaves names of the C library free.
     kernels = _kernels(code)
     bounds = "".join(f"constexpr int bound_of_{name} = {kernel.bound};\n" for name, kernel in kernels.items())
-    table = ",\n".join(f"cuda_on_cpu::Launcher<cuda_text::{name}>::kernel(cuda_text::bound_of_{name})"
-                       for name in kernels)
+    table = ",\n".join(
+        f"cuda_on_cpu::Launcher<cuda_text::{name}>::kernel(cuda_text::bound_of_{name})" for name in kernels
+    )
     return f"namespace {{ namespace cuda_text {{\n{text}\n{bounds}}} }}\nKERNELS({table})\n"
 
 
@@ -193,20 +204,35 @@ class Function:
         self.bound: int = module.library.kernel_bound(number)
         types = module.library.kernel_types(number).decode().split(";")[:-1]
         assert len(types) == len(kernel.parameters), (name, types, kernel)
-        self.parameters = [(written, parameter, kind) for (written, parameter), kind in zip(kernel.parameters, types)]
+        self.parameters = [
+            (written, parameter, kind) for (written, parameter), kind in zip(kernel.parameters, types)
+        ]
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple, shared_mem: int = 0,
-                 stream: Any = None) -> None:
-        shape = [*_triple(f"{self.name}: grid", grid, GRID_LIMIT), *_triple(f"{self.name}: block", block, BLOCK_LIMIT)]
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple,
+        shared_mem: int = 0,
+        stream: Any = None,
+    ) -> None:
+        shape = [
+            *_triple(f"{self.name}: grid", grid, GRID_LIMIT),
+            *_triple(f"{self.name}: block", block, BLOCK_LIMIT),
+        ]
         if math.prod(shape[3:]) > min(self.bound, MAX_THREADS):
-            raise ValueError(f"{self.name}: {math.prod(shape[3:])} threads a block {block}, at most {self.bound}")
+            raise ValueError(
+                f"{self.name}: {math.prod(shape[3:])} threads a block {block}, at most {self.bound}"
+            )
         if math.prod(shape[:3]) >= 2**31:
             raise ValueError(f"{self.name}: more blocks {grid} than the double can count")
         if shared_mem:
             raise ValueError(f"{self.name}: dynamic shared memory ({shared_mem} bytes)")
         if not isinstance(args, tuple) or len(args) != len(self.parameters):
-            raise TypeError(f"{self.name} takes a tuple of {len(self.parameters)} arguments, got "
-                            f"{len(args) if isinstance(args, tuple) else _describe(args)}")
+            raise TypeError(
+                f"{self.name} takes a tuple of {len(self.parameters)} arguments, got "
+                f"{len(args) if isinstance(args, tuple) else _describe(args)}"
+            )
         slots = b"".join(map(self._slot, self.parameters, args))
         self._check_restrict(args)
         self.module.run(self, shape, slots)
@@ -221,23 +247,32 @@ class Function:
             fits = isinstance(argument, (np.uint64, np.int64)) and argument == 0  # a null pointer
         else:
             fits = kind.removeprefix("const ") in ("void*", f"{argument.dtype.name}*")
-            if isinstance(argument, np.ndarray) and not (argument.flags.writeable or kind.startswith("const ")):
+            if isinstance(argument, np.ndarray) and not (
+                argument.flags.writeable or kind.startswith("const ")
+            ):
                 fits, why = False, " that is read-only"
         if not fits:
-            raise TypeError(f"{self.name}: parameter {name} is {written} ({kind}), got {_describe(argument)}{why}")
+            raise TypeError(
+                f"{self.name}: parameter {name} is {written} ({kind}), got {_describe(argument)}{why}"
+            )
         return argument.tobytes().ljust(8, b"\0") if address is None else address.to_bytes(8, "little")
 
     def _check_restrict(self, args: tuple) -> None:
         """ValueError where memory that may be written is reached through a `__restrict__` pointer and another."""
-        arrays = [(*parameter, _span(argument)) for parameter, argument in zip(self.parameters, args)
-                  if _address(argument) is not None]
+        arrays = [
+            (*parameter, _span(argument))
+            for parameter, argument in zip(self.parameters, args)
+            if _address(argument) is not None
+        ]
         for number, (written, name, kind, span) in enumerate(arrays):
             for other_written, other, other_kind, other_span in arrays[:number]:
                 restrict = "__restrict" in written or "__restrict" in other_written
                 written_to = not (kind.startswith("const ") and other_kind.startswith("const "))
                 overlap = max(span.start, other_span.start) < min(span.stop, other_span.stop)
                 if restrict and written_to and overlap:
-                    raise ValueError(f"{self.name}: {other} and {name} overlap, and one of them is __restrict__")
+                    raise ValueError(
+                        f"{self.name}: {other} and {name} overlap, and one of them is __restrict__"
+                    )
 
 
 class HostModule:
@@ -252,8 +287,10 @@ class HostModule:
         self.library.kernel_types.restype = self.library.launch.restype = ctypes.c_char_p
         self.order, self.seed = order, seed
         self.launches: list[str] = []
-        self._functions = {name: Function(self, number, name, kernel)
-                           for number, (name, kernel) in enumerate(_kernels(code).items())}
+        self._functions = {
+            name: Function(self, number, name, kernel)
+            for number, (name, kernel) in enumerate(_kernels(code).items())
+        }
 
     def get_function(self, name: str) -> Function:
         if name not in self._functions:
@@ -266,8 +303,12 @@ class HostModule:
             raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
         seed = self.seed + len(self.launches)
         self.launches.append(function.name)
-        error = self.library.launch(function.number, (ctypes.c_uint * 6)(*shape),
-                                    ctypes.create_string_buffer(slots, max(len(slots), 8)),
-                                    ORDERS.index(self.order), ctypes.c_uint(seed))
+        error = self.library.launch(
+            function.number,
+            (ctypes.c_uint * 6)(*shape),
+            ctypes.create_string_buffer(slots, max(len(slots), 8)),
+            ORDERS.index(self.order),
+            ctypes.c_uint(seed),
+        )
         if error:
             raise RuntimeError(f"{function.name}: {error.decode()}")

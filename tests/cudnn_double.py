@@ -49,7 +49,14 @@ data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "NOT_SET"])
 heur_mode = enum.Enum("heur_mode", ["A", "B", "FALLBACK"])
 numerical_note = enum.Enum(
     "numerical_note",
-    ["TENSOR_CORE", "DOWN_CONVERT_INPUTS", "REDUCED_PRECISION_REDUCTION", "FFT", "NONDETERMINISTIC", "WINOGRAD"],
+    [
+        "TENSOR_CORE",
+        "DOWN_CONVERT_INPUTS",
+        "REDUCED_PRECISION_REDUCTION",
+        "FFT",
+        "NONDETERMINISTIC",
+        "WINOGRAD",
+    ],
 )
 
 CODES = {data_type.FLOAT: np.float32, data_type.BFLOAT16: np.uint16}
@@ -102,7 +109,9 @@ class Tensor:
 
     def __init__(self, graph: Any, **given: Any) -> None:
         self.graph, self.output = graph, False
-        self.dim, self.stride, self.data_type, self.uid = (given.get(k) for k in ("dim", "stride", "data_type", "uid"))
+        self.dim, self.stride, self.data_type, self.uid = (
+            given.get(k) for k in ("dim", "stride", "data_type", "uid")
+        )
 
     def _set(self, **values: Any) -> Tensor:
         self.graph.require("described")
@@ -131,7 +140,12 @@ class _pygraph:
     cudnn: Cudnn
 
     def __init__(
-        self, name="test_graph", io_data_type=None, intermediate_data_type=None, compute_data_type=None, handle=None
+        self,
+        name="test_graph",
+        io_data_type=None,
+        intermediate_data_type=None,
+        compute_data_type=None,
+        handle=None,
     ) -> None:
         self.cudnn.check(handle)
         if compute_data_type is not data_type.FLOAT or intermediate_data_type is not data_type.FLOAT:
@@ -163,13 +177,19 @@ class _pygraph:
         self.tensors.append(Tensor(self))
         return self.tensors[-1]
 
-    def conv_fprop(self, image, weight, padding=(), stride=(), dilation=(), compute_data_type=None, name="") -> Tensor:
+    def conv_fprop(
+        self, image, weight, padding=(), stride=(), dilation=(), compute_data_type=None, name=""
+    ) -> Tensor:
         return self._convolution("conv_fprop", image, weight, padding, stride, dilation)
 
-    def conv_dgrad(self, loss, filter, padding=(), stride=(), dilation=(), compute_data_type=None, name="") -> Tensor:
+    def conv_dgrad(
+        self, loss, filter, padding=(), stride=(), dilation=(), compute_data_type=None, name=""
+    ) -> Tensor:
         return self._convolution("conv_dgrad", loss, filter, padding, stride, dilation)
 
-    def conv_wgrad(self, image, loss, padding=(), stride=(), dilation=(), compute_data_type=None, name="") -> Tensor:
+    def conv_wgrad(
+        self, image, loss, padding=(), stride=(), dilation=(), compute_data_type=None, name=""
+    ) -> Tensor:
         return self._convolution("conv_wgrad", image, loss, padding, stride, dilation)
 
     def roles(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +220,12 @@ class _pygraph:
         self.require("lowered")
         if len({t.data_type for t in self.tensors}) > 1:
             raise NotSupported("No valid engine configs: inputs and output differ in type\n{…}")
-        self.offers = [o for mode in heuristics for o in self.cudnn.offers if o.mode == mode.name and self.node in o.nodes]
+        self.offers = [
+            o
+            for mode in heuristics
+            for o in self.cudnn.offers
+            if o.mode == mode.name and self.node in o.nodes
+        ]
         if not self.offers:
             raise NotSupported("No valid engine configs\n{…}")
         self.stage = "planned"
@@ -261,7 +286,9 @@ class _pygraph:
         bf16 = self.io is data_type.BFLOAT16
         with np.errstate(invalid="ignore"):  # the output may hold signalling NaNs as yet
             x, w, y = (from_bf16(v).astype(np.float64) if bf16 else v.astype(np.float64) for v in views)
-        with np.errstate(invalid="ignore", over="ignore"):  # as a device: plans are chosen on whatever memory holds
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # as a device: plans are chosen on whatever memory holds
             result, place = self._convolve(x, w, y)
             views[place][...] = to_bf16(result.astype(np.float32)) if bf16 else result
 
@@ -302,7 +329,9 @@ class Cudnn:
         if not isinstance(handle, Handle):
             raise TypeError(f"expected a cudnn.Handle, got {type(handle).__name__}")
         if handle.stream != self.cuda.current.ptr:
-            raise nccl_double.OrderError(f"a handle of stream {handle.stream} on stream {self.cuda.current.ptr}")
+            raise nccl_double.OrderError(
+                f"a handle of stream {handle.stream} on stream {self.cuda.current.ptr}"
+            )
 
     def backend_version_string(self) -> str:
         return "9.28.0"

@@ -145,7 +145,9 @@ class CapturedNccl(Nccl):
         batch, self._group = self._group, []
         for comm, call in batch:
             stream = self.cuda.streams[call.stream]
-            assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, "a branch of the graph is not joined"
+            assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, (
+                "a branch of the graph is not joined"
+            )
             self.cuda.queue(partial(self._run, [(comm, call)]))
             self.cuda.holds_collectives = True
 
@@ -190,7 +192,9 @@ def device(precision: str = "float64") -> Iterator[Any]:
     """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the real GPU."""
     if REAL:
         backend = cupy_backend(precision)
-        if "cudnn" in backend.forms:  # one choice of plans for all backends of a process, or their bits may differ
+        if (
+            "cudnn" in backend.forms
+        ):  # one choice of plans for all backends of a process, or their bits may differ
             backend.forms["cudnn"].plans = PLANS.setdefault(precision, {})
         yield backend
         return

@@ -13,6 +13,7 @@ memory, MPI stands for NCCL, and the order that streams and events impose can be
 Queued calls run as blocking MPI calls, so all ranks must wait, poll and synchronise in the same order, and
 from one thread; a rank that does not makes the others hang, as it may with NCCL.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -29,10 +30,28 @@ import numpy as np
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DTYPES = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "uint16"]  # by code
+DTYPES = [
+    "int8",
+    "uint8",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "uint16",
+]  # by code
 REDUCERS = [np.add, np.multiply, np.maximum, np.minimum, np.add]  # by code: sum, prod, max, min, avg
-RESULTS = ("success", "unhandled CUDA error", "system error", "internal error", "invalid argument",
-           "invalid usage", "remote error")
+RESULTS = (
+    "success",
+    "unhandled CUDA error",
+    "system error",
+    "internal error",
+    "invalid argument",
+    "invalid usage",
+    "remote error",
+)
 INVALID_ARGUMENT, INVALID_USAGE = 4, 5
 
 
@@ -257,19 +276,22 @@ class _NcclCommunicator:
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         self._submit(Call("allReduce", sendbuf, recvbuf, count, datatype, stream, op))
 
-    def reduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int,
-               stream: int) -> None:
+    def reduce(
+        self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, root: int, stream: int
+    ) -> None:
         self._submit(Call("reduce", sendbuf, recvbuf, count, datatype, stream, op, root))
 
-    def broadcast(self, sendbuff: int, recvbuff: int, count: int, datatype: int, root: int,
-                  stream: int) -> None:
+    def broadcast(
+        self, sendbuff: int, recvbuff: int, count: int, datatype: int, root: int, stream: int
+    ) -> None:
         self._submit(Call("broadcast", sendbuff, recvbuff, count, datatype, stream, root=root))
 
     def bcast(self, buff: int, count: int, datatype: int, root: int, stream: int) -> None:
         self._submit(Call("bcast", buff, buff, count, datatype, stream, root=root))
 
-    def reduceScatter(self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int,
-                      stream: int) -> None:
+    def reduceScatter(
+        self, sendbuf: int, recvbuf: int, recvcount: int, datatype: int, op: int, stream: int
+    ) -> None:
         self._submit(Call("reduceScatter", sendbuf, recvbuf, recvcount, datatype, stream, op))
 
     def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
@@ -321,8 +343,12 @@ class _NcclCommunicator:
         self.nccl.log.append(call)
         if call.elements < 0:
             raise OverflowError("can't convert negative value to size_t")
-        valid = (call.datatype in range(len(DTYPES)) and call.op in range(len(REDUCERS))
-                 and call.root in range(self._size) and call.stream in self.nccl.cuda.streams)
+        valid = (
+            call.datatype in range(len(DTYPES))
+            and call.op in range(len(REDUCERS))
+            and call.root in range(self._size)
+            and call.stream in self.nccl.cuda.streams
+        )
         if not self._live_value(valid):
             raise NcclError(INVALID_ARGUMENT, f"unknown datatype, op, root, peer or stream: {call}")
         self.nccl.submit(self, call)
@@ -357,7 +383,9 @@ class _NcclCommunicator:
         mpi.Allgather(host_view(call.sendbuf, elements, call.datatype).view(np.uint8), rows.view(np.uint8))
         if call.name == "allGather":
             return rows.ravel()
-        if call.datatype == Nccl.NCCL_BFLOAT16 and call.op == Nccl.NCCL_SUM:  # one rounding after another, in rank order
+        if (
+            call.datatype == Nccl.NCCL_BFLOAT16 and call.op == Nccl.NCCL_SUM
+        ):  # one rounding after another, in rank order
             total = rows[0]
             for row in rows[1:]:
                 total = _to_bfloat16(_from_bfloat16(total) + _from_bfloat16(row))
@@ -371,8 +399,18 @@ class _NcclCommunicator:
 class Nccl:
     """Stands for the module `cupy.cuda.nccl`; set `async_status` to have `check_async_error` raise it."""
 
-    (NCCL_INT8, NCCL_UINT8, NCCL_INT32, NCCL_UINT32, NCCL_INT64, NCCL_UINT64,
-     NCCL_FLOAT16, NCCL_FLOAT32, NCCL_FLOAT64, NCCL_BFLOAT16) = range(10)
+    (
+        NCCL_INT8,
+        NCCL_UINT8,
+        NCCL_INT32,
+        NCCL_UINT32,
+        NCCL_INT64,
+        NCCL_UINT64,
+        NCCL_FLOAT16,
+        NCCL_FLOAT32,
+        NCCL_FLOAT64,
+        NCCL_BFLOAT16,
+    ) = range(10)
     NCCL_CHAR, NCCL_INT, NCCL_HALF, NCCL_FLOAT, NCCL_DOUBLE = 0, 2, 6, 7, 8
     NCCL_SUM, NCCL_PROD, NCCL_MAX, NCCL_MIN, NCCL_AVG = range(5)
     NcclError = NcclError
@@ -418,8 +456,9 @@ class Nccl:
             return
         name, stream = batch[0][1].name, self.cuda.streams[batch[0][1].stream]
         if stream is not self.cuda.compute and stream.seen < self.cuda.touches:
-            raise OrderError(f"{name} on stream {stream.ptr:#x} would read memory the compute stream "
-                             "may still be writing")
+            raise OrderError(
+                f"{name} on stream {stream.ptr:#x} would read memory the compute stream may still be writing"
+            )
         stream.work.append(lambda: self._run(batch))
         if stream is self.cuda.compute:
             stream.run()

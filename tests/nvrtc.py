@@ -1,4 +1,5 @@
 """Compile CUDA C++ for an architecture with NVRTC, which needs no GPU, and say what each kernel takes."""
+
 from __future__ import annotations
 
 import re
@@ -23,7 +24,9 @@ def compile_cuda(code: str, architecture: str) -> dict[str, Usage]:
     """Usage of each kernel of a CUDA text; RuntimeError with the compiler's log where it fails."""
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"))
+        nvrtc.compileProgram(
+            program, (f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v")
+        )
         log = nvrtc.getProgramLog(program)
         if not nvrtc.getCUBIN(program):
             raise RuntimeError(f"{architecture}: no cubin\n{log}")
@@ -43,12 +46,15 @@ def parse(log: str) -> dict[str, Usage]:
             entry = match[1]
         elif match := re.search(r"Function properties for (\w+)", line):
             function = match[1]
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             stack, stores, loads = map(int, match.groups())
             usage = found.get(function, Usage())
             found[function] = usage._replace(stack=stack, spill_stores=stores, spill_loads=loads)
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+)(?:\+\d+)? bytes smem", line)
-            found[entry] = found.get(entry, Usage())._replace(registers=int(match[1]),
-                                                              shared=int(shared[1]) if shared else 0)
+            found[entry] = found.get(entry, Usage())._replace(
+                registers=int(match[1]), shared=int(shared[1]) if shared else 0
+            )
     return found

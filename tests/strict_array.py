@@ -17,15 +17,62 @@ import types
 
 import numpy as np
 
-ATTRIBUTES = {"T", "mT", "shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "real", "imag", "base"}
+ATTRIBUTES = {
+    "T",
+    "mT",
+    "shape",
+    "dtype",
+    "ndim",
+    "size",
+    "nbytes",
+    "itemsize",
+    "strides",
+    "real",
+    "imag",
+    "base",
+}
 DTYPE_CHARS = "?bBhHiIlLqQefdFD"
-SYNC_METHODS = {"item", "tolist", "tobytes", "tofile", "dump", "dumps", "nonzero", "compress", "put", "choose"}
-SYNC_FUNCTIONS = {"argwhere", "bincount", "choose", "compress", "extract", "flatnonzero", "nonzero", "put", "unique"}
+SYNC_METHODS = {
+    "item",
+    "tolist",
+    "tobytes",
+    "tofile",
+    "dump",
+    "dumps",
+    "nonzero",
+    "compress",
+    "put",
+    "choose",
+}
+SYNC_FUNCTIONS = {
+    "argwhere",
+    "bincount",
+    "choose",
+    "compress",
+    "extract",
+    "flatnonzero",
+    "nonzero",
+    "put",
+    "unique",
+}
 UFUNC_KEYWORDS = {"out", "dtype", "casting"}
 UNSUPPORTED = {"astype": {"casting", "subok"}, "view": {"type"}}  # parameters that CuPy has but refuses
 OPERANDS = {"where": 3, "copyto": 2, "dot": 2, "inner": 2, "kron": 2, "outer": 2, "tensordot": 2, "vdot": 2}
 TRUTH_ARRAYS = {"allclose", "array_equal", "array_equiv"}  # a bool in NumPy, a 0-d array in CuPy
-ARITHMETIC = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and", "or", "xor"]
+ARITHMETIC = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "or",
+    "xor",
+]
 COMPARISONS_AND_UNARY = ["lt", "le", "eq", "ne", "gt", "ge", "neg", "pos", "abs", "invert"]
 
 _syncs = {"depth": 0, "count": 0, "capturing": False}
@@ -205,8 +252,9 @@ class StrictArray:
     @property
     def flags(self):
         """The flags that CuPy has: `c_contiguous`, `f_contiguous` and `owndata`."""
-        return types.SimpleNamespace(**{name: getattr(self._a.flags, name)
-                                        for name in ("c_contiguous", "f_contiguous", "owndata")})
+        return types.SimpleNamespace(
+            **{name: getattr(self._a.flags, name) for name in ("c_contiguous", "f_contiguous", "owndata")}
+        )
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         """A copy on the host, as a NumPy array; a synchronisation."""
@@ -277,6 +325,7 @@ def _operator(name, reflected=False):
     def method(self, *other):
         _check_operands(name, other)
         return _call(function, *other, self) if reflected else _call(function, self, *other)
+
     return method
 
 
@@ -284,6 +333,7 @@ def _conversion(to):
     def method(self):
         _require_sync(f"{to.__name__}()")
         return to(self._a)
+
     return method
 
 
@@ -321,13 +371,14 @@ def _call_function(name, words, *args, **kwargs):
     first = bound.get("a", bound.get("x"))
     if ARRAY_NAMES.get(name, ("",))[0] == "method" and not isinstance(first, StrictArray):
         raise TypeError(f"{name} calls the method of a device array, not of {type(first).__name__}")
-    _check_operands(name, args[:OPERANDS.get(name, 0)])
+    _check_operands(name, args[: OPERANDS.get(name, 0)])
     result = _call(getattr(np, name), *args, **kwargs)
     return StrictArray(np.asarray(result)) if name in TRUTH_ARRAYS else result
 
 
 def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
     """`cupy.array`: takes host data too, and always copies that."""
+
     def bare(value):
         if isinstance(value, (list, tuple)):
             return [bare(item) for item in value]
@@ -391,5 +442,6 @@ def names_are_current():
         cupy = importlib.import_module("cupy")
     except ImportError:
         return set()
-    return ({f"cupy.{name}" for name in MODULE_NAMES if not hasattr(cupy, name)}
-            | {f"cupy.ndarray.{name}" for name in ARRAY_NAMES if not hasattr(cupy.ndarray, name)})
+    return {f"cupy.{name}" for name in MODULE_NAMES if not hasattr(cupy, name)} | {
+        f"cupy.ndarray.{name}" for name in ARRAY_NAMES if not hasattr(cupy.ndarray, name)
+    }

@@ -15,7 +15,9 @@ def test_it_is_the_weighted_mean_of_the_weights_after_each_step() -> None:
     """Σ decay^(t−i)·θ_i / Σ decay^(t−i), of parameters and running statistics, in float64."""
     trainer = a_trainer(NUMPY, precision="float64", average=DECAY)
     before = trainer.state_dict()
-    assert all((before[name] == array).all() for name, array in trainer.model.state_dict().items()), "before the first step"
+    assert all((before[name] == array).all() for name, array in trainer.model.state_dict().items()), (
+        "before the first step"
+    )
     seen = []
     for _ in range(5):
         trainer.step()
@@ -25,7 +27,9 @@ def test_it_is_the_weighted_mean_of_the_weights_after_each_step() -> None:
     found = trainer.state_dict()
     for name in found:
         if not name.endswith("num_batches_tracked"):
-            expected = sum(weight * each[name] for weight, each in zip(weights, seen, strict=True)) / weights.sum()
+            expected = (
+                sum(weight * each[name] for weight, each in zip(weights, seen, strict=True)) / weights.sum()
+            )
             np.testing.assert_allclose(found[name], expected, rtol=1e-12, atol=1e-15, err_msg=name)
     assert found["stem.1.num_batches_tracked"] == 5
 

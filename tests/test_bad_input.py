@@ -48,18 +48,41 @@ def assert_one_line(code: int, err: str, *named: object) -> None:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in `folder`."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 OPTIONS = [
-    ("--lr", -1), ("--lr", 0), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "abc"), ("--epochs", 1.5),
-    ("--limit-train", 0), ("--limit-train", 65), ("--limit-test", 0), ("--limit-test", 33), ("--batch-size", 0),
-    ("--variant", "nosuch"), ("--recipe", "nosuch"), ("--optimizer", "nosuch"), ("--loss", "nosuch"),
-    ("--schedule", "nosuch"), ("--precision", "nosuch"), ("--backend", "nosuch"), ("--comm", "nosuch"),
-    ("--batch-norm", "nosuch"), ("--seed", -1), ("--seed", "x"), ("--nosuch", 3), ("--data", "/no/such"),
-    ("--precision", "tf32"), ("--comm", "nccl"),
-]  # fmt: skip
+    ("--lr", -1),
+    ("--lr", 0),
+    ("--lr", "nan"),
+    ("--lr", "inf"),
+    ("--lr", "abc"),
+    ("--epochs", 1.5),
+    ("--limit-train", 0),
+    ("--limit-train", 65),
+    ("--limit-test", 0),
+    ("--limit-test", 33),
+    ("--batch-size", 0),
+    ("--variant", "nosuch"),
+    ("--recipe", "nosuch"),
+    ("--optimizer", "nosuch"),
+    ("--loss", "nosuch"),
+    ("--schedule", "nosuch"),
+    ("--precision", "nosuch"),
+    ("--backend", "nosuch"),
+    ("--comm", "nosuch"),
+    ("--batch-norm", "nosuch"),
+    ("--seed", -1),
+    ("--seed", "x"),
+    ("--nosuch", 3),
+    ("--data", "/no/such"),
+    ("--precision", "tf32"),
+    ("--comm", "nccl"),
+]
 
 
 @pytest.mark.parametrize(("option", "value"), OPTIONS)
@@ -83,8 +106,17 @@ def finished(call: Call, small_data: Path, tmp_path: Path) -> Path:
     return folder
 
 
-CHANGED = ("--lr 0.5", "--seed 3", "--variant avgpool", "--loss bce", "--width 0.125", "--batch-size 8",
-           "--optimizer sgd", "--limit-train 20", "--precision float64")  # fmt: skip
+CHANGED = (
+    "--lr 0.5",
+    "--seed 3",
+    "--variant avgpool",
+    "--loss bce",
+    "--width 0.125",
+    "--batch-size 8",
+    "--optimizer sgd",
+    "--limit-train 20",
+    "--precision float64",
+)
 
 
 def test_folder_that_holds_a_run(finished: Path, call: Call, small_data: Path) -> None:
@@ -106,7 +138,9 @@ def test_settings_of_config_json_must_match(finished: Path, call: Call, small_da
     assert_one_line(code, err, "--lr 0.001 (the run has 0.25)")
     for text in ("{", "[1]", ""):
         path.write_text(text)
-        assert_one_line(*call("--run-dir", finished, "--data", small_data, *SMALL), path, "--run-dir", "restore")
+        assert_one_line(
+            *call("--run-dir", finished, "--data", small_data, *SMALL), path, "--run-dir", "restore"
+        )
     assert snapshot(finished) == {**before, "config.json": hashlib.sha256(b"").hexdigest()}
 
 
@@ -148,11 +182,13 @@ def test_two_ranks_say_it_once(option: str, late: int, small_data: Path, tmp_pat
 
 def test_a_rank_alone_with_a_mistake_before_mpi_says_it(small_data: Path, tmp_path: Path) -> None:
     """As where one host has no MPI library: rank 0 waits in MPI_Init and can say nothing."""
-    code = ("import os, sys; from distrib import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
-            "plain = world.import_mpi\n"
-            "def missing():\n    raise RuntimeError('no MPI library (planted)')\n"
-            "world.import_mpi = missing if alone else plain\n"
-            "from distrib.command import main; sys.exit(main())")  # fmt: skip
+    code = (
+        "import os, sys; from distrib import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
+        "plain = world.import_mpi\n"
+        "def missing():\n    raise RuntimeError('no MPI library (planted)')\n"
+        "world.import_mpi = missing if alone else plain\n"
+        "from distrib.command import main; sys.exit(main())"
+    )
     done = run("-c", code, *SMALL, "--run-dir", tmp_path / "run", "--data", small_data, ranks=2, check=False)
     assert done.returncode == EXIT_USAGE
     own = [line for line in done.stderr.splitlines() if line.startswith("distrib:")]
@@ -177,16 +213,26 @@ def test_resume_from_a_bad_path(stopped: Path, call: Call, small_data: Path, tmp
     damaged = shutil.copytree(stopped / "checkpoints", tmp_path / "copy") / newest(stopped).name
     ckpt.state_path(damaged).write_bytes(ckpt.state_path(damaged).read_bytes()[:-1])
     before = snapshot(stopped)
-    bad = ((text, "no safetensors file"), (foreign, "not a checkpoint of this program"), (tmp_path / "none", "no such file"),
-           (tmp_path, "no such file"), (damaged.parent, "no such file"), (ckpt.state_path(newest(stopped)), "not a checkpoint"))  # fmt: skip
+    bad = (
+        (text, "no safetensors file"),
+        (foreign, "not a checkpoint of this program"),
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "no such file"),
+        (damaged.parent, "no such file"),
+        (ckpt.state_path(newest(stopped)), "not a checkpoint"),
+    )
     for path, message in (*bad, (damaged, "use another checkpoint")):
         code, err = call("--run-dir", stopped, "--data", small_data, *SMALL, "--resume", path)
         assert_one_line(code, err, path.name.removesuffix(".safetensors"), message)
     assert snapshot(stopped) == before
 
 
-@pytest.mark.parametrize("option", ["--variant avgpool", "--width 0.125", "--loss bce", "--precision float64"])
-def test_resume_from_another_network(option: str, stopped: Path, call: Call, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", ["--variant avgpool", "--width 0.125", "--loss bce", "--precision float64"]
+)
+def test_resume_from_another_network(
+    option: str, stopped: Path, call: Call, small_data: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     assert call("--run-dir", other, "--data", small_data, *SMALL, "--max-steps", 1, *option.split())[0] == 0
     before = snapshot(stopped)
@@ -196,7 +242,19 @@ def test_resume_from_another_network(option: str, stopped: Path, call: Call, sma
 
 
 def test_non_finite_loss_stops_the_run(small_data: Path, tmp_path: Path) -> None:
-    options = ("--data", small_data, *SMALL, "--optimizer", "sgd", "--lr", 1e30, "--checkpoint-every", 1, "--log-every", 1)
+    options = (
+        "--data",
+        small_data,
+        *SMALL,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        1e30,
+        "--checkpoint-every",
+        1,
+        "--log-every",
+        1,
+    )
     done = train(tmp_path / "run", *options, check=False)
     assert_one_line(done.returncode, done.stderr, "at step 2", "rank 0", "try a lower --lr than 1e+30")
     assert np.isfinite(losses(tmp_path / "run")).all()
@@ -219,5 +277,7 @@ def test_non_finite_test_loss_is_no_success(call: Call, small_data: Path, tmp_pa
 def test_first_rank_with_a_non_finite_loss(own: list[float], rank: int) -> None:
     world = SimpleNamespace(allgather=lambda _value, _what: [bool(np.isfinite(x)) for x in own])
     trainer = SimpleNamespace(world=world, config=SimpleNamespace(lr=0.5))
-    with pytest.raises(UserError, match=rf"loss is nan at step 9, first on rank {rank}: .*lower --lr than 0\.5"):
+    with pytest.raises(
+        UserError, match=rf"loss is nan at step 9, first on rank {rank}: .*lower --lr than 0\.5"
+    ):
         Trainer.stop_at_non_finite(trainer, 9, own[0], np.nan)  # type: ignore[arg-type]

@@ -23,7 +23,9 @@ def warped(images: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def test_nothing_whole_pixels_and_right_angles_are_exact() -> None:
     image = np.random.default_rng(0).integers(0, 256, (1, 28, 28), np.uint8)
-    still, up, beyond, turned = warped(image.repeat(4, 0), rows((0, 0, 0), (0, 3, -2), (0, 40, 0), (90, 0, 0)))
+    still, up, beyond, turned = warped(
+        image.repeat(4, 0), rows((0, 0, 0), (0, 3, -2), (0, 40, 0), (90, 0, 0))
+    )
     np.testing.assert_array_equal(still, image[0])
     np.testing.assert_array_equal(up[:-3, 2:], image[0, 3:, :-2])
     assert not up[-3:].any()
@@ -42,7 +44,10 @@ def test_against_pytorch(shape: tuple[int, int, int]) -> None:
     u, v = np.meshgrid(np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2, indexing="ij")
     for image, (a, b, p, q), found in zip(images, table, warped(images, table), strict=True):
         rows_, columns = (a * u - b * v + p) / ((h - 1) / 2), (b * u + a * v + q) / ((w - 1) / 2)
-        grid, source = torch.tensor(np.stack([columns, rows_], -1)[None]), torch.tensor(image.astype("float64"))[None, None]
+        grid, source = (
+            torch.tensor(np.stack([columns, rows_], -1)[None]),
+            torch.tensor(image.astype("float64"))[None, None],
+        )
         expected = torch.nn.functional.grid_sample(source, grid, align_corners=True)[0, 0]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-9)
 

@@ -97,9 +97,15 @@ def test_ops() -> None:
     import_torch()
     result = bench("ops", "--batch-size", "3", "--against", "torch")
     assert [(layer["side"], *layer["channels"], layer["residual"]) for layer in result["layers"]] == [
-        (28, 1, 4, False), (28, 4, 8, False), (14, 8, 8, False), (14, 8, 8, True), (14, 8, 16, False),
-        (7, 16, 16, False), (3, 16, 16, False), (3, 16, 16, True),
-    ]  # fmt: skip
+        (28, 1, 4, False),
+        (28, 4, 8, False),
+        (14, 8, 8, False),
+        (14, 8, 8, True),
+        (14, 8, 16, False),
+        (7, 16, 16, False),
+        (3, 16, 16, False),
+        (3, 16, 16, True),
+    ]
     convolutions = [layer["convolution"] for layer in result["layers"] if "convolution" in layer]
     assert len(convolutions) == 6, "equal shapes once"
     for found in convolutions:
@@ -113,8 +119,23 @@ def test_ops() -> None:
 
 def test_run_against_torch() -> None:
     import_torch()
-    short = ("--recipe", "demo", "--limit-train", "960", "--limit-test", "500", "--batch-size", "32", "--ranks", "2")
-    result = json.loads(run("-m", "launch.cli", "bench", "run", *short, "--repeats", "1", "--against", "torch", "--json").stdout)
+    short = (
+        "--recipe",
+        "demo",
+        "--limit-train",
+        "960",
+        "--limit-test",
+        "500",
+        "--batch-size",
+        "32",
+        "--ranks",
+        "2",
+    )
+    result = json.loads(
+        run(
+            "-m", "launch.cli", "bench", "run", *short, "--repeats", "1", "--against", "torch", "--json"
+        ).stdout
+    )
     for name, rows in result["runs"].items():
         (row,) = rows
         assert row.get("test_images") == (None if name == "distrib" else 500)
@@ -124,20 +145,23 @@ def test_run_against_torch() -> None:
     assert result["ratio"] == pytest.approx([best / result["runs"]["distrib"][0]["wall_seconds"]])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("step", "--against", "jax"), "--against jax: choose torch or loop"),
-    (("step", "--batch-size", "0"), "give 1 or more"),
-    (("step", "--batch-size", "70000"), "60000 images"),
-    (("step", "--evaluate", "--against", "loop"), "leave out --evaluate"),
-    (("ops", "--repeats", "0"), "give 1 or more"),
-    (("run", "--recipe", "demo", "--lr", "x"), "--lr x: give a number"),
-    (("run", "--frobnicate", "1"), "No such option"),
-    (("run", "--seed", "1"), "--seed: is chosen by the benchmark"),
-    (("run", "--batch-size", "1"), "below the number of ranks"),
-    (("ops", "--width", "nan"), "--width nan: give a finite number"),
-    (("ops", "--batch-size", "0"), "--batch-size 0: give 1 or more"),
-    (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("step", "--against", "jax"), "--against jax: choose torch or loop"),
+        (("step", "--batch-size", "0"), "give 1 or more"),
+        (("step", "--batch-size", "70000"), "60000 images"),
+        (("step", "--evaluate", "--against", "loop"), "leave out --evaluate"),
+        (("ops", "--repeats", "0"), "give 1 or more"),
+        (("run", "--recipe", "demo", "--lr", "x"), "--lr x: give a number"),
+        (("run", "--frobnicate", "1"), "No such option"),
+        (("run", "--seed", "1"), "--seed: is chosen by the benchmark"),
+        (("run", "--batch-size", "1"), "below the number of ranks"),
+        (("ops", "--width", "nan"), "--width nan: give a finite number"),
+        (("ops", "--batch-size", "0"), "--batch-size 0: give 1 or more"),
+        (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
+    ],
+)
 def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
     done = run("-m", "launch.cli", "bench", *arguments, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -154,11 +178,21 @@ def test_one_process_only(command: str) -> None:
 
 def test_flops() -> None:
     """2·3·Σ H·W·9·C·O over the layers, the first without its input gradient: the published 1.28 GFLOP."""
-    layers = [(28, 64, 128), (14, 128, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256), (3, 256, 256), (3, 256, 256)]
+    layers = [
+        (28, 64, 128),
+        (14, 128, 128),
+        (14, 128, 128),
+        (14, 128, 256),
+        (7, 256, 256),
+        (3, 256, 256),
+        (3, 256, 256),
+    ]
     exact = 6 * sum(9 * side**2 * a * b for side, a, b in layers) + 4 * 9 * 28**2 * 64 + 6 * 256 * 10
     assert ResNet9().flops() == exact
     assert exact == pytest.approx(1.28e9, rel=0.01)
-    assert 3 * ResNet9().flops(train=False) == exact + 2 * 9 * 28**2 * 64  # as if the first layer had an input gradient
+    assert (
+        3 * ResNet9().flops(train=False) == exact + 2 * 9 * 28**2 * 64
+    )  # as if the first layer had an input gradient
 
 
 @pytest.mark.parametrize(("batch", "width"), [(8, 1.0), (64, 0.25)])
@@ -188,12 +222,21 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
     assert peak < 160 * 2**10, f"{peak} bytes"
 
 
-@pytest.mark.parametrize(("cores", "ranks", "threads", "batch", "words"), [
-    (64, 1, 64, 512, "mpirun -n 64"), (64, 1, 64, 8, "mpirun -n 2"), (64, 4, 1, 512, "mpirun -n 64"),
-    (4, 4, 1, 128, None), (1, 1, 1, 8, None), (64, 4, 16, 512, None), (8, 1, 8, 4, None),
-])  # fmt: skip
-def test_how_many_ranks_to_start(cores: int, ranks: int, threads: int, batch: int, words: str | None,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "batch", "words"),
+    [
+        (64, 1, 64, 512, "mpirun -n 64"),
+        (64, 1, 64, 8, "mpirun -n 2"),
+        (64, 4, 1, 512, "mpirun -n 64"),
+        (4, 4, 1, 128, None),
+        (1, 1, 1, 8, None),
+        (64, 4, 16, 512, None),
+        (8, 1, 8, 4, None),
+    ],
+)
+def test_how_many_ranks_to_start(
+    cores: int, ranks: int, threads: int, batch: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(distrib.train, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
@@ -207,7 +250,9 @@ def test_how_many_ranks_to_start(cores: int, ranks: int, threads: int, batch: in
 def test_what_a_checkpoint_costs(ranks: int, tmp_path: Path) -> None:
     result = bench("save", "--batch-size", "4", "--every", "3", "--folder", str(tmp_path), ranks=ranks)
     assert (result["ranks"], len(result["step_ms"]), len(result["cost_percent"])) == (ranks, 2, 2)
-    for step, held, percent in zip(result["step_ms"], result["held_up_ms"], result["held_up_percent"], strict=True):
+    for step, held, percent in zip(
+        result["step_ms"], result["held_up_ms"], result["held_up_percent"], strict=True
+    ):
         assert held > 0
         assert percent == pytest.approx(100 * held / (3 * step))
     assert not list(tmp_path.iterdir()), "its checkpoints are removed"

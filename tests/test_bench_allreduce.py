@@ -37,7 +37,9 @@ sys.exit(run_app(app))
 """
 
 
-def allreduce(*arguments: str, ranks: int = 1, before: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+def allreduce(
+    *arguments: str, ranks: int = 1, before: str = "", check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """The command alone or under mpirun, after the statements `before`."""
     return run("-c", APP.format(before=before), *arguments, ranks=ranks, check=check, env=PATH)
 
@@ -51,17 +53,45 @@ def check_figures(row: dict, found: dict, ranks: int) -> None:
     assert found["busbw_gb_s"] == pytest.approx(found["algbw_gb_s"] * 2 * (ranks - 1) / ranks)
 
 
-@pytest.mark.parametrize(("ranks", "dtype", "comm"), [
-    (1, "float32", "auto"), (1, "float64", "mpi"), (2, "float32", "auto"), (2, "float64", "auto"), (3, "float32", "mpi"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "comm"),
+    [
+        (1, "float32", "auto"),
+        (1, "float64", "mpi"),
+        (2, "float32", "auto"),
+        (2, "float64", "auto"),
+        (3, "float32", "mpi"),
+    ],
+)
 def test_json(ranks: int, dtype: str, comm: str) -> None:
     done = allreduce(*SMALL, "--dtype", dtype, "--comm", comm, "--backend", "numpy", "--json", ranks=ranks)
     result, itemsize = json.loads(done.stdout), np.dtype(dtype).itemsize
-    assert {name: result[name] for name in ("ranks", "hosts", "backend", "communicator", "dtype", "repeats", "device",
-                                            "no_graph", "out_of_memory", "wrong")} == {
-        "ranks": ranks, "hosts": 1, "backend": "numpy", "communicator": "none" if (ranks, comm) == (1, "auto") else "mpi",
-        "dtype": dtype, "repeats": 3, "device": None, "no_graph": "host arrays", "out_of_memory": None, "wrong": None,
-    }  # fmt: skip
+    assert {
+        name: result[name]
+        for name in (
+            "ranks",
+            "hosts",
+            "backend",
+            "communicator",
+            "dtype",
+            "repeats",
+            "device",
+            "no_graph",
+            "out_of_memory",
+            "wrong",
+        )
+    } == {
+        "ranks": ranks,
+        "hosts": 1,
+        "backend": "numpy",
+        "communicator": "none" if (ranks, comm) == (1, "auto") else "mpi",
+        "dtype": dtype,
+        "repeats": 3,
+        "device": None,
+        "no_graph": "host arrays",
+        "out_of_memory": None,
+        "wrong": None,
+    }
     assert "cores" in result["machine"]
     assert [row["bytes"] for row in result["sizes"]] == [8, 800, 80000, 5000000]
     for row in result["sizes"]:
@@ -78,7 +108,18 @@ def test_table(ranks: int) -> None:
     assert any("nothing to send" in line for line in lines) == (ranks == 1)
     assert "graph" not in "".join(lines)
     head, *rows = lines[-5:]
-    assert head.split() == ["bytes", "iterations", "time", "a", "call", "algbw", "GB/s", "busbw", "GB/s", "wrong"]
+    assert head.split() == [
+        "bytes",
+        "iterations",
+        "time",
+        "a",
+        "call",
+        "algbw",
+        "GB/s",
+        "busbw",
+        "GB/s",
+        "wrong",
+    ]
     assert [row.split()[0] for row in rows] == ["8", "800", "80000", "5000000"]
     for row in rows:
         assert len(row) == len(head)
@@ -86,11 +127,18 @@ def test_table(ranks: int) -> None:
         assert (float(row.split()[-2]) == 0) == (ranks == 1), "the bus bandwidth of one rank"
 
 
-@pytest.mark.parametrize(("least", "most", "factor", "itemsize", "expected"), [
-    (8, 1 << 28, 8, 4, [8, 64, 512, 4096, 32768, 262144, 2097152, 16777216, 134217728, 268435456]),
-    (8, 64, 2, 8, [8, 16, 32, 64]), (8, 8, 2, 8, [8]), (11, 50, 3, 8, [8, 32, 48]), (4, 15, 2, 4, [4, 8, 12]),
-    (5, 9, 2, 4, [4, 8]), (8, 9, 2, 8, [8]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("least", "most", "factor", "itemsize", "expected"),
+    [
+        (8, 1 << 28, 8, 4, [8, 64, 512, 4096, 32768, 262144, 2097152, 16777216, 134217728, 268435456]),
+        (8, 64, 2, 8, [8, 16, 32, 64]),
+        (8, 8, 2, 8, [8]),
+        (11, 50, 3, 8, [8, 32, 48]),
+        (4, 15, 2, 4, [4, 8, 12]),
+        (5, 9, 2, 4, [4, 8]),
+        (8, 9, 2, 8, [8]),
+    ],
+)
 def test_sizes(least: int, most: int, factor: int, itemsize: int, expected: list[int]) -> None:
     assert message_sizes(least, most, factor, itemsize) == expected
 
@@ -144,15 +192,25 @@ MpiCommunicator.all_reduce = all_reduce
 """
 
 
-@pytest.mark.parametrize(("what", "size", "message", "wrong"), [
-    ("pass", 8, "rank 0 has 1 at index 0, not 3; 4 wrong element(s)", 4),
-    ("good(self, x); x *= self.size", 8, "rank 0 has 6 at index 0, not 3; 4 wrong", 4),
-    ("good(self, x); x[77:78] += self.rank", 800, "rank 1 has 158 at index 77, not 157; 1 wrong", 1),
-    ("good(self, x); x[1200000:1200002] *= float('nan')", 5000000, "rank 0 has nan at index 1200000, not 443; 4 wrong", 4),
-    ("good(self, x[:-1])", 8, "rank 0 has 2 at index 1, not 5; 2 wrong", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "size", "message", "wrong"),
+    [
+        ("pass", 8, "rank 0 has 1 at index 0, not 3; 4 wrong element(s)", 4),
+        ("good(self, x); x *= self.size", 8, "rank 0 has 6 at index 0, not 3; 4 wrong", 4),
+        ("good(self, x); x[77:78] += self.rank", 800, "rank 1 has 158 at index 77, not 157; 1 wrong", 1),
+        (
+            "good(self, x); x[1200000:1200002] *= float('nan')",
+            5000000,
+            "rank 0 has nan at index 1200000, not 443; 4 wrong",
+            4,
+        ),
+        ("good(self, x[:-1])", 8, "rank 0 has 2 at index 1, not 5; 2 wrong", 2),
+    ],
+)
 def test_a_wrong_sum_is_found(what: str, size: int, message: str, wrong: int) -> None:
-    done = allreduce(*SMALL, "--backend", "numpy", "--json", ranks=2, before=BROKEN.format(what=what), check=False)
+    done = allreduce(
+        *SMALL, "--backend", "numpy", "--json", ranks=2, before=BROKEN.format(what=what), check=False
+    )
     assert done.returncode == 1
     assert f"distrib: error: wrong sum of {size} bytes (eager): {message}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -172,15 +230,28 @@ def test_a_wrong_sum_in_the_table() -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_out_of_memory_ends_the_list(as_json: bool) -> None:
     """A pebibyte: one line, what was measured stays, and that is no error."""
-    done = allreduce(*QUICK, "--min-bytes", "1024", "--max-bytes", str(1 << 50), "--factor", str(1 << 40),
-                     *(["--json"] if as_json else []), "--backend", "numpy", ranks=2)  # fmt: skip
+    done = allreduce(
+        *QUICK,
+        "--min-bytes",
+        "1024",
+        "--max-bytes",
+        str(1 << 50),
+        "--factor",
+        str(1 << 40),
+        *(["--json"] if as_json else []),
+        "--backend",
+        "numpy",
+        ranks=2,
+    )
     assert done.stderr == ""
     if as_json:
         result = json.loads(done.stdout)
         assert [row["bytes"] for row in result["sizes"]] == [1024]
         assert result["out_of_memory"].startswith(f"out of memory at {1 << 50} bytes")
     else:
-        assert done.stdout.splitlines()[-1].startswith(f"out of memory at {1 << 50} bytes, where the list ends: rank 0: ")
+        assert done.stdout.splitlines()[-1].startswith(
+            f"out of memory at {1 << 50} bytes, where the list ends: rank 0: "
+        )
 
 
 def test_memory_that_one_rank_lacks_ends_the_list_of_all() -> None:
@@ -202,23 +273,34 @@ np.empty = limited
 def test_a_rank_that_does_not_come_ends_the_job() -> None:
     what = "import time; time.sleep(60) if self.rank else good(self, x)"
     begin = time.monotonic()
-    done = allreduce(*SMALL, "--backend", "numpy", "--timeout", "1", ranks=2, before=BROKEN.format(what=what), check=False)
+    done = allreduce(
+        *SMALL, "--backend", "numpy", "--timeout", "1", ranks=2, before=BROKEN.format(what=what), check=False
+    )
     assert done.returncode not in (0, 2)
     assert "rank 0 on" in done.stderr
     assert "raise --timeout" in done.stderr
     assert time.monotonic() - begin < 30
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--dtype", "bf16"), "--dtype bf16: choose float32 or float64"),
-    (("--comm", "none"), "--comm none: choose auto, mpi or nccl"),
-    (("--backend", "torch"), "--backend torch: choose auto, numpy or cupy"),
-    (("--comm", "nccl", "--backend", "numpy"), "--comm nccl needs --backend cupy"),
-    (("--min-bytes", "4", "--dtype", "float64"), "--min-bytes 4"), (("--min-bytes", "0"), "--min-bytes 0"),
-    (("--max-bytes", "4"), "--max-bytes 4"), (("--max-bytes", str(1 << 70)), "--max-bytes"),
-    (("--factor", "1"), "--factor 1"), (("--repeats", "0"), "--repeats 0"), (("--seconds", "nan"), "--seconds nan"),
-    (("--seconds", "0"), "--seconds 0"), (("--timeout", "inf"), "--timeout inf"), (("--factor", "x"), "--factor"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "bf16"), "--dtype bf16: choose float32 or float64"),
+        (("--comm", "none"), "--comm none: choose auto, mpi or nccl"),
+        (("--backend", "torch"), "--backend torch: choose auto, numpy or cupy"),
+        (("--comm", "nccl", "--backend", "numpy"), "--comm nccl needs --backend cupy"),
+        (("--min-bytes", "4", "--dtype", "float64"), "--min-bytes 4"),
+        (("--min-bytes", "0"), "--min-bytes 0"),
+        (("--max-bytes", "4"), "--max-bytes 4"),
+        (("--max-bytes", str(1 << 70)), "--max-bytes"),
+        (("--factor", "1"), "--factor 1"),
+        (("--repeats", "0"), "--repeats 0"),
+        (("--seconds", "nan"), "--seconds nan"),
+        (("--seconds", "0"), "--seconds 0"),
+        (("--timeout", "inf"), "--timeout inf"),
+        (("--factor", "x"), "--factor"),
+    ],
+)
 def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
     done = allreduce(*arguments, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -336,14 +418,22 @@ bench.connect = lambda *_: World({comm}(), mpi, backend, "double", watchdog, ["h
 ON_DEVICE = (*QUICK, "--max-bytes", "80000", "--factor", "100")
 
 
-def on_device(comm: str, *arguments: str, ranks: int, more: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-    return allreduce(*ON_DEVICE, *arguments, ranks=ranks, before=DEVICE.format(comm=comm, more=more), check=check)
+def on_device(
+    comm: str, *arguments: str, ranks: int, more: str = "", check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    return allreduce(
+        *ON_DEVICE, *arguments, ranks=ranks, before=DEVICE.format(comm=comm, more=more), check=check
+    )
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (3, "float64")])
 def test_nccl_is_measured_outside_and_inside_a_graph(ranks: int, dtype: str) -> None:
     result = json.loads(on_device("nccl", "--dtype", dtype, "--json", ranks=ranks).stdout)
-    assert (result["communicator"], result["no_graph"], result["device"]) == ("nccl", None, "Double, NCCL 22501")
+    assert (result["communicator"], result["no_graph"], result["device"]) == (
+        "nccl",
+        None,
+        "Double, NCCL 22501",
+    )
     assert [row["bytes"] for row in result["sizes"]] == [8, 800, 80000]
     for row in result["sizes"]:
         check_figures(row, row, ranks)
@@ -394,7 +484,10 @@ Graph.__init__ = lambda self, work: None
     result = json.loads(on_device("nccl", "--json", ranks=2, more=more).stdout)
     assert result["no_graph"] == "rank 1: RuntimeError: planted"
     assert [row["graph"] for row in result["sizes"]] == [None] * 3
-    assert "after a failed capture: rank 1: RuntimeError: planted" in on_device("nccl", ranks=2, more=more).stdout
+    assert (
+        "after a failed capture: rank 1: RuntimeError: planted"
+        in on_device("nccl", ranks=2, more=more).stdout
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

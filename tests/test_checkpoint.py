@@ -41,7 +41,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sm
     monkeypatch.setattr("distrib.train.listening", lambda _: nullcontext())
 
     def command(folder: Path, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distrib", *map(str, ("--run-dir", folder, "--data", small_data, *SMALL, *arguments))])  # fmt: skip
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["distrib", *map(str, ("--run-dir", folder, "--data", small_data, *SMALL, *arguments))],
+        )
         capsys.readouterr()
         return main(), *capsys.readouterr()
 
@@ -61,7 +65,9 @@ def newest(folder: Path) -> Path:
 
 def cut(path: Path, length: float) -> None:
     size = path.stat().st_size
-    os.truncate(path, size + int(length) if length < 0 else int(length * size) if 0 < length < 1 else int(length))
+    os.truncate(
+        path, size + int(length) if length < 0 else int(length * size) if 0 < length < 1 else int(length)
+    )
 
 
 def saved(folder: Path, step: int, keep: int = 3, fill: float = 1.0) -> Path:
@@ -102,7 +108,9 @@ def test_keep_keeps_the_newest(keep: int, tmp_path: Path) -> None:
         path = saved(tmp_path, step, keep)
         assert ckpt.load_checkpoint(path).position == {"step": step}
     steps = (9, 10, 100, 1000)[-keep:]
-    assert sorted(snapshot(tmp_path)) == sorted(f"step-{s:08d}.{kind}" for s in steps for kind in ("safetensors", "state.safetensors"))  # fmt: skip
+    assert sorted(snapshot(tmp_path)) == sorted(
+        f"step-{s:08d}.{kind}" for s in steps for kind in ("safetensors", "state.safetensors")
+    )
 
 
 def test_keep_does_not_remove_what_was_just_saved(tmp_path: Path) -> None:
@@ -128,7 +136,9 @@ def test_every_flipped_byte_and_cut_is_found(which: int, stopped: Path) -> None:
             found = ckpt.load_checkpoint(path)
         except UserError:
             continue
-        same = [ckpt.digest(part) for part in (found.model, found.optimizer)] == [ckpt.digest(part) for part in (good.model, good.optimizer)]  # fmt: skip
+        same = [ckpt.digest(part) for part in (found.model, found.optimizer)] == [
+            ckpt.digest(part) for part in (good.model, good.optimizer)
+        ]
         assert same, f"byte {at}"
         assert (found.position, found.about) == (good.position, good.about), f"byte {at}"
     for length in LENGTHS:
@@ -166,7 +176,9 @@ def test_all_damaged(stopped: Path, call: Call) -> None:
         cut(file(path), 0.9)
     before = snapshot(stopped)
     code, _, err = call(stopped)
-    assert_one_line(code, err, stopped / "checkpoints", newest(stopped).name, "no valid checkpoint", "new --run-dir")
+    assert_one_line(
+        code, err, stopped / "checkpoints", newest(stopped).name, "no valid checkpoint", "new --run-dir"
+    )
     assert snapshot(stopped) == before
 
 
@@ -178,8 +190,12 @@ def assert_unharmed(folder: Path, before: dict[str, str]) -> None:
     assert (found is not None, problems) == (True, [])
 
 
-@pytest.mark.parametrize(("optimizer", "size", "file"), [("adam", 60_000, "state.safetensors"), ("sgd", 20_000, "04.safetensors")])  # fmt: skip
-def test_file_that_cannot_grow(optimizer: str, size: int, file: str, call: Call, small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "size", "file"), [("adam", 60_000, "state.safetensors"), ("sgd", 20_000, "04.safetensors")]
+)
+def test_file_that_cannot_grow(
+    optimizer: str, size: int, file: str, call: Call, small_data: Path, tmp_path: Path
+) -> None:
     """The write ends half-way, in the state (the first file) or in the model (the second)."""
     folder, options = tmp_path / "run", ("--optimizer", optimizer)
     assert call(folder, "--max-steps", 2, *options)[0] == 0
@@ -197,7 +213,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 200 kB: one checkpoint and a half."""
     path = tmp_path / "disk"
     path.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", path], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", path], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a tmpfs")
     yield path
     subprocess.run(["umount", path], check=True)
@@ -225,7 +246,9 @@ def test_read_only_disk(disk: Path, call: Call) -> None:
     assert snapshot(disk) == before
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The thread that saves waits for the next step, which would never come if saving held training up."""
     seen, plain = [], ckpt.save_checkpoint
     made: list[Any] = []
@@ -245,12 +268,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(ckpt, "save_checkpoint", slow)
     monkeypatch.setattr(distrib.train, "Trainer", Known)
-    options = Config(epochs=1, batch_size=8, limit_train=32, limit_test=8, width=1 / 16, checkpoint_every=1, run_dir=str(tmp_path))
+    options = Config(
+        epochs=1,
+        batch_size=8,
+        limit_train=32,
+        limit_test=8,
+        width=1 / 16,
+        checkpoint_every=1,
+        run_dir=str(tmp_path),
+    )
     assert distrib.train.train(options) == 0
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert all(at > step for step, at in seen[:3])
     for path in ckpt.list_checkpoints(tmp_path / "checkpoints"):
-        assert ckpt.load_checkpoint(path).position["step"] == int(path.stem.split("-")[1]), "of the moment, not of later"
+        assert ckpt.load_checkpoint(path).position["step"] == int(path.stem.split("-")[1]), (
+            "of the moment, not of later"
+        )
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(tmp_path: Path) -> None:

@@ -15,8 +15,22 @@ from PIL import Image
 
 from distrib import mnist
 
-SMALL = ("--epochs", 1, "--batch-size", 32, "--limit-train", 640, "--limit-test", 100, "--width", 0.125,
-         "--schedule", "onecycle", "--lr", 0.02)  # fmt: skip
+SMALL = (
+    "--epochs",
+    1,
+    "--batch-size",
+    32,
+    "--limit-train",
+    640,
+    "--limit-test",
+    100,
+    "--width",
+    0.125,
+    "--schedule",
+    "onecycle",
+    "--lr",
+    0.02,
+)
 
 
 def distrib(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -67,14 +81,17 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     assert f"white.png: {white['digit']}" in distrib("predict", trained, *files).stdout
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("evaluate", "nowhere"), "nowhere: no such file"),
-    (("predict", "RUN", "nothing.png"), "nothing.png: no such file"),
-    (("predict", "RUN", "pyproject.toml"), "pyproject.toml: starts with"),
-    (("evaluate", "RUN", "--limit-test", 0), "--limit-test 0"),
-    (("evaluate", "tests"), "tests: holds no checkpoint"),
-    (("nonsense",), "No such command 'nonsense'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate", "nowhere"), "nowhere: no such file"),
+        (("predict", "RUN", "nothing.png"), "nothing.png: no such file"),
+        (("predict", "RUN", "pyproject.toml"), "pyproject.toml: starts with"),
+        (("evaluate", "RUN", "--limit-test", 0), "--limit-test 0"),
+        (("evaluate", "tests"), "tests: holds no checkpoint"),
+        (("nonsense",), "No such command 'nonsense'"),
+    ],
+)
 def test_mistakes(trained: Path, arguments: tuple, words: str) -> None:
     done = distrib(*(trained if word == "RUN" else word for word in arguments), check=False)
     assert done.returncode == 2
@@ -102,7 +119,9 @@ def blocked(tmp_path: Path, name: str, error: str) -> dict[str, str]:
 
 
 NO_MPI4PY = "raise ImportError('No module named mpi4py')"
-NO_LIBRARY = "def __getattr__(name):\n    raise RuntimeError('cannot load MPI library\\nlibmpi.so: not found')"
+NO_LIBRARY = (
+    "def __getattr__(name):\n    raise RuntimeError('cannot load MPI library\\nlibmpi.so: not found')"
+)
 ABSENT = {"mpi4py": NO_MPI4PY, "library": NO_LIBRARY}
 
 
@@ -140,7 +159,18 @@ def test_what_is_asked_for_by_name(tmp_path: Path) -> None:
 
 def test_a_batch_per_rank_is_resolved_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = ("--epochs", 1, "--limit-train", 64, "--limit-test", 8, "--width", 0.0625, "--batch-size-per-rank", 8)
+    options = (
+        "--epochs",
+        1,
+        "--limit-train",
+        64,
+        "--limit-test",
+        8,
+        "--width",
+        0.0625,
+        "--batch-size-per-rank",
+        8,
+    )
     train(folder, *options, "--max-steps", 2, ranks=2)
     train(folder, *options)
     assert summary(folder)["steps"] == 4
@@ -149,18 +179,32 @@ def test_a_batch_per_rank_is_resolved_once(tmp_path: Path) -> None:
 
 def test_the_wheel_holds_the_packages_and_works_anywhere(tmp_path: Path) -> None:
     pytest.importorskip("build")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
-                   check=True, capture_output=True, timeout=300)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"distrib", "nn", "launch"}
     assert sum(name.endswith(".gz") for name in names) == 4
     assert not [name for name in names if "test" in name]
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel],
-                   check=True, timeout=300)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel],
+        check=True,
+        timeout=300,
+    )
     command = [sys.executable, "-m", "distrib.train", *map(str, SMALL), "--max-steps", "1"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment({"PYTHONPATH": str(site)}), check=True,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment({"PYTHONPATH": str(site)}),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert "ended early at step 1" in done.stdout
     assert (tmp_path / "runs").is_dir()

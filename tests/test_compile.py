@@ -50,5 +50,7 @@ def test_a_spilling_kernel_is_recognised(architecture: str) -> None:
 
 
 def test_what_does_not_compile_says_so() -> None:
-    with pytest.raises(RuntimeError, match=r"sm_90: .*\n.*kernels.cu\(2\): error: identifier .undefined_name."):
+    with pytest.raises(
+        RuntimeError, match=r"sm_90: .*\n.*kernels.cu\(2\): error: identifier .undefined_name."
+    ):
         compile_cuda('extern "C" __global__ void k(int* y) {\n  *y = undefined_name; }', "sm_90")

@@ -12,16 +12,33 @@ from distrib.command import parse
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options
 from distrib.errors import UserError
 
-AT_LEAST_1 = ("epochs", "batch_size", "batch_size_per_rank", "limit_train", "limit_test", "log_every",
-              "checkpoint_every", "keep", "max_steps")  # fmt: skip
+AT_LEAST_1 = (
+    "epochs",
+    "batch_size",
+    "batch_size_per_rank",
+    "limit_train",
+    "limit_test",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "max_steps",
+)
 ABOVE_0 = ("lr", "width", "timeout")
 NOT_NEGATIVE = ("momentum", "weight_decay", "warmup_epochs")
 NAN, INF = float("nan"), float("inf")
 
 REJECTED: list[tuple[dict[str, Any], str, str]] = [
     *(({name: value}, f"--{name} {value}", "1 or more") for name in AT_LEAST_1 for value in (0, -3)),
-    *(({name: value}, f"--{name} {value}", "above 0") for name in ABOVE_0 for value in (0.0, -1.0, NAN, INF, -INF)),
-    *(({name: value, "optimizer": "sgd"}, f"--{name} {value}", "0 or more") for name in NOT_NEGATIVE for value in (-0.5, NAN, INF)),
+    *(
+        ({name: value}, f"--{name} {value}", "above 0")
+        for name in ABOVE_0
+        for value in (0.0, -1.0, NAN, INF, -INF)
+    ),
+    *(
+        ({name: value, "optimizer": "sgd"}, f"--{name} {value}", "0 or more")
+        for name in NOT_NEGATIVE
+        for value in (-0.5, NAN, INF)
+    ),
     *(({name: "nosuch"}, f"--{name} nosuch", ", ".join(values)) for name, values in CHOICES.items()),
     ({"seed": -1}, "--seed -1", "0 or more"),
     ({"momentum": 1.0, "optimizer": "sgd"}, "--momentum 1.0", "less than 1"),
@@ -32,7 +49,7 @@ REJECTED: list[tuple[dict[str, Any], str, str]] = [
     ({"warmup_epochs": 3.0, "epochs": 2}, "--warmup_epochs 3.0", "--epochs 2"),
     ({"recipe": "nosuch"}, "--recipe nosuch", ", ".join(RECIPES)),
     ({"batch_size": 8, "batch_size_per_rank": 2}, "--batch-size-per-rank 2", "not both"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("given", "named", "remedy"), REJECTED, ids=lambda value: str(value)[:40])
@@ -118,9 +135,27 @@ def test_json_round_trip() -> None:
     assert config.differences(json.loads(json.dumps(dataclasses.asdict(config)))) == []
 
 
-OTHER = {"batch_size": 9, "optimizer": "sgd", "lr": 0.5, "weight_decay": 0.1, "schedule": "cosine", "loss": "bce", "label_smoothing": 0.1,
-         "warmup_epochs": 1.0, "variant": "avgpool", "width": 0.5, "batch_norm": "local", "precision": "float64",
-         "limit_train": 5, "limit_test": 5, "seed": 1, "gradients": "bf16", "shift": 2.0, "rotate": 10.0, "average": 0.99}  # fmt: skip
+OTHER = {
+    "batch_size": 9,
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "loss": "bce",
+    "label_smoothing": 0.1,
+    "warmup_epochs": 1.0,
+    "variant": "avgpool",
+    "width": 0.5,
+    "batch_norm": "local",
+    "precision": "float64",
+    "limit_train": 5,
+    "limit_test": 5,
+    "seed": 1,
+    "gradients": "bf16",
+    "shift": 2.0,
+    "rotate": 10.0,
+    "average": 0.99,
+}
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -141,7 +176,10 @@ def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
 def test_differences_of_momentum() -> None:
     sgd = build({"optimizer": "sgd", "momentum": 0.5})
     other = build({"optimizer": "sgd", "momentum": 0.9, "nesterov": True})
-    assert other.differences(dataclasses.asdict(sgd)) == ["--momentum 0.9 (the run has 0.5)", "--nesterov True (the run has False)"]  # fmt: skip
+    assert other.differences(dataclasses.asdict(sgd)) == [
+        "--momentum 0.9 (the run has 0.5)",
+        "--nesterov True (the run has False)",
+    ]
 
 
 def test_every_option_is_either_free_or_guarded() -> None:
@@ -159,6 +197,18 @@ def test_epochs_may_change_with_a_constant_rate_only() -> None:
 
 def test_free_options_may_differ() -> None:
     stored = dataclasses.asdict(build({}))
-    free = build({"backend": "numpy", "comm": "none", "max_steps": 3, "log_every": 1, "checkpoint_every": 2, "keep": 9,
-                  "run_dir": "x", "resume": "none", "timeout": 5.0, "data": "elsewhere"})  # fmt: skip
+    free = build(
+        {
+            "backend": "numpy",
+            "comm": "none",
+            "max_steps": 3,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "keep": 9,
+            "run_dir": "x",
+            "resume": "none",
+            "timeout": 5.0,
+            "data": "elsewhere",
+        }
+    )
     assert free.differences(stored) == []

@@ -56,15 +56,19 @@ def run(ws: Workspace, form: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray, 
 def reference(x: np.ndarray, w: np.ndarray, dy: np.ndarray, g: Geometry) -> Result:
     """The same three from PyTorch."""
     torch: Any = import_torch()
-    x_t, w_t = (torch.from_numpy(a.transpose(axes).copy()).requires_grad_() for a, axes in
-                ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1))))  # fmt: skip
+    x_t, w_t = (
+        torch.from_numpy(a.transpose(axes).copy()).requires_grad_()
+        for a, axes in ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1)))
+    )
     y = torch.nn.functional.conv2d(x_t, w_t, stride=g.stride, padding=g.padding, dilation=g.dilation)
     y.backward(torch.from_numpy(dy.transpose(0, 3, 1, 2).copy()))
     images = (a.numpy().transpose(0, 2, 3, 1) for a in (y.detach(), x_t.grad))
     return (*images, w_t.grad.numpy().transpose(2, 3, 1, 0))
 
 
-def assert_close(ours: Result, theirs: Result, bound: float, what: object = "", scale: Result | None = None) -> None:
+def assert_close(
+    ours: Result, theirs: Result, bound: float, what: object = "", scale: Result | None = None
+) -> None:
     """Errors relative to the largest value of `scale`, by default of the result itself."""
     for name, a, b, like in zip(("y", "dx", "dw"), ours, theirs, scale or theirs, strict=True):
         assert a.shape == b.shape, (name, what)
@@ -100,10 +104,14 @@ def test_winograd(tiles: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
     """Axes of one to 23 pixels (every end: 1, 2, 3, 4; one piece or two), one image or none, one chunk or many."""
     monkeypatch.setattr(winograd, "CHUNK", tiles)
     rng, g = np.random.default_rng(seed), Geometry(1, 1, 1)
-    for n, size, c, c_out in product((0, 1, 3), ((1, 1), (3, 2), (5, 9), (14, 7), (22, 23), (4, 17)), (1, 3), (1, 4)):
+    for n, size, c, c_out in product(
+        (0, 1, 3), ((1, 1), (3, 2), (5, 9), (14, 7), (22, 23), (4, 17)), (1, 3), (1, 4)
+    ):
         x, w, dy = draw(rng, (n, *size, c), (3, 3, c, c_out), g)
         ours = run(workspace("HWNC"), "winograd", x, w, dy, g)
-        scale = reference(*map(np.abs, (x, w, dy)), g)  # sums without cancellation: what rounding is relative to
+        scale = reference(
+            *map(np.abs, (x, w, dy)), g
+        )  # sums without cancellation: what rounding is relative to
         assert_close(ours, reference(x, w, dy, g), WINOGRAD_BOUND, (x.shape, w.shape), scale)
 
 
@@ -166,7 +174,9 @@ def test_winograd_error_in_float32(size_channels: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("form", "order"), [("patches", "HWNC"), ("patches", "NHWC"), ("winograd", "HWNC")])
-def test_scratch_does_not_grow_with_the_batch(form: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_does_not_grow_with_the_batch(
+    form: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight times the images need the same scratch: only what is kept for the backward is as large as the batch."""
     monkeypatch.setattr(conv, "PATCH_ELEMENTS", 1 << 14)
     monkeypatch.setattr(winograd, "CHUNK", 64)
@@ -194,9 +204,17 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 def test_chosen_form() -> None:
-    for kernel, c, g in ((3, 2, Geometry(1, 1, 1)), (3, 1, Geometry(1, 1, 1)), (1, 2, Geometry()),
-                         (3, 2, Geometry(2, 1, 1)), (3, 2, Geometry(1, 0, 1))):  # fmt: skip
+    for kernel, c, g in (
+        (3, 2, Geometry(1, 1, 1)),
+        (3, 1, Geometry(1, 1, 1)),
+        (1, 2, Geometry()),
+        (3, 2, Geometry(2, 1, 1)),
+        (3, 2, Geometry(1, 0, 1)),
+    ):
         form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
         assert conv.choose_form((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == form
     deep = (3, 3, 256, 256)  # where reading the kernel counts
-    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == ["patches", "winograd"]
+    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == [
+        "patches",
+        "winograd",
+    ]

@@ -123,10 +123,25 @@ def toys() -> HostModule:
 
 def test_signatures() -> None:
     found = signatures(TOYS)
-    assert list(found) == ["total", "rotate", "types", "where", "leftover", "shuffles", "votes", "half_absent",
-                           "count_calls", "wrong"]
-    assert found["total"] == [("const REAL* __restrict__", "x"), ("int", "n"), ("double*", "partial"),
-                              ("unsigned*", "arrived"), ("double*", "y")]
+    assert list(found) == [
+        "total",
+        "rotate",
+        "types",
+        "where",
+        "leftover",
+        "shuffles",
+        "votes",
+        "half_absent",
+        "count_calls",
+        "wrong",
+    ]
+    assert found["total"] == [
+        ("const REAL* __restrict__", "x"),
+        ("int", "n"),
+        ("double*", "partial"),
+        ("unsigned*", "arrived"),
+        ("double*", "y"),
+    ]
     assert found["types"][:2] == [("float*", "e"), ("const bf16*", "b")]
     with pytest.raises(ValueError, match="nameless"):
         signatures("__global__ void nameless(int n) {}")
@@ -187,7 +202,9 @@ def test_warp_primitives(toys: HostModule) -> None:
     assert set(y[5]) == {1}
 
 
-@pytest.mark.parametrize(("limit", "absent", "value"), [(0, 0, 0), (40, 0, 161), (100, 0, 403), (100, 60, 163)])
+@pytest.mark.parametrize(
+    ("limit", "absent", "value"), [(0, 0, 0), (40, 0, 161), (100, 0, 403), (100, 60, 163)]
+)
 def test_votes_count_the_threads_that_are_left(toys: HostModule, limit: int, absent: int, value: int) -> None:
     y = np.full(100, -1, np.int32)
     toys.get_function("votes")((1,), (100,), (y, np.int32(limit), np.int32(absent)))
@@ -202,10 +219,18 @@ def test_a_shuffle_from_an_exited_lane_gives_nan(toys: HostModule) -> None:
     assert np.isnan(y[16::2]).all()
 
 
-WRONG = ["wait at different barriers", "divergent barrier.*__syncwarp on line.*__syncthreads on line|"
-         "divergent barrier.*__syncthreads on line.*__syncwarp on line", "not in its mask", "index outside an array",
-         "division by zero", "integer overflow", "misaligned or null", "misaligned or null",
-         r"__trap, .*thread \(3, 0, 0\)"]
+WRONG = [
+    "wait at different barriers",
+    "divergent barrier.*__syncwarp on line.*__syncthreads on line|"
+    "divergent barrier.*__syncthreads on line.*__syncwarp on line",
+    "not in its mask",
+    "index outside an array",
+    "division by zero",
+    "integer overflow",
+    "misaligned or null",
+    "misaligned or null",
+    r"__trap, .*thread \(3, 0, 0\)",
+]
 
 
 @pytest.mark.parametrize("how", range(len(WRONG)))
@@ -220,17 +245,34 @@ def test_kernels_that_cannot_go_on(toys: HostModule, how: int) -> None:
 
 def test_argument_types(toys: HostModule) -> None:
     y, types = np.zeros(5, np.float32), toys.get_function("types")
-    good = (y, np.array([3], np.uint16), np.array([4], np.uint8), np.int64(5 << 32), np.float64(6), np.uint32(7))
+    good = (
+        y,
+        np.array([3], np.uint16),
+        np.array([4], np.uint8),
+        np.int64(5 << 32),
+        np.float64(6),
+        np.uint32(7),
+    )
     types((1,), (1,), good)
     np.testing.assert_array_equal(y, [3, 4, 5, 6, 7])
     types((1,), (1,), (y, np.uint64(0), *good[2:]))
     assert y[0] == -1
     frozen = np.zeros(5, np.float32)
     frozen.flags.writeable = False
-    for number, name, bad in [(0, "e", np.zeros(5)), (0, "e", frozen), (0, "e", np.uint64(8)), (0, "e", None),
-                              (1, "b", np.zeros(1, np.int16)), (2, "u", np.zeros(1, bool)), (3, "big", np.int32(1)),
-                              (3, "big", 1), (4, "wide", np.float32(1)), (4, "wide", 1.0), (5, "bits", np.int32(1)),
-                              (5, "bits", np.zeros((), np.uint32))]:  # fmt: skip
+    for number, name, bad in [
+        (0, "e", np.zeros(5)),
+        (0, "e", frozen),
+        (0, "e", np.uint64(8)),
+        (0, "e", None),
+        (1, "b", np.zeros(1, np.int16)),
+        (2, "u", np.zeros(1, bool)),
+        (3, "big", np.int32(1)),
+        (3, "big", 1),
+        (4, "wide", np.float32(1)),
+        (4, "wide", 1.0),
+        (5, "bits", np.int32(1)),
+        (5, "bits", np.zeros((), np.uint32)),
+    ]:
         with pytest.raises(TypeError, match=rf"^types: parameter {name} is .* got "):
             types((1,), (1,), (*good[:number], bad, *good[number + 1 :]))
     for count in (5, 7):
@@ -240,11 +282,23 @@ def test_argument_types(toys: HostModule) -> None:
         types((1,), (1,), list(good))
 
 
-@pytest.mark.parametrize(("grid", "block", "error"), [
-    ((0,), (1,), ValueError), ((1,), (0,), ValueError), ((1, 65536), (1,), ValueError), ((1,), (1025,), ValueError),
-    ((1,), (1, 1, 65), ValueError), ((1,), (33, 32), ValueError), ((1,), (129,), ValueError), ((), (1,), TypeError),
-    ((1, 1, 1, 1), (1,), TypeError), (1, (1,), TypeError), ((1.0,), (1,), TypeError),
-    ([1], (1,), TypeError)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "block", "error"),
+    [
+        ((0,), (1,), ValueError),
+        ((1,), (0,), ValueError),
+        ((1, 65536), (1,), ValueError),
+        ((1,), (1025,), ValueError),
+        ((1,), (1, 1, 65), ValueError),
+        ((1,), (33, 32), ValueError),
+        ((1,), (129,), ValueError),
+        ((), (1,), TypeError),
+        ((1, 1, 1, 1), (1,), TypeError),
+        (1, (1,), TypeError),
+        ((1.0,), (1,), TypeError),
+        ([1], (1,), TypeError),
+    ],
+)
 def test_shapes_that_cuda_refuses(toys: HostModule, grid: tuple, block: tuple, error: type) -> None:
     x = np.zeros(128, np.float32)
     with pytest.raises(error):
@@ -291,10 +345,12 @@ def test_what_does_not_compile_says_so() -> None:
 
 
 def test_processes_that_build_at_once_share_the_library(tmp_path: Path) -> None:
-    program = 'import cuda_double as c; print(c.build(\'extern "C" __global__ void k(int* y) { *y = 1; }\'))'
+    program = "import cuda_double as c; print(c.build('extern \"C\" __global__ void k(int* y) { *y = 1; }'))"
     env = environment({"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)})
-    running = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
-               for _ in range(3)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     paths = {process.communicate(timeout=100)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0] * 3
     assert paths == {str(path) for path in tmp_path.glob("cuda_on_cpu-*/*.so")}

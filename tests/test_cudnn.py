@@ -61,7 +61,9 @@ def widen(bits: StrictArray, out: StrictArray) -> None:
 class Case:
     """Arrays of one convolution on the "device", with the float64 values of the inputs."""
 
-    def __init__(self, x: tuple[int, ...], w: tuple[int, ...], g: Geometry, precision: str, seed: int = 0) -> None:
+    def __init__(
+        self, x: tuple[int, ...], w: tuple[int, ...], g: Geometry, precision: str, seed: int = 0
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.g, self.bf16 = g, precision == "bf16"
         self.dtype = "uint16" if self.bf16 else "float32"
@@ -141,7 +143,9 @@ def test_rank_without_images(precision: str) -> None:
 
 def test_fastest_plan_is_taken_and_named() -> None:
     form, cudnn, cuda = a_form(
-        Offer("slow", milliseconds=3), Offer("fast", milliseconds=1, workspace=1024), Offer("middling", milliseconds=2)
+        Offer("slow", milliseconds=3),
+        Offer("fast", milliseconds=1, workspace=1024),
+        Offer("middling", milliseconds=2),
     )
     case = Case(X, W, G, "float32")
     case.run(form)
@@ -149,7 +153,9 @@ def test_fastest_plan_is_taken_and_named() -> None:
     log = len(cudnn.log)
     before = cuda.clock
     case.run(form)
-    assert {entry[:3] for entry in cudnn.log[log:]} == {("execute", node, "fast") for node, _, _ in KINDS.values()}
+    assert {entry[:3] for entry in cudnn.log[log:]} == {
+        ("execute", node, "fast") for node, _, _ in KINDS.values()
+    }
     assert len(cudnn.log) == log + 3
     assert cuda.clock == before + 3, "nothing else runs, nothing is built after the first call"
     assert cuda.allocations == [1024], "one workspace for all operations of a stream"
@@ -184,8 +190,10 @@ def test_stored_plan_that_cannot_be_had(offer: Offer, why: str) -> None:
     form, _, _ = a_form(offer)
     form.plans["forward 2x6x5x4 3x3x4x8 s1p1d1 float32"] = "old"
     case = Case(X, W, G, "float32")
-    message = (f"cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32' ({why}): "
-               "remove plans.json")  # fmt: skip
+    message = (
+        f"cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32' ({why}): "
+        "remove plans.json"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         form.forward(case.x, case.w, G, case.y, case.ws, False)
 
@@ -234,7 +242,9 @@ def test_supports() -> None:
 def test_no_plan(offers: list[Offer]) -> None:
     form, _, _ = a_form(*offers)
     case = Case(X, W, G, "float32")
-    with pytest.raises(NoPlan, match=r"^cuDNN 9\.28\.0 has no plan for forward 2x6x5x4 3x3x4x8 s1p1d1 float32.*$"):
+    with pytest.raises(
+        NoPlan, match=r"^cuDNN 9\.28\.0 has no plan for forward 2x6x5x4 3x3x4x8 s1p1d1 float32.*$"
+    ):
         form.forward(case.x, case.w, G, case.y, case.ws, False)
 
 
@@ -260,8 +270,14 @@ def test_each_stream_has_its_handle_and_workspace() -> None:
         with beside:
             form.weight_gradient(case.dy, case.x, G, case.dw, case.ws)
     beside.synchronize()
-    streams = {node: {entry[3] for entry in executed(cudnn) if entry[1] == node} for node, _, _ in KINDS.values()}
-    assert streams == {"conv_fprop": {cuda.stream.ptr}, "conv_dgrad": {cuda.stream.ptr}, "conv_wgrad": {beside.ptr}}
+    streams = {
+        node: {entry[3] for entry in executed(cudnn) if entry[1] == node} for node, _, _ in KINDS.values()
+    }
+    assert streams == {
+        "conv_fprop": {cuda.stream.ptr},
+        "conv_dgrad": {cuda.stream.ptr},
+        "conv_wgrad": {beside.ptr},
+    }
     assert cudnn.log.count(("create_handle",)) == 2
     assert cuda.allocations == [256, 256]
     for ours, theirs in zip((case.y, case.dx, case.dw), case.reference(), strict=True):
@@ -308,7 +324,9 @@ def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
     cudnn: Any = Cudnn(cuda)
     monkeypatch.setattr(nn.cudnn, "import_cupy", lambda: types.SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    with pytest.raises(RuntimeError, match=r"^cuDNN's Python frontend cannot be imported .*pip install nvidia-cudnn-frontend"):
+    with pytest.raises(
+        RuntimeError, match=r"^cuDNN's Python frontend cannot be imported .*pip install nvidia-cudnn-frontend"
+    ):
         load("float32")
     monkeypatch.setitem(sys.modules, "cudnn", cudnn)
     assert load("tf32").precision == "tf32"
@@ -317,15 +335,21 @@ def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("cudnnHandle Create failed\nand more")
 
     monkeypatch.setattr(cudnn, "create_handle", fail)
-    with pytest.raises(RuntimeError, match=r"^cuDNN cannot be used \(cudnnHandle Create failed\): pip install .*$"):
+    with pytest.raises(
+        RuntimeError, match=r"^cuDNN cannot be used \(cudnnHandle Create failed\): pip install .*$"
+    ):
         load("float32")
 
 
 def a_graph(cudnn: Cudnn, cuda: BareCuda) -> Any:
     """A described graph of the double, one step at a time from there."""
     kinds, handle = cudnn.data_type, cudnn.create_handle()
-    graph = cudnn.pygraph(io_data_type=kinds.FLOAT, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT,
-                          handle=handle)  # fmt: skip
+    graph = cudnn.pygraph(
+        io_data_type=kinds.FLOAT,
+        intermediate_data_type=kinds.FLOAT,
+        compute_data_type=kinds.FLOAT,
+        handle=handle,
+    )
     x = graph.tensor(name="x", dim=[1, 1, 3, 3], stride=[9, 1, 3, 1], data_type=kinds.FLOAT, uid=1)
     w = graph.tensor(name="w", dim=[1, 1, 3, 3], stride=[9, 1, 3, 1], data_type=kinds.FLOAT, uid=2)
     y = graph.conv_fprop(image=x, weight=w, padding=[1, 1], stride=[1, 1], dilation=[1, 1])
@@ -400,11 +424,16 @@ def test_listed_parameters_are_the_real_ones() -> None:
         found = list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
         if isinstance(function, type):
             found = list(inspect.signature(function.__init__).parameters)
-        if "args" in found:  # the builders of nodes: their parameters are in the text of the compiled function
+        if (
+            "args" in found
+        ):  # the builders of nodes: their parameters are in the text of the compiled function
             text = getattr(compiled, name.split(".")[1]).__doc__
             found = re.findall(r"(\w+): ", text.split("\n")[0])
         assert [p for p in found if p in expected] == expected, f"{name}({', '.join(found)})"
-    for enum, members in {"data_type": ("FLOAT", "BFLOAT16"), "heur_mode": ("A", "FALLBACK"),
-                          "numerical_note": sorted(set().union(*nn.cudnn.NOTES.values()))}.items():  # fmt: skip
+    for enum, members in {
+        "data_type": ("FLOAT", "BFLOAT16"),
+        "heur_mode": ("A", "FALLBACK"),
+        "numerical_note": sorted(set().union(*nn.cudnn.NOTES.values())),
+    }.items():
         assert all(hasattr(getattr(cudnn, enum), member) for member in members), enum
     assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception)

@@ -29,11 +29,28 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(doctor)
 sys.exit(run_app(app))
 """
-NAMES = ["Python", "BLAS", "data", "disk", "CuPy", "GPUs", "NCCL", "MPI library", "launcher", "cuDNN", "ranks", "hosts",
-         "threads", "ranks on GPUs", "all-reduce"]  # fmt: skip
+NAMES = [
+    "Python",
+    "BLAS",
+    "data",
+    "disk",
+    "CuPy",
+    "GPUs",
+    "NCCL",
+    "MPI library",
+    "launcher",
+    "cuDNN",
+    "ranks",
+    "hosts",
+    "threads",
+    "ranks on GPUs",
+    "all-reduce",
+]
 
 
-def diagnose(*arguments: object, code: int = 0, ranks: int = 1, env: dict[str, str] | None = None) -> dict[str, dict[str, str]]:
+def diagnose(
+    *arguments: object, code: int = 0, ranks: int = 1, env: dict[str, str] | None = None
+) -> dict[str, dict[str, str]]:
     """The report by name of check; the exit code must be `code`, and there is no traceback."""
     done = run("-c", PROGRAM, *arguments, "--json", ranks=ranks, env=env, check=False)
     assert done.returncode == code, done.stdout + done.stderr
@@ -79,7 +96,9 @@ def test_alone() -> None:
 
 def test_text() -> None:
     lines = run("-c", PROGRAM, env={"SLURM_NTASKS": "3"}).stdout.splitlines()
-    assert [line.split()[0] for line in lines if "→" not in line] == [WARNING if name == "ranks" else OK for name in NAMES]
+    assert [line.split()[0] for line in lines if "→" not in line] == [
+        WARNING if name == "ranks" else OK for name in NAMES
+    ]
     assert lines[NAMES.index("ranks") + 1].strip() == "→ start all: with srun, or mpirun -n 3"
 
 
@@ -90,7 +109,11 @@ def test_ranks(ranks: int) -> None:
     assert list(found) == NAMES
     assert found["ranks"]["found"] == f"{ranks} rank(s)"
     assert found["hosts"]["found"].endswith(f"with {ranks} rank(s)")
-    assert (found["all-reduce"]["state"], found["MPI library"]["state"], found["launcher"]["state"]) == (OK, OK, OK)
+    assert (found["all-reduce"]["state"], found["MPI library"]["state"], found["launcher"]["state"]) == (
+        OK,
+        OK,
+        OK,
+    )
     assert f"over {ranks} rank(s) right" in found["all-reduce"]["found"]
     assert found["threads"]["found"].startswith(f"{ranks} rank(s) × 1 BLAS thread(s)")
 
@@ -110,10 +133,17 @@ def test_singletons() -> None:
     assert "srun --mpi=pmix" in found["ranks"]["remedy"]
 
 
-@pytest.mark.parametrize(("package", "module", "words"), [
-    ("", "raise RuntimeError('cannot load MPI library\\nlibmpi.so: not found')", "no MPI library (cannot load MPI library)"),
-    ("raise ImportError('none here')", "", "mpi4py is not installed (none here)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("package", "module", "words"),
+    [
+        (
+            "",
+            "raise RuntimeError('cannot load MPI library\\nlibmpi.so: not found')",
+            "no MPI library (cannot load MPI library)",
+        ),
+        ("raise ImportError('none here')", "", "mpi4py is not installed (none here)"),
+    ],
+)
 def test_no_mpi(tmp_path: Path, package: str, module: str, words: str) -> None:
     """One process needs none; several do, and learn it from one report."""
     env = fake_mpi(tmp_path, package, module)
@@ -132,9 +162,13 @@ def test_mpi_hangs(tmp_path: Path) -> None:
     assert found["outcome"]["found"] == "the check of MPI library: no answer after 4 s"
 
 
-@pytest.mark.parametrize(("end", "words"), [
-    ("os.kill(os.getpid(), 11)", "SIGSEGV: no daemon"), ("os._exit(14)", "exit code 14: no daemon"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("os.kill(os.getpid(), 11)", "SIGSEGV: no daemon"),
+        ("os._exit(14)", "exit code 14: no daemon"),
+    ],
+)
 def test_mpi_ends_the_process(tmp_path: Path, end: str, words: str) -> None:
     module = f"import os, sys; print('*** no daemon ***', file=sys.stderr, flush=True); {end}"
     found = diagnose(env=fake_mpi(tmp_path, "", module), code=2)
@@ -144,8 +178,16 @@ def test_mpi_ends_the_process(tmp_path: Path, end: str, words: str) -> None:
 
 def test_launcher_ends_the_job(tmp_path: Path) -> None:
     """The report comes out between SIGTERM and SIGKILL."""
-    env = environment(fake_mpi(tmp_path, "", f"import pathlib, time; pathlib.Path({str(tmp_path / 'here')!r}).touch(); time.sleep(1000)"))
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, "--json"], env=env, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    env = environment(
+        fake_mpi(
+            tmp_path,
+            "",
+            f"import pathlib, time; pathlib.Path({str(tmp_path / 'here')!r}).touch(); time.sleep(1000)",
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "--json"], env=env, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     for _ in range(600):
         if (tmp_path / "here").exists():
             break
@@ -170,7 +212,9 @@ del sys.modules["mpi4py"]
 import mpi4py
 """
     begin = time.monotonic()
-    done = run("-c", PROGRAM, "--json", "--timeout", 10, ranks=2, env=fake_mpi(tmp_path, package), check=False)
+    done = run(
+        "-c", PROGRAM, "--json", "--timeout", 10, ranks=2, env=fake_mpi(tmp_path, package), check=False
+    )
     assert time.monotonic() - begin < 60
     assert done.returncode != 0
     assert "rank 1 on" in done.stderr
@@ -241,15 +285,23 @@ def test_merge() -> None:
     """The worst state counts; what differs is told by rank, and matters where all should be alike."""
     same = merge([[Finding(OK, "3.13", "", "Python")]] * 3)
     assert same == [Finding(OK, "3.13", "", "Python")]
-    python, gpus = merge([[Finding(OK, "3.13", "", "Python"), Finding(OK, "A", "", "GPUs")],
-                          [Finding(OK, "3.12", "", "Python"), Finding(OK, "B", "", "GPUs")]])  # fmt: skip
-    assert python == Finding(WARNING, "rank 0: 3.13; rank 1: 3.12", "give all ranks the same Python", "Python")
+    python, gpus = merge(
+        [
+            [Finding(OK, "3.13", "", "Python"), Finding(OK, "A", "", "GPUs")],
+            [Finding(OK, "3.12", "", "Python"), Finding(OK, "B", "", "GPUs")],
+        ]
+    )
+    assert python == Finding(
+        WARNING, "rank 0: 3.13; rank 1: 3.12", "give all ranks the same Python", "Python"
+    )
     assert gpus == Finding(OK, "rank 0: A; rank 1: B", "", "GPUs")
     bad = merge([[Finding(OK, "fine", "", "disk")], [Finding(FAILURE, "full", "free some", "disk")]])
     assert bad == [Finding(FAILURE, "rank 0: fine; rank 1: full", "free some", "disk")]
 
 
-def fact(host: str = "a", cores: int = 4, threads: int = 1, gpus: tuple[str, ...] = (), nccl: int = 0) -> Facts:
+def fact(
+    host: str = "a", cores: int = 4, threads: int = 1, gpus: tuple[str, ...] = (), nccl: int = 0
+) -> Facts:
     return Facts(host, list(range(cores)), threads, 2, list(gpus), nccl)
 
 
@@ -270,7 +322,10 @@ def test_ranks_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     two = ("GPU-1", "GPU-2")
     assert doctor.sharing([fact(), fact()]).found == "no rank has a GPU"
     assert doctor.sharing([fact(gpus=two), fact()]).state == WARNING
-    assert doctor.sharing([fact(gpus=two), fact(gpus=two), fact("b", gpus=two)]).found == "every rank has its own"
+    assert (
+        doctor.sharing([fact(gpus=two), fact(gpus=two), fact("b", gpus=two)]).found
+        == "every rank has its own"
+    )
     old = doctor.sharing([fact(gpus=two, nccl=22800)] * 3)
     assert (old.state, "NCCL 2.30" in old.remedy) == (WARNING, True)
     new = doctor.sharing([fact(gpus=two, nccl=23203)] * 3)
@@ -283,18 +338,29 @@ def test_ranks_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CuPy would say there."""
     runtime = SimpleNamespace(
-        getDeviceCount=lambda: 2, runtimeGetVersion=lambda: 12090, driverGetVersion=lambda: 13000,
-        getDeviceProperties=lambda device: {"name": b"H100", "uuid": bytes(range(16)) if device == 0 else b"\xab\xcd"},
-    )  # fmt: skip
+        getDeviceCount=lambda: 2,
+        runtimeGetVersion=lambda: 12090,
+        driverGetVersion=lambda: 13000,
+        getDeviceProperties=lambda device: {
+            "name": b"H100",
+            "uuid": bytes(range(16)) if device == 0 else b"\xab\xcd",
+        },
+    )
     monkeypatch.setattr(doctor, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     monkeypatch.setattr(doctor, "cupy_version", lambda: "14.2.0")
     monkeypatch.setattr(doctor, "driver", lambda: "580.65.06")
-    monkeypatch.setattr(doctor.importlib, "import_module", lambda _: SimpleNamespace(available=True, get_version=lambda: 23203))
+    monkeypatch.setattr(
+        doctor.importlib,
+        "import_module",
+        lambda _: SimpleNamespace(available=True, get_version=lambda: 23203),
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert doctor.cupy().found == "14.2.0 with CUDA 12.9; driver 580.65.06, for CUDA 13.0"
     assert doctor.gpus().found == "H100 GPU-00010203-0405-0607-0809-0a0b0c0d0e0f, H100 GPU-abcd"
     assert doctor.nccl().found == "2.32.3, which can put several ranks on one GPU"
-    world: Any = SimpleNamespace(reason="", backend=SimpleNamespace(forms={"cudnn": SimpleNamespace(version="9.10")}, notes=()))
+    world: Any = SimpleNamespace(
+        reason="", backend=SimpleNamespace(forms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
+    )
     assert doctor.cudnn(world).found.startswith("9.10, nvidia-cudnn-frontend")
     world.backend.forms, world.backend.notes = {}, ("convolutions without cuDNN",)
     assert doctor.cudnn(world).state == WARNING
@@ -315,13 +381,20 @@ def test_a_driver_that_cupy_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (doctor.cupy().state, doctor.gpus().state, doctor.nccl().state) == (WARNING, OK, OK)
 
 
-@pytest.mark.parametrize(("library", "mpirun", "state"), [
-    ("Open MPI v5.0.11, package: Open MPI", "mpirun (Open MPI) 5.0.11", OK),
-    ("Open MPI v5.0.11, package: Open MPI", "mpirun (Open MPI) 4.1.4", WARNING),
-    ("Open MPI v5.0.11, package: Open MPI", "HYDRA build details:\n    Version:  4.1", WARNING),
-    ("MPICH Version:      4.3.0\nMPICH Release", "HYDRA build details:\n    Version:  4.1", OK),
-    ("Intel(R) MPI Library 2021.9 for Linux* OS", "Intel(R) MPI Library for Linux* OS, Version 2021.9", OK),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("library", "mpirun", "state"),
+    [
+        ("Open MPI v5.0.11, package: Open MPI", "mpirun (Open MPI) 5.0.11", OK),
+        ("Open MPI v5.0.11, package: Open MPI", "mpirun (Open MPI) 4.1.4", WARNING),
+        ("Open MPI v5.0.11, package: Open MPI", "HYDRA build details:\n    Version:  4.1", WARNING),
+        ("MPICH Version:      4.3.0\nMPICH Release", "HYDRA build details:\n    Version:  4.1", OK),
+        (
+            "Intel(R) MPI Library 2021.9 for Linux* OS",
+            "Intel(R) MPI Library for Linux* OS, Version 2021.9",
+            OK,
+        ),
+    ],
+)
 def test_whose_mpirun(monkeypatch: pytest.MonkeyPatch, library: str, mpirun: str, state: str) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(Get_library_version=lambda: library))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/opt/bin/{name}")
@@ -333,8 +406,10 @@ def test_whose_mpirun(monkeypatch: pytest.MonkeyPatch, library: str, mpirun: str
 
 def test_a_child_that_dies_in_the_middle_of_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/bash\necho '{doctor.MARK}[\"disk\", [[\"ok\", \"fine\", \"\", \"Python\"]]]'\n"
-                     f"printf '{doctor.MARK}[\"da'\nkill -9 $$\n")  # fmt: skip
+    child.write_text(
+        f'#!/bin/bash\necho \'{doctor.MARK}["disk", [["ok", "fine", "", "Python"]]]\'\n'
+        f"printf '{doctor.MARK}[\"da'\nkill -9 $$\n"
+    )
     child.chmod(0o755)
     monkeypatch.setattr(doctor.sys, "executable", str(child))
     found = doctor.ask(20, None, "runs")
@@ -351,4 +426,7 @@ def test_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_timeout_must_be_sound() -> None:
     done = run("-c", PROGRAM, "--timeout", 0, check=False)
-    assert (done.returncode, done.stderr) == (2, "distrib: error: --timeout 0: give a finite number above 0\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "distrib: error: --timeout 0: give a finite number above 0\n",
+    )

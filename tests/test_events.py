@@ -31,9 +31,14 @@ def read(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
 
 def expected(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
     return {
-        (f"{'train' if 'loss' in line else 'epoch'}/{name}", line["step"]): (line["time"], pytest.approx(value, rel=1e-6))
-        for line in metrics(folder) for name, value in line.items() if name not in ("time", "step")
-    }  # fmt: skip
+        (f"{'train' if 'loss' in line else 'epoch'}/{name}", line["step"]): (
+            line["time"],
+            pytest.approx(value, rel=1e-6),
+        )
+        for line in metrics(folder)
+        for name, value in line.items()
+        if name not in ("time", "step")
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own imports
@@ -50,7 +55,9 @@ def test_events_say_what_the_metrics_say_after_resumes_too(tmp_path: Path) -> No
 
 def test_the_check_value_of_crc32c() -> None:
     crc = (events.masked_crc(b"123456789") - 0xA282EAD8) & 0xFFFFFFFF
-    assert (crc << 15 | crc >> 17) & 0xFFFFFFFF == 0xE3069283  # RFC 3720, appendix B.4, of the same polynomial
+    assert (
+        crc << 15 | crc >> 17
+    ) & 0xFFFFFFFF == 0xE3069283  # RFC 3720, appendix B.4, of the same polynomial
 
 
 def test_a_loss_beyond_float32_is_infinite(tmp_path: Path) -> None:

@@ -20,11 +20,16 @@ from launch.export import TOLERANCE, export
 from nn.resnet9 import VARIANTS
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: the export is not checked")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: the export is not checked")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed: the export is not checked"
+)
 
 STEPS, IMAGES = 12, 200
-RUNS = {**{name: ("--variant", name) for name in VARIANTS}, "bce": ("--loss", "bce", "--width", 0.1),
-        "float64": ("--precision", "float64")}  # fmt: skip
+RUNS = {
+    **{name: ("--variant", name) for name in VARIANTS},
+    "bce": ("--loss", "bce", "--width", 0.1),
+    "float64": ("--precision", "float64"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +39,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def run(name: str) -> Path:
         if not (folder / name).exists():
-            train(folder / name, "--epochs", 1, "--batch-size", 32, "--limit-train", 32 * STEPS, "--limit-test", 20,
-                  "--width", 0.0625, "--lr", 0.01, *RUNS[name])  # fmt: skip
+            train(
+                folder / name,
+                "--epochs",
+                1,
+                "--batch-size",
+                32,
+                "--limit-train",
+                32 * STEPS,
+                "--limit-test",
+                20,
+                "--width",
+                0.0625,
+                "--lr",
+                0.01,
+                *RUNS[name],
+            )
         return folder / name
 
     return run
@@ -69,7 +88,9 @@ def test_onnxruntime_gives_our_logits(name: str, trained, call, tmp_path: Path) 
     assert ("note: the checkpoint is in float64, the graph in float32" in said) == (name == "float64")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     loaded = load(trained(name))
-    assert all(np.abs(conv.running_mean).max() > 1e-3 for conv in loaded.model.convs())  # nothing trivial is compared
+    assert all(
+        np.abs(conv.running_mean).max() > 1e-3 for conv in loaded.model.convs()
+    )  # nothing trivial is compared
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     (images,), (output,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["N", 1, 28, 28])
@@ -81,7 +102,14 @@ def test_onnxruntime_gives_our_logits(name: str, trained, call, tmp_path: Path) 
 
 def test_metadata(trained, call, tmp_path: Path) -> None:
     """Both formats tell variant, width, loss, step, version; the ONNX file what to do with the logits."""
-    expected = {"variant": "baseline", "width": "0.1", "loss": "bce", "dtype": "float32", "step": str(STEPS), "version": __version__}
+    expected = {
+        "variant": "baseline",
+        "width": "0.1",
+        "loss": "bce",
+        "dtype": "float32",
+        "step": str(STEPS),
+        "version": __version__,
+    }
     for ending in ("onnx", "safetensors"):
         assert call(trained("bce"), tmp_path / f"model.{ending}", "--no-check")[0] == 0
     model = onnx.load(tmp_path / "model.onnx")
@@ -106,7 +134,11 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
     with safe_open(out, framework="numpy") as file:
         held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert ckpt.digest(held) == ckpt.digest(ckpt.load_model(loaded.path)[0])
-    model = TorchResNet9(loaded.about["variant"], loaded.about["width"]).eval().to(getattr(torch, loaded.about["dtype"]))
+    model = (
+        TorchResNet9(loaded.about["variant"], loaded.about["width"])
+        .eval()
+        .to(getattr(torch, loaded.about["dtype"]))
+    )
     model.load_state_dict(load_file(out), strict=True)
     with torch.no_grad():
         x = torch.from_numpy(pixels()[:, None] / 255).to(getattr(torch, loaded.about["dtype"]))
@@ -117,7 +149,9 @@ def swap(model) -> None:
     """Exchange the weights of two layers."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     tensors["res1.0.0.weight"].raw_data, tensors["res1.1.0.weight"].raw_data = (
-        tensors["res1.1.0.weight"].raw_data, tensors["res1.0.0.weight"].raw_data)  # fmt: skip
+        tensors["res1.1.0.weight"].raw_data,
+        tensors["res1.0.0.weight"].raw_data,
+    )
 
 
 def node(model, name: str):
@@ -148,7 +182,9 @@ def constant(model) -> None:
 
 
 @pytest.mark.parametrize("fault", [swap, short_cut, average, epsilon, no_relu, constant])
-def test_a_wrong_graph_is_found_and_not_written(fault, trained, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_graph_is_found_and_not_written(
+    fault, trained, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = module.build
 
     def wrong(loaded: Loaded):
@@ -169,22 +205,31 @@ def test_a_wrong_graph_is_found_and_not_written(fault, trained, call, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("RUN", "OUT/model.bin"), "model.bin: an unknown ending: give .onnx or .safetensors"),
-    (("RUN", "OUT/model"), "model: an unknown ending"),
-    (("RUN", "OUT/model.onnx", "--format", "pt"), "--format pt: choose onnx or safetensors"),
-    (("RUN", "OUT/no/model.onnx"), "no/model.onnx: there is no folder"),
-    (("RUN", "OUT/folder.onnx"), "folder.onnx: is a folder"),
-    (("RUN", "OUT/model.onnx", "--limit-test", 0), "--limit-test 0: give 1 or more"),
-    (("RUN", "OUT/model.onnx", "--data", "nowhere"), "--data nowhere: no such folder"),
-    (("OUT/damaged.safetensors", "OUT/model.onnx"), "damaged.safetensors: damaged: its checksum does not match"),
-    (("OUT/damaged.safetensors", "OUT/model.safetensors"), "damaged.safetensors: damaged"),
-    (("OUT/copy.safetensors", "OUT/copy.safetensors"), "copy.safetensors: is a checkpoint"),
-    (("RUN", "RUN/checkpoints/step-00000012.safetensors"), "step-00000012.safetensors: is a checkpoint"),
-    (("OUT/copy.safetensors", "RUN/checkpoints/step-00000012.safetensors"), "step-00000012.safetensors: is a checkpoint"),
-    (("nowhere", "OUT/model.onnx"), "nowhere: no such file"),
-    (("RUN", "/proc/model.safetensors"), "/proc/model.safetensors: cannot be written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("RUN", "OUT/model.bin"), "model.bin: an unknown ending: give .onnx or .safetensors"),
+        (("RUN", "OUT/model"), "model: an unknown ending"),
+        (("RUN", "OUT/model.onnx", "--format", "pt"), "--format pt: choose onnx or safetensors"),
+        (("RUN", "OUT/no/model.onnx"), "no/model.onnx: there is no folder"),
+        (("RUN", "OUT/folder.onnx"), "folder.onnx: is a folder"),
+        (("RUN", "OUT/model.onnx", "--limit-test", 0), "--limit-test 0: give 1 or more"),
+        (("RUN", "OUT/model.onnx", "--data", "nowhere"), "--data nowhere: no such folder"),
+        (
+            ("OUT/damaged.safetensors", "OUT/model.onnx"),
+            "damaged.safetensors: damaged: its checksum does not match",
+        ),
+        (("OUT/damaged.safetensors", "OUT/model.safetensors"), "damaged.safetensors: damaged"),
+        (("OUT/copy.safetensors", "OUT/copy.safetensors"), "copy.safetensors: is a checkpoint"),
+        (("RUN", "RUN/checkpoints/step-00000012.safetensors"), "step-00000012.safetensors: is a checkpoint"),
+        (
+            ("OUT/copy.safetensors", "RUN/checkpoints/step-00000012.safetensors"),
+            "step-00000012.safetensors: is a checkpoint",
+        ),
+        (("nowhere", "OUT/model.onnx"), "nowhere: no such file"),
+        (("RUN", "/proc/model.safetensors"), "/proc/model.safetensors: cannot be written"),
+    ],
+)
 def test_mistakes(arguments: tuple, words: str, trained, call, tmp_path: Path) -> None:
     run = trained("baseline")
     whole = load(run).path.read_bytes()
@@ -192,7 +237,9 @@ def test_mistakes(arguments: tuple, words: str, trained, call, tmp_path: Path) -
     (tmp_path / "damaged.safetensors").write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     (tmp_path / "folder.onnx").mkdir()
     before = sorted(tmp_path.iterdir())
-    code, out, err = call(*(str(word).replace("RUN", str(run)).replace("OUT", str(tmp_path)) for word in arguments))
+    code, out, err = call(
+        *(str(word).replace("RUN", str(run)).replace("OUT", str(tmp_path)) for word in arguments)
+    )
     assert code == 2
     assert err.startswith("distrib: error: ")
     assert words in err
@@ -204,7 +251,9 @@ def test_mistakes(arguments: tuple, words: str, trained, call, tmp_path: Path) -
 def test_without_the_libraries(trained, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without onnxruntime a note, unless the check is asked for; without onnx one line with the remedy."""
     find, missing = importlib.util.find_spec, {"onnxruntime"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more)
+    )
     out = tmp_path / "model.onnx"
     code, said, _ = call(trained("baseline"), out)
     assert code == 0

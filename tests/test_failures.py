@@ -25,8 +25,26 @@ from distrib.failure import Watchdog
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
 TIMEOUT = 6
-OPTIONS = ("--epochs", 1, "--batch-size", 16, "--limit-train", 320, "--limit-test", 20, "--width", 0.0625, "--log-every", 5,
-           "--checkpoint-every", 4, "--check-every", 3, "--timeout", TIMEOUT)  # fmt: skip
+OPTIONS = (
+    "--epochs",
+    1,
+    "--batch-size",
+    16,
+    "--limit-train",
+    320,
+    "--limit-test",
+    20,
+    "--width",
+    0.0625,
+    "--log-every",
+    5,
+    "--checkpoint-every",
+    4,
+    "--check-every",
+    3,
+    "--timeout",
+    TIMEOUT,
+)
 
 FAULTS = {  # name: (what happens in the rank, words of the verdict, seconds until the end)
     "raises": ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted", 5),
@@ -64,7 +82,9 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     done = run("-c", script, "--run-dir", folder, *OPTIONS, ranks=ranks, check=False)
     took = time.monotonic() - begin
     assert done.returncode not in (0, 2, 85), done.stderr
-    if not (folder / "failure.json").exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
+    if not (
+        folder / "failure.json"
+    ).exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
         run("-m", "distrib.board", folder)
     verdict = json.loads((folder / "failure.json").read_text())
     assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
@@ -110,13 +130,23 @@ def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
 
 
 UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
-    "code": ("guard.code_digest = lambda: 'another'", "runs other code than rank 0: install the same version everywhere"),
-    "data": ("plain = mnist.load; mnist.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
-             "reads other data than rank 0: give all the same files"),
-    "steps": ("plain = Trainer.__init__; Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
-              "buckets for 7 steps, rank 0 float32"),
-    "buckets": ("made = reducer.Reducer.__init__; made.__defaults__ = (*made.__defaults__[:-1], 5000)", "start all ranks alike"),
-}  # fmt: skip
+    "code": (
+        "guard.code_digest = lambda: 'another'",
+        "runs other code than rank 0: install the same version everywhere",
+    ),
+    "data": (
+        "plain = mnist.load; mnist.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
+        "reads other data than rank 0: give all the same files",
+    ),
+    "steps": (
+        "plain = Trainer.__init__; Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
+        "buckets for 7 steps, rank 0 float32",
+    ),
+    "buckets": (
+        "made = reducer.Reducer.__init__; made.__defaults__ = (*made.__defaults__[:-1], 5000)",
+        "start all ranks alike",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", UNLIKE)
@@ -142,7 +172,9 @@ sys.exit(main())
 
 def test_singletons_are_recognised(tmp_path: Path) -> None:
     """srun started two ranks, but MPI knows nothing of it: each would train alone, into one folder."""
-    done = train(tmp_path / "run", *OPTIONS, check=False, env={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
+    done = train(
+        tmp_path / "run", *OPTIONS, check=False, env={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "2 ranks were started but MPI sees 1 in each" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -150,11 +182,18 @@ def test_singletons_are_recognised(tmp_path: Path) -> None:
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     """A signal to one rank that waits for another is heard while it waits, and all stop after the same step."""
-    script = at(1, 9, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(6); open({str(tmp_path / 'woken')!r}, 'w')")
+    script = at(
+        1, 9, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(6); open({str(tmp_path / 'woken')!r}, 'w')"
+    )
     folder = tmp_path / "run"
     mpirun = Path(sys.executable).with_name("mpirun")
-    process = subprocess.Popen([str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
-                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [str(mpirun), "-n", "2", sys.executable, "-c", script, "--run-dir", str(folder), *map(str, OPTIONS)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
@@ -192,7 +231,9 @@ sys.exit(main())
     assert summary(tmp_path / "run")["finished"]
 
 
-@pytest.mark.parametrize("option", [("--comm", "mpi"), ("--backend", "numpy"), ("--precision", "float64"), ("--lr", "0.5")])
+@pytest.mark.parametrize(
+    "option", [("--comm", "mpi"), ("--backend", "numpy"), ("--precision", "float64"), ("--lr", "0.5")]
+)
 def test_a_rank_with_another_option_is_named(tmp_path: Path, option: tuple[str, str]) -> None:
     script = f"""
 import os, sys
@@ -210,8 +251,12 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
     """Neither is a failure, and none is written down."""
     folder = tmp_path / "run"
     slow = at(0, 8, "time.sleep(8)")
-    process = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(folder), *map(str, OPTIONS)], cwd=ROOT,
-                               env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, "--run-dir", str(folder), *map(str, OPTIONS)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not read(folder):
         assert time.monotonic() < deadline
@@ -226,7 +271,9 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
 
 def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
     for rank in range(3):
-        Board(tmp_path, rank, 3).publish(now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {}))
+        Board(tmp_path, rank, 3).publish(
+            now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {})
+        )
     assert run("-m", "distrib.board", tmp_path).stdout.startswith("distrib: rank 1 on ")
     assert json.loads((tmp_path / "failure.json").read_text())["cause"] == "ValueError: planted"
 
@@ -246,7 +293,12 @@ print("alive")
 
 def test_a_shell_around_a_rank_is_not_its_launcher() -> None:
     code = "from distrib import parent; print(*parent())"
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -c '{code}'; true"], env=environment(), text=True, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{code}'; true"],
+        env=environment(),
+        text=True,
+        capture_output=True,
+    )
     name = Path(f"/proc/{os.getpid()}/comm").read_text().strip()
     assert done.stdout == f"{os.getpid()} {name}\n"
     assert run("-c", code).stdout == done.stdout
@@ -256,21 +308,38 @@ def test_a_shell_around_a_rank_is_not_its_launcher() -> None:
 
 
 def a_word(rank: int, **news: object) -> Word:
-    return Word(**{"rank": rank, "host": f"h{rank}", "pid": 1, "step": 9, "doing": "waiting in x", "collectives": 50,
-                   "time": 0.0, **news})  # type: ignore[arg-type]  # fmt: skip
+    return Word(
+        **{
+            "rank": rank,
+            "host": f"h{rank}",
+            "pid": 1,
+            "step": 9,
+            "doing": "waiting in x",
+            "collectives": 50,
+            "time": 0.0,
+            **news,
+        }
+    )  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("words", "rank", "text"), [
-    ([a_word(0), a_word(1, state="failed: boom"), a_word(2, time=-20)], 1, "boom"),
-    ([a_word(0), a_word(1), a_word(2, time=-20)], 2, "not a word for 20 s"),
-    ([a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)], 1, "behind the others, computing"),
-    ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
-    ([a_word(0, state=TOLD_TO_STOP), a_word(1, state=TOLD_TO_STOP, time=-20)], 1, "not a word for 20 s"),
-    ([a_word(1), a_word(0, state="finished", time=-20), a_word(2)], 1, "otherwise"),
-    ([a_word(0), a_word(2)], 1, "never said a word"),
-    ([a_word(0, host="h"), a_word(2, host="h")], 0, "otherwise"),
-    ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "rank", "text"),
+    [
+        ([a_word(0), a_word(1, state="failed: boom"), a_word(2, time=-20)], 1, "boom"),
+        ([a_word(0), a_word(1), a_word(2, time=-20)], 2, "not a word for 20 s"),
+        (
+            [a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)],
+            1,
+            "behind the others, computing",
+        ),
+        ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
+        ([a_word(0, state=TOLD_TO_STOP), a_word(1, state=TOLD_TO_STOP, time=-20)], 1, "not a word for 20 s"),
+        ([a_word(1), a_word(0, state="finished", time=-20), a_word(2)], 1, "otherwise"),
+        ([a_word(0), a_word(2)], 1, "never said a word"),
+        ([a_word(0, host="h"), a_word(2, host="h")], 0, "otherwise"),
+        ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
+    ],
+)
 def test_who_is_suspected(words: list[Word], rank: int, text: str) -> None:
     words = [replace(word, time=time.time() + word.time) for word in words]
     silent = {word.rank for word in words if time.time() - word.time > 10}

@@ -61,8 +61,10 @@ def test_two_hundred_steps_of_the_default_run() -> None:
     # Rounding is amplified from step to step, in PyTorch as in ours: against the float64 run, our error must
     # be of the size of PyTorch's own, and both begin at the rounding of a single step.
     own, other = np.abs(found - exact), np.abs(reference - exact)
-    print(f"largest over the first 20 and all steps: ours {own[:20].max():.1e} {own.max():.1e},"
-          f" PyTorch {other[:20].max():.1e} {other.max():.1e}")  # fmt: skip
+    print(
+        f"largest over the first 20 and all steps: ours {own[:20].max():.1e} {own.max():.1e},"
+        f" PyTorch {other[:20].max():.1e} {other.max():.1e}"
+    )
     assert own[:3].max() < 1e-5
     assert own.max() < 10 * other.max()
     assert np.median(own) < 10 * np.median(other)

@@ -51,8 +51,9 @@ def on_ranks(count: int, work: Callable[[int, F.SumOverRanks], Any]) -> list[Any
 @both_orders
 @each_block
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1e4, 1e-2), (-3.0, 1e3)])
-def test_batch_norm_statistics(mean: float, std: float, block: int, order: str, seed: int,
-                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_batch_norm_statistics(
+    mean: float, std: float, block: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two passes in longer precision; E[x²] − E[x]² would lose all of mean² / std² · 1e-16 = 1e-4."""
     monkeypatch.setattr(backend, "HOST_BLOCK", block)
     rng, ws = np.random.default_rng(seed), workspace(order)
@@ -142,19 +143,38 @@ def test_max_pool_ties(size: int, order: str, seed: int) -> None:
 @each_seed
 @both_orders
 @each_block
-@pytest.mark.parametrize(("relu", "pool", "residual"), [
-    (True, False, False), (True, False, True), (False, False, False), (False, False, True), (True, True, False),
-    (False, True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("relu", "pool", "residual"),
+    [
+        (True, False, False),
+        (True, False, True),
+        (False, False, False),
+        (False, False, True),
+        (True, True, False),
+        (False, True, False),
+    ],
+)
 @pytest.mark.parametrize("size", [(7, 8), (9, 5), (2, 2)])
-def test_activate(size: tuple[int, int], relu: bool, pool: bool, residual: bool, block: int, order: str, seed: int,
-                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_activate(
+    size: tuple[int, int],
+    relu: bool,
+    pool: bool,
+    residual: bool,
+    block: int,
+    order: str,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Few values, so that maxima tie, at zero and below it too: y and the way of the gradient, to the bit."""
     monkeypatch.setattr(backend, "HOST_BLOCK", block)
     torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
     shape = (4, *size, 4)
     z, more = (rng.integers(-2, 2, shape).astype(float) for _ in range(2))
-    gamma, beta, inverse_std = np.array([1.0, -2.0, 0.5, 0.0]), np.array([0.0, 1.0, -0.5, 1.0]), np.array([2, 1, 0.5, 1])
+    gamma, beta, inverse_std = (
+        np.array([1.0, -2.0, 0.5, 0.0]),
+        np.array([0.0, 1.0, -0.5, 1.0]),
+        np.array([2, 1, 0.5, 1]),
+    )
     whole = to_torch(z * inverse_std * gamma + beta + more * residual)
     y_t = torch.relu(whole) if relu else whole
     y_t = torch.nn.functional.max_pool2d(y_t, 2) if pool else y_t
@@ -166,8 +186,18 @@ def test_activate(size: tuple[int, int], relu: bool, pool: bool, residual: bool,
         gate.passed[...] = rng.random(shape) < 0.5
     if pool:
         gate = F.Gate(gate.passed, unwritten(ws, r.shape, "top"), ws.image("open", r.shape, "bool"))
-    F.activate(activations(ws, z, "z"), inverse_std, gamma, beta, y, ws, relu=relu, pool=pool, gate=gate,
-               residual=activations(ws, more, "more") if residual else None)  # fmt: skip
+    F.activate(
+        activations(ws, z, "z"),
+        inverse_std,
+        gamma,
+        beta,
+        y,
+        ws,
+        relu=relu,
+        pool=pool,
+        gate=gate,
+        residual=activations(ws, more, "more") if residual else None,
+    )
     assert np.array_equal(y, to_numpy(y_t))
     if gate:
         back = r.repeat(2, 1).repeat(2, 2) if pool else r

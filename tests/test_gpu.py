@@ -21,7 +21,15 @@ from nn.backend import NUMPY
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
 
-LAYERS = [(28, 64, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256), (3, 256, 256), (28, 8, 16), (3, 32, 32)]
+LAYERS = [
+    (28, 64, 128),
+    (14, 128, 128),
+    (14, 128, 256),
+    (7, 256, 256),
+    (3, 256, 256),
+    (28, 8, 16),
+    (3, 32, 32),
+]
 BOUND = {"float32": 2e-6, "tf32": 2e-3, "bf16": 1e-2}
 """Of the largest value. TF32 rounds inputs to 2^-11, bfloat16 to 2^-9; sums of many products average that out."""
 
@@ -92,8 +100,26 @@ def test_float32_training_follows_the_host() -> None:
     np.testing.assert_allclose(ours, theirs, rtol=5e-2)
 
 
-OPTIONS = ("--epochs", 2, "--limit-train", 600, "--limit-test", 200, "--batch-size", 26, "--width", 0.125, "--log-every", 1,
-           "--optimizer", "sgd", "--lr", 0.01, "--backend", "cupy")  # fmt: skip
+OPTIONS = (
+    "--epochs",
+    2,
+    "--limit-train",
+    600,
+    "--limit-test",
+    200,
+    "--batch-size",
+    26,
+    "--width",
+    0.125,
+    "--log-every",
+    1,
+    "--optimizer",
+    "sgd",
+    "--lr",
+    0.01,
+    "--backend",
+    "cupy",
+)
 SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
 
 
@@ -103,7 +129,9 @@ def nccl_shares_a_gpu() -> bool:
     return bool(nccl.available and nccl.get_version() >= MULTI_RANK_NCCL)
 
 
-needs_shared_gpu = pytest.mark.skipif(REAL and not nccl_shares_a_gpu(), reason="NOT RUN: needs NCCL 2.30 for ranks that share a GPU")
+needs_shared_gpu = pytest.mark.skipif(
+    REAL and not nccl_shares_a_gpu(), reason="NOT RUN: needs NCCL 2.30 for ranks that share a GPU"
+)
 
 
 def on_ranks(folder: Path, ranks: int, comm: str, *more: object, like: Path | None = None) -> None:
@@ -162,7 +190,7 @@ import os, signal, sys, threading, time
 from mpi4py import MPI
 if MPI.COMM_WORLD.Get_rank() == 1:
     threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()
-sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / 'run')!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
+sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
             "--timeout", "10", "--batch-size", "64", "--width", "0.125"]
 from distrib.command import main
 sys.exit(main())

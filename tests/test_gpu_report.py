@@ -13,7 +13,14 @@ from launch import bench, gpu_report
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = run("-m", "launch.gpu_report", "--out", tmp_path / "report.json", check=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    done = run(
+        "-m",
+        "launch.gpu_report",
+        "--out",
+        tmp_path / "report.json",
+        check=False,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("make test-gpu needs a GPU: ")
     assert len(done.stderr.strip().splitlines()) == 1
@@ -48,7 +55,9 @@ def test_every_part_can_be_called(name: str) -> None:
 def test_a_part_that_fails_or_never_ends_is_reported() -> None:
     good = gpu_report.run((sys.executable, "-c", "print('{\"a\": 1}')"), {}, 60)
     assert (good["code"], good["result"]) == (0, {"a": 1})
-    bad = gpu_report.run((sys.executable, "-c", "import os; print(os.environ['X']); raise SystemExit(3)"), {"X": "y"}, 60)
+    bad = gpu_report.run(
+        (sys.executable, "-c", "import os; print(os.environ['X']); raise SystemExit(3)"), {"X": "y"}, 60
+    )
     assert (bad["code"], bad["stdout"]) == (3, "y\n")
     slow = gpu_report.run((sys.executable, "-c", "import time; time.sleep(60)"), {}, 0.5)
     assert slow["code"] == -1

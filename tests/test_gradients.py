@@ -27,8 +27,13 @@ BOUND = 1e-7
 LINEAR, SMOOTH, LAYER, NETWORK = 0.1, 1e-3, 1e-5, 3e-7  # steps
 
 
-def check(value: Callable[..., float], points: list[np.ndarray], gradients: list[np.ndarray], step: float,
-          rng: np.random.Generator) -> None:  # fmt: skip
+def check(
+    value: Callable[..., float],
+    points: list[np.ndarray],
+    gradients: list[np.ndarray],
+    step: float,
+    rng: np.random.Generator,
+) -> None:
     """For each argument of `value`, the others held fixed: derivative along a random direction = ⟨gradient, d⟩."""
     for k, (point, gradient) in enumerate(zip(points, gradients, strict=True)):
         direction = rng.uniform(-1, 1, point.shape)
@@ -43,10 +48,16 @@ def check(value: Callable[..., float], points: list[np.ndarray], gradients: list
 
 @each_seed
 @both_orders
-@pytest.mark.parametrize(("form", "kernel", "geometry"), [
-    ("loop", 3, Geometry(2, 1, 1)), ("loop", 2, Geometry(1, 1, 2)), ("patches", 3, Geometry(2, 2, 2)),
-    ("patches", 2, Geometry(3, 0, 1)), ("winograd", 3, Geometry(1, 1, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "kernel", "geometry"),
+    [
+        ("loop", 3, Geometry(2, 1, 1)),
+        ("loop", 2, Geometry(1, 1, 2)),
+        ("patches", 3, Geometry(2, 2, 2)),
+        ("patches", 2, Geometry(3, 0, 1)),
+        ("winograd", 3, Geometry(1, 1, 1)),
+    ],
+)
 def test_convolution(form: str, kernel: int, geometry: Geometry, order: str, seed: int) -> None:
     if form == "winograd" and order == "NHWC":
         return  # refused, see test_conv.py
@@ -133,14 +144,23 @@ def test_linear_and_losses(loss: str, seed: int) -> None:
 @each_seed
 @both_orders
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize(("relu", "pool", "residual"), [
-    (True, False, False), (True, True, False), (True, False, True), (False, False, False),
-    (False, False, True), (False, True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("relu", "pool", "residual"),
+    [
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+        (False, False, False),
+        (False, False, True),
+        (False, True, False),
+    ],
+)
 def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str, seed: int) -> None:
     rng, ws = np.random.default_rng(seed), workspace(order)
     layer = ConvBN("layer", 2, 3, kernel=kernel, relu=relu, pool=pool)
-    layer.form = "winograd" if kernel == 3 and order == "HWNC" else None  # by shape, images this small would take patches
+    layer.form = (
+        "winograd" if kernel == 3 and order == "HWNC" else None
+    )  # by shape, images this small would take patches
     params, step = Parameters(layer.specs(), ws.backend, "float64"), Pass(True, 3)
     layer.bind(params, ws, np.zeros((2, layer.c_out)))
     x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))

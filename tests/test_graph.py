@@ -29,12 +29,21 @@ from nn import functional as F
 from nn.backend import NUMPY, Backend
 from nn.resnet9 import VARIANTS
 
-OPTIONS: dict[str, Any] = {"batch_size": 8, "width": 0.125 if REAL else 0.0625, "epochs": 3, "schedule": "onecycle", "lr": 1e-2}
+OPTIONS: dict[str, Any] = {
+    "batch_size": 8,
+    "width": 0.125 if REAL else 0.0625,
+    "epochs": 3,
+    "schedule": "onecycle",
+    "lr": 1e-2,
+}
 
 
 def random_data(images: int) -> mnist.Dataset:
     rng = np.random.default_rng(1)
-    return mnist.Dataset("random", *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2)
+    return mnist.Dataset(
+        "random",
+        *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2,
+    )
 
 
 DATA = random_data(20)
@@ -60,10 +69,16 @@ SGD = {"optimizer": "sgd", "momentum": 0.9, "loss": "bce"}
 AUGMENTED = {"shift": 2.0, "rotate": 15.0, "average": 0.5}
 
 
-@pytest.mark.parametrize(("variant", "precision", "optimizer"), [
-    ("baseline", "float32", {"label_smoothing": 0.1}), ("avgpool", "tf32", {**SGD, **AUGMENTED}), ("conv-shortcut", "bf16", SGD),
-    ("three-blocks", "bf16", {"weight_decay": 0.1, **AUGMENTED}), ("three-blocks", "float32", SGD),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "precision", "optimizer"),
+    [
+        ("baseline", "float32", {"label_smoothing": 0.1}),
+        ("avgpool", "tf32", {**SGD, **AUGMENTED}),
+        ("conv-shortcut", "bf16", SGD),
+        ("three-blocks", "bf16", {"weight_decay": 0.1, **AUGMENTED}),
+        ("three-blocks", "float32", SGD),
+    ],
+)
 def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, optimizer: dict) -> None:
     """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a graph."""
     found = []
@@ -74,7 +89,9 @@ def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, opti
             for _ in range(3):
                 losses += steps(trainer, 3)
                 losses.append(trainer.test()["test_loss"])
-            found.append((losses, backend.to_host(trainer.params.values), trainer.model.state_dict(), trainer.lr()))
+            found.append(
+                (losses, backend.to_host(trainer.params.values), trainer.model.state_dict(), trainer.lr())
+            )
             assert (trainer.graphs is not None) == graph
             if trainer.graphs:
                 # eager: one of each kind, and after the evaluation moved buffers once more
@@ -134,15 +151,21 @@ def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
             if warm:
                 warm_up(trainer, run_folder)
                 held, built = trainer.model.ws.nbytes(), len(getattr(backend, "launched", ()))
-            found.append((steps(trainer, 4), trainer.test(), trainer.model.state_dict(), trainer.optimizer.steps))
+            found.append(
+                (steps(trainer, 4), trainer.test(), trainer.model.state_dict(), trainer.optimizer.steps)
+            )
             if warm and precision != "float64":
                 assert trainer.graphs is not None
                 assert trainer.graphs.replays == 1 + 4, "one before the warm-up, and every step after it"
                 assert trainer.model.ws.nbytes() == held, "a buffer grew after the warm-up"
-                assert REAL or "adam" not in backend.launched[built:], "a step was queued by Python after the warm-up"
+                assert REAL or "adam" not in backend.launched[built:], (
+                    "a step was queued by Python after the warm-up"
+                )
                 stored = json.loads((run_folder.path / "plans.json").read_text())
                 assert stored["about"] == backend.describe()
-                assert len(stored["plans"]) == 5 * 3 * 2 + 5, "three operations of five shapes for 8 and 4 images; forward for 20"
+                assert len(stored["plans"]) == 5 * 3 * 2 + 5, (
+                    "three operations of five shapes for 8 and 4 images; forward for 20"
+                )
     (losses, test, state, done), (expected, expected_test, expected_state, expected_done) = found
     assert (losses, test, done) == (expected, expected_test, expected_done)
     assert all((state[name] == expected_state[name]).all() for name in state)
@@ -155,7 +178,9 @@ def test_stored_plans_are_taken_and_those_of_another_gpu_are_not(tmp_path: Path)
         with device("tf32") as backend:
             folder.keep_plans({"gpu": about}, {"forward 8x28x28x4 3x3x4x8 s1p1d1 tf32": "lost"})
             if taken:
-                with pytest.raises(UserError, match=r"'lost' stored for 'forward 8x28x28x4 .* remove plans.json"):
+                with pytest.raises(
+                    UserError, match=r"'lost' stored for 'forward 8x28x28x4 .* remove plans.json"
+                ):
                     warm_up(a_trainer(backend, precision="tf32"), folder)
             else:
                 warm_up(a_trainer(backend, precision="tf32"), folder)
@@ -166,15 +191,23 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The training loop, which reads results late there: the same lines of metrics.jsonl as on the host."""
     lines, summaries = [], []
     for name in ("device", "host"):
-        options = Config(**OPTIONS | {"epochs": 2, "log_every": 2, "checkpoint_every": 5, "lr": 1e-3},
-                         backend="auto" if name == "device" else "numpy", limit_train=44, limit_test=30, run_dir=str(tmp_path / name), comm="none")  # fmt: skip
+        options = Config(
+            **OPTIONS | {"epochs": 2, "log_every": 2, "checkpoint_every": 5, "lr": 1e-3},
+            backend="auto" if name == "device" else "numpy",
+            limit_train=44,
+            limit_test=30,
+            run_dir=str(tmp_path / name),
+            comm="none",
+        )
         with device("float32") as backend:
             world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
             if name == "device":
                 monkeypatch.setattr(distrib.train, "connect", lambda *_, world=world: world)
             assert distrib.train.train(options) == 0
             monkeypatch.undo()
-        lines.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+        lines.append(
+            [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        )
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
     assert [line.get("step") for line in lines[0]] == [line.get("step") for line in lines[1]]
     for ours, theirs in zip(*lines, strict=True):
@@ -201,7 +234,9 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         distrib.train.train_epoch(trainer, 0, None, screen)
         assert trainer.stopped
         assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
-        assert trainer.at.images == 8 * trainer.at.step, "the checkpoint that follows needs the results of every step"
+        assert trainer.at.images == 8 * trainer.at.step, (
+            "the checkpoint that follows needs the results of every step"
+        )
         assert not trainer.copies
 
 
@@ -214,7 +249,9 @@ def captured(backend: DoubleBackend, **options: Any) -> list[Any]:
     return list(graph.work)
 
 
-@pytest.mark.parametrize("layer", ["stem.0.weight", "stage1.0.weight", "stage3.0.weight", "res1.0.0.weight", "fc.bias"])
+@pytest.mark.parametrize(
+    "layer", ["stem.0.weight", "stage1.0.weight", "stage3.0.weight", "res1.0.0.weight", "fc.bias"]
+)
 @pytest.mark.parametrize("average", [False, True])
 def test_nan_is_not_lost_on_its_way(layer: str, average: bool) -> None:
     """Comparisons with NaN are false: a ReLU or a maximum written without care makes 0 of it."""
@@ -231,9 +268,14 @@ def test_nan_is_not_lost_on_its_way(layer: str, average: bool) -> None:
 def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = []
     for name in ("device", "host"):
-        options = Config(**OPTIONS | {"optimizer": "sgd", "schedule": "constant", "lr": 1e10, "log_every": 1},
-                         backend="auto" if name == "device" else "numpy", limit_train=64, limit_test=10,
-                         run_dir=str(tmp_path / name), comm="none")  # fmt: skip
+        options = Config(
+            **OPTIONS | {"optimizer": "sgd", "schedule": "constant", "lr": 1e10, "log_every": 1},
+            backend="auto" if name == "device" else "numpy",
+            limit_train=64,
+            limit_test=10,
+            run_dir=str(tmp_path / name),
+            comm="none",
+        )
         with device("float32") as backend:
             world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
             if name == "device":
@@ -367,7 +409,13 @@ def test_all_ranks_have_graphs_or_none_has(unwilling: bool) -> None:
 @double_only
 def test_a_communicator_is_not_closed_under_a_graph() -> None:
     """The real NCCL would wait for ever: `Trainer.close` lets go of the graphs first."""
-    done = run("-c", "UNWILLING = False\n" + AGREE.replace("trainer.close()", "comm.close()"), ranks=2, env=PATH, check=False)
+    done = run(
+        "-c",
+        "UNWILLING = False\n" + AGREE.replace("trainer.close()", "comm.close()"),
+        ranks=2,
+        env=PATH,
+        check=False,
+    )
     assert "destroyed while a CUDA graph holds its calls" in done.stderr
 
 
@@ -398,12 +446,16 @@ def test_ranks_through_the_host() -> None:
 
 @double_only
 def test_a_sum_that_does_not_wait_for_the_weight_gradients_is_found_out() -> None:
-    done = run("-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=PATH, check=False)
+    done = run(
+        "-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=PATH, check=False
+    )
     assert "AssertionError: a graph and eager steps differ" in done.stderr
 
 
 @double_only
-def test_kernels_are_listed_and_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_listed_and_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`distrib bench kernels` on the double, whose clock stands still between plans."""
     from launch import bench_kernels
 

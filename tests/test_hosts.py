@@ -18,13 +18,28 @@ from conftest import ROOT, environment, summary, train
 from test_failures import left_running
 
 HOSTS = ROOT / "tests" / "two_hosts.sh"
-OPTIONS = ("--batch-size", 16, "--limit-train", 320, "--limit-test", 20, "--width", 0.0625, "--log-every", 5, "--seed", 3)
+OPTIONS = (
+    "--batch-size",
+    16,
+    "--limit-train",
+    320,
+    "--limit-test",
+    20,
+    "--width",
+    0.0625,
+    "--log-every",
+    5,
+    "--seed",
+    3,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hosts() -> Iterator[None]:
     done = subprocess.run([str(HOSTS), "up"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"the two hosts cannot be made (root and iproute2 are needed): {done.stderr.strip()}"
+    assert done.returncode == 0, (
+        f"the two hosts cannot be made (root and iproute2 are needed): {done.stderr.strip()}"
+    )
     yield
     subprocess.run([str(HOSTS), "down"], check=True)
 
@@ -33,30 +48,54 @@ def on_two_hosts(*arguments: object, output: Path) -> subprocess.Popen[bytes]:
     """mpirun on h1 with two ranks there and two on h2."""
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    command = (f"hostname h1; exec {mpirun} --prtemca plm_ssh_agent {HOSTS} --host h1:2,h2:2 --map-by ppr:2:node:oversubscribe"
-               f" -n 4 -x PYTHONPATH -x OMP_NUM_THREADS {sys.executable} {' '.join(map(str, arguments))}")  # fmt: skip
+    command = (
+        f"hostname h1; exec {mpirun} --prtemca plm_ssh_agent {HOSTS} --host h1:2,h2:2 --map-by ppr:2:node:oversubscribe"
+        f" -n 4 -x PYTHONPATH -x OMP_NUM_THREADS {sys.executable} {' '.join(map(str, arguments))}"
+    )
     with open(output, "wb") as file:
-        return subprocess.Popen(["ip", "netns", "exec", "h1", "unshare", "--uts", "sh", "-c", command], cwd=ROOT,
-                                env=environment(), stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+        return subprocess.Popen(
+            ["ip", "netns", "exec", "h1", "unshare", "--uts", "sh", "-c", command],
+            cwd=ROOT,
+            env=environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def test_a_run_over_two_hosts(tmp_path: Path) -> None:
-    process = on_two_hosts("-m", "distrib.train", "--run-dir", tmp_path / "two", *OPTIONS, "--epochs", 1, output=tmp_path / "log")
+    process = on_two_hosts(
+        "-m", "distrib.train", "--run-dir", tmp_path / "two", *OPTIONS, "--epochs", 1, output=tmp_path / "log"
+    )
     assert process.wait(120) == 0, (tmp_path / "log").read_text()
     train(tmp_path / "one", *OPTIONS, "--epochs", 1, ranks=4)
     two, one = summary(tmp_path / "two"), summary(tmp_path / "one")
     assert two["finished"]
     assert two["world_size"] == 4
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
-    spoke = [json.loads(path.read_text())["host"] for path in sorted((tmp_path / "two" / "ranks").glob("?????.json"))]
+    spoke = [
+        json.loads(path.read_text())["host"]
+        for path in sorted((tmp_path / "two" / "ranks").glob("?????.json"))
+    ]
     assert spoke == ["h1", "h1", "h2", "h2"]
 
 
 def test_a_link_that_goes_down(tmp_path: Path) -> None:
     """Ends within the bound, non-zero, with a line that says who waited for what, and nothing is left running."""
     folder = tmp_path / "run"
-    process = on_two_hosts("-m", "distrib.train", "--run-dir", folder, *OPTIONS, "--epochs", 500, "--timeout", 5,
-                           "--checkpoint-every", 20, output=tmp_path / "log")  # fmt: skip
+    process = on_two_hosts(
+        "-m",
+        "distrib.train",
+        "--run-dir",
+        folder,
+        *OPTIONS,
+        "--epochs",
+        500,
+        "--timeout",
+        5,
+        "--checkpoint-every",
+        20,
+        output=tmp_path / "log",
+    )
     deadline = time.monotonic() + 60
     while not list(folder.glob("checkpoints/step-*0.safetensors")):
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()

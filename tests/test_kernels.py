@@ -71,7 +71,9 @@ class Both:
 
     def near(self, name: str, expected: np.ndarray, found: Any, bound: float | None = None) -> None:
         apart = np.abs(self.found(found) - expected).max(initial=0)
-        limit = (BOUND[self.element] if bound is None else bound) * max(np.abs(expected).max(initial=0), 1e-30)
+        limit = (BOUND[self.element] if bound is None else bound) * max(
+            np.abs(expected).max(initial=0), 1e-30
+        )
         assert apart <= limit, f"{name}: {apart:.3g} apart, {limit:.3g} allowed"
 
 
@@ -85,7 +87,9 @@ SHAPES = [(2, 6, 6, 8), (3, 7, 5, 5), (1, 3, 3, 40), (5, 2, 4, 1), (2, 28, 28, 3
 LARGE = (3, 36, 31, 33)  # 3348 rows: more than one block, and two groups of channels
 
 
-def norm_case(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> tuple[tuple[int, ...], dict]:
+def norm_case(
+    both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool
+) -> tuple[tuple[int, ...], dict]:
     n, h, w, c = shape
     out = (n, h // 2, w // 2, c) if pool else shape
     rng = both.rng
@@ -103,8 +107,14 @@ def norm_case(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
     return out, {"relu": relu, "pool": pool}
 
 
-KINDS = [(False, True, False), (True, True, False), (False, True, True), (False, False, False), (True, False, False),
-         (False, False, True)]  # fmt: skip
+KINDS = [
+    (False, True, False),
+    (True, True, False),
+    (False, True, True),
+    (False, False, False),
+    (True, False, False),
+    (False, False, True),
+]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, LARGE])
@@ -114,23 +124,52 @@ def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
     _, kind = norm_case(both, shape, pool, relu, residual)
     count = shape[0] * shape[1] * shape[2]
     results = []
-    for side, (forward, backward) in enumerate(((F.norm_forward.plain, F.norm_backward.plain), (F.norm_forward, F.norm_backward))):
+    for side, (forward, backward) in enumerate(
+        ((F.norm_forward.plain, F.norm_backward.plain), (F.norm_forward, F.norm_backward))
+    ):
         a, ws = both[side], both.ws[side]
-        saved = forward(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), ws, count=count,
-                        sum_over_ranks=None, residual=a("residual"), **kind)  # fmt: skip
-        results.append(backward(a("dy"), saved, a("gamma"), a("beta"), a("dgamma"), a("dbeta"), ws, count=count,
-                                sum_over_ranks=None))  # fmt: skip
+        saved = forward(
+            a("z"),
+            a("gamma"),
+            a("beta"),
+            a("mean"),
+            a("var"),
+            a("y"),
+            ws,
+            count=count,
+            sum_over_ranks=None,
+            residual=a("residual"),
+            **kind,
+        )
+        results.append(
+            backward(
+                a("dy"),
+                saved,
+                a("gamma"),
+                a("beta"),
+                a("dgamma"),
+                a("dbeta"),
+                ws,
+                count=count,
+                sum_over_ranks=None,
+            )
+        )
     both.check("y")
     both.check("mean", "var", bound=1e-6 if both.element != "float64" else None)
     expected, found = both.pairs["y"]
-    assert ((expected > 0) == (both.found(found) > 0)).all(), "rounding moved a value across the gate: take another seed"
+    assert ((expected > 0) == (both.found(found) > 0)).all(), (
+        "rounding moved a value across the gate: take another seed"
+    )
     both.check("dgamma", "dbeta", bound={"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-5}[both.element])
     both.near("dz", *results)
     if residual:
         both.check("dy")
     small = rows_of(both.pairs["z"][0], pool) <= SMALL_ROWS * KEEP[both.element] // (4 if pool else 1)
-    assert REAL or both.backend.launched == (["norm_small_forward", "norm_small_backward"] if small else [
-        "norm_statistics", "norm_apply", "norm_gradient_sums", "norm_input_gradient"])  # fmt: skip
+    assert REAL or both.backend.launched == (
+        ["norm_small_forward", "norm_small_backward"]
+        if small
+        else ["norm_statistics", "norm_apply", "norm_gradient_sums", "norm_input_gradient"]
+    )
     assert small or shape != SHAPES[0]
     TESTED.update({"norm_forward", "norm_backward"})
 
@@ -139,7 +178,9 @@ def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
 @pytest.mark.parametrize("sizes", [(2, 3), (4, 0, 1)])
 @pytest.mark.parametrize(("pool", "relu", "residual"), KINDS[:3])
 @pytest.mark.parametrize("element", ["float64", "float32"])
-def test_norm_over_ranks(element: str, pool: bool, relu: bool, residual: bool, sizes: tuple[int, ...]) -> None:
+def test_norm_over_ranks(
+    element: str, pool: bool, relu: bool, residual: bool, sizes: tuple[int, ...]
+) -> None:
     """Parts of a batch, one of them empty, with sums over ranks, are the whole batch."""
     whole = (5, 6, 5, 9)
     with device() as backend:
@@ -152,10 +193,30 @@ def test_norm_over_ranks(element: str, pool: bool, relu: bool, residual: bool, s
         def work(images: slice, sums: Any) -> dict[str, np.ndarray]:
             ws = Workspace(backend, DTYPE[element])
             part = {name: xp.array(v[images] if v.ndim == 4 else v) for name, v in start.items()}
-            saved = F.norm_forward(part["z"], part["gamma"], part["beta"], part["mean"], part["var"], part["y"], ws,
-                                   count=150, sum_over_ranks=sums, residual=part.get("residual"), **kind)  # fmt: skip
-            dz = F.norm_backward(part["dy"], saved, part["gamma"], part["beta"], part["dgamma"], part["dbeta"], ws,
-                                 count=150, sum_over_ranks=sums)  # fmt: skip
+            saved = F.norm_forward(
+                part["z"],
+                part["gamma"],
+                part["beta"],
+                part["mean"],
+                part["var"],
+                part["y"],
+                ws,
+                count=150,
+                sum_over_ranks=sums,
+                residual=part.get("residual"),
+                **kind,
+            )
+            dz = F.norm_backward(
+                part["dy"],
+                saved,
+                part["gamma"],
+                part["beta"],
+                part["dgamma"],
+                part["dbeta"],
+                ws,
+                count=150,
+                sum_over_ranks=sums,
+            )
             return {name: one.found(v) for name, v in {**part, "dz": dz}.items()}
 
         def on_device(sums: Any) -> Any:
@@ -167,13 +228,18 @@ def test_norm_over_ranks(element: str, pool: bool, relu: bool, residual: bool, s
             return reduce
 
         expected = work(slice(0, 5), None)
-        parts = on_ranks(len(sizes), lambda rank, sums: work(slice(stops[rank], stops[rank + 1]), on_device(sums)))
+        parts = on_ranks(
+            len(sizes), lambda rank, sums: work(slice(stops[rank], stops[rank + 1]), on_device(sums))
+        )
         bound = 1e-12 if element == "float64" else 1e-5
         for name in ("y", "dz", *(["dy"] if residual else [])):
             together = np.concatenate([part[name] for part in parts])
             assert np.abs(together - expected[name]).max() <= bound * np.abs(expected[name]).max(), name
         for name in ("dgamma", "dbeta"):
-            assert np.abs(sum(part[name] for part in parts) - expected[name]).max() <= bound * np.abs(expected[name]).max()
+            assert (
+                np.abs(sum(part[name] for part in parts) - expected[name]).max()
+                <= bound * np.abs(expected[name]).max()
+            )
         for name in ("mean", "var"):
             assert all(np.abs(part[name] - expected[name]).max() <= bound for part in parts), name
 
@@ -184,7 +250,17 @@ def test_norm_inference(both: Both, shape: tuple[int, ...], pool: bool, relu: bo
     _, kind = norm_case(both, shape, pool, relu, residual)
     for side, run in enumerate((F.norm_inference.plain, F.norm_inference)):
         a = both[side]
-        run(a("z"), a("gamma"), a("beta"), a("mean"), a("var"), a("y"), both.ws[side], residual=a("residual"), **kind)
+        run(
+            a("z"),
+            a("gamma"),
+            a("beta"),
+            a("mean"),
+            a("var"),
+            a("y"),
+            both.ws[side],
+            residual=a("residual"),
+            **kind,
+        )
     both.check("y", "mean", "var")
     TESTED.add("norm_inference")
 
@@ -199,7 +275,9 @@ def test_head(both: Both, n: int, side: int, c: int, k: int, average: bool) -> N
     for name, shape in {"pooled": (n, 1, 1, c), "logits": (n, k), "dw": (k, c), "db": (k,)}.items():
         both.add(name, np.full(shape, np.nan), real=True)
     both.add("dx", np.full((n, side, side, c), np.nan))
-    for i, (forward, backward) in enumerate(((F.head_forward.plain, F.head_backward.plain), (F.head_forward, F.head_backward))):
+    for i, (forward, backward) in enumerate(
+        ((F.head_forward.plain, F.head_backward.plain), (F.head_forward, F.head_backward))
+    ):
         a = both[i]
         forward(a("x"), a("w"), a("b"), a("pooled"), a("logits"), average)
         backward(a("dlogits"), a("x"), a("pooled"), a("w"), a("dw"), a("db"), a("dx"), both.ws[i], average)
@@ -218,7 +296,17 @@ def test_loss(both: Both, loss: str, smoothing: float, n: int) -> None:
         both.add(name, np.full(shape, np.nan), real=True)
     for side, run in enumerate((losses.loss_and_gradient.plain, losses.loss_and_gradient)):
         a = both[side]
-        run(a("logits"), a("labels"), a("stop"), a("dlogits"), a("own"), a("tail"), loss=loss, count=512, smoothing=smoothing)
+        run(
+            a("logits"),
+            a("labels"),
+            a("stop"),
+            a("dlogits"),
+            a("own"),
+            a("tail"),
+            loss=loss,
+            count=512,
+            smoothing=smoothing,
+        )
     both.check("dlogits", "own", "tail", "logits", "stop", bound=1e-12 if both.element == "float64" else 3e-6)
     TESTED.add("loss_and_gradient")
 
@@ -236,7 +324,17 @@ def test_take_batch(both: Both, n: int, warped: bool) -> None:
     both.exact("warps", warps)
     for side, run in enumerate((take_batch.plain, take_batch)):
         a = both[side]
-        run(a("images"), a("labels"), a("order"), a("at"), 5, 1, a("x"), a("y"), a("warps") if warped else None)
+        run(
+            a("images"),
+            a("labels"),
+            a("order"),
+            a("at"),
+            5,
+            1,
+            a("x"),
+            a("y"),
+            a("warps") if warped else None,
+        )
     both.check("x", bound=2e-5 if warped and both.element == "float32" else None)
     both.check("images", "labels", "order", "at", "y", bound=0)
     TESTED.add("take_batch")
@@ -267,12 +365,16 @@ def test_end_step(both: Both) -> None:
 
 OPTIMIZERS = {
     "adam": [{"weight_decay": 0.0}, {"weight_decay": 0.1}],
-    "sgd": [{"weight_decay": wd, "momentum": m, "nesterov": nesterov}
-            for wd, m, nesterov in ((0.0, 0.0, False), (0.1, 0.0, False), (0.0, 0.9, False), (0.1, 0.9, True))],
-}  # fmt: skip
+    "sgd": [
+        {"weight_decay": wd, "momentum": m, "nesterov": nesterov}
+        for wd, m, nesterov in ((0.0, 0.0, False), (0.1, 0.0, False), (0.0, 0.9, False), (0.1, 0.9, True))
+    ],
+}
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, o) for name, all_of in OPTIMIZERS.items() for o in all_of])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, o) for name, all_of in OPTIMIZERS.items() for o in all_of]
+)
 def test_optimizers(both: Both, name: str, options: dict) -> None:
     size, rng = 1000, both.rng
     both.add("values", rng.normal(0, 1, size), real=True)
@@ -286,8 +388,16 @@ def test_optimizers(both: Both, name: str, options: dict) -> None:
     for side, run in enumerate((getattr(optim, name).plain, getattr(optim, name))):
         a = both[side]
         state = [a(s) for s in states] if name == "adam" or states else [None]
-        run(a("values"), a("grads"), *state, a("rates"), a("at"), compute if side else None,
-            np.zeros((2, 300)), **options)  # fmt: skip
+        run(
+            a("values"),
+            a("grads"),
+            *state,
+            a("rates"),
+            a("at"),
+            compute if side else None,
+            np.zeros((2, 300)),
+            **options,
+        )
     both.check("values", "grads", *states, "rates", "at", bound=1e-14 if both.element == "float64" else 1e-6)
     if compute is not None:
         expected = to_bf16(both.backend.to_host(both.pairs["values"][1]))
@@ -307,10 +417,26 @@ def test_average(both: Both) -> None:
 
 def test_narrow_and_widen() -> None:
     """To the bit, the plain versions on the host among them: ties, denormals, infinities, NaN."""
-    bits = np.concatenate([
-        np.random.default_rng(0).integers(0, 1 << 32, 5000, np.uint64).astype(np.uint32),
-        np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 1, 0x80000000, 0x8000], np.uint32),
-    ])  # fmt: skip
+    bits = np.concatenate(
+        [
+            np.random.default_rng(0).integers(0, 1 << 32, 5000, np.uint64).astype(np.uint32),
+            np.array(
+                [
+                    0x3F808000,
+                    0x3F818000,
+                    0x7F7FFFFF,
+                    0x7F800000,
+                    0xFF800000,
+                    0x7F800001,
+                    0x7FFFFFFF,
+                    1,
+                    0x80000000,
+                    0x8000,
+                ],
+                np.uint32,
+            ),
+        ]
+    )
     x = bits.view(np.float32)
     x = np.where(np.isnan(x), np.float32(np.nan), x)
     with device() as backend, np.errstate(invalid="ignore"):
@@ -328,7 +454,9 @@ def test_narrow_and_widen() -> None:
     TESTED.update({"narrow", "widen"})
 
 
-@pytest.mark.parametrize("shape", [(3, 28, 28, 8), (2, 5, 7, 3), (1, 1, 1, 40), (9, 28, 28, 33), (0, 28, 28, 8)])
+@pytest.mark.parametrize(
+    "shape", [(3, 28, 28, 8), (2, 5, 7, 3), (1, 1, 1, 40), (9, 28, 28, 33), (0, 28, 28, 8)]
+)
 def test_stem(both: Both, shape: tuple[int, ...]) -> None:
     """The first layer's own convolution against patches, its weight gradient too."""
     n, h, w, c = shape

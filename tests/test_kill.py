@@ -20,15 +20,48 @@ from distrib import checkpoint as ckpt
 from distrib.board import read
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
-OPTIONS = ("--epochs", 40, "--batch-size", 16, "--limit-train", 320, "--limit-test", 1, "--width", 0.25, "--schedule", "onecycle",
-           "--checkpoint-every", 1, "--keep", 2, "--log-every", 100)  # fmt: skip
+OPTIONS = (
+    "--epochs",
+    40,
+    "--batch-size",
+    16,
+    "--limit-train",
+    320,
+    "--limit-test",
+    1,
+    "--width",
+    0.25,
+    "--schedule",
+    "onecycle",
+    "--checkpoint-every",
+    1,
+    "--keep",
+    2,
+    "--log-every",
+    100,
+)
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     mpirun = Path(sys.executable).with_name("mpirun")
-    command = [str(mpirun) if mpirun.exists() else "mpirun", "-n", "2", sys.executable, "-m", "distrib.train", "--run-dir", str(folder)]
-    return subprocess.Popen([*command, *map(str, OPTIONS)], cwd=ROOT, env=environment(), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    command = [
+        str(mpirun) if mpirun.exists() else "mpirun",
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "distrib.train",
+        "--run-dir",
+        str(folder),
+    ]
+    return subprocess.Popen(
+        [*command, *map(str, OPTIONS)],
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def stop_inside_a_save(folder: Path, saver: int, deadline: float) -> None:
@@ -50,7 +83,9 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         process = start(folder)
         before, deadline = (steps[-1] if steps else 0), time.monotonic() + 60
         # into the steps of this process, then a random moment, in every other round one inside a save
-        while (found := ckpt.list_checkpoints(folder / "checkpoints")[:1]) == [] or int(found[0].stem.split("-")[1]) <= before:
+        while (found := ckpt.list_checkpoints(folder / "checkpoints")[:1]) == [] or int(
+            found[0].stem.split("-")[1]
+        ) <= before:
             assert time.monotonic() < deadline, "no step was saved"
             assert process.poll() is None, f"ended by itself with {process.returncode}: give it more epochs"
             time.sleep(0.01)

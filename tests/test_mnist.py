@@ -30,7 +30,12 @@ def arrays(data: mnist.Dataset) -> tuple[np.ndarray, ...]:
 
 
 def test_package_holds_mnist(package: mnist.Dataset) -> None:
-    assert [array.shape for array in arrays(package)] == [(60000, 28, 28), (60000,), (10000, 28, 28), (10000,)]
+    assert [array.shape for array in arrays(package)] == [
+        (60000, 28, 28),
+        (60000,),
+        (10000, 28, 28),
+        (10000,),
+    ]
     assert all(array.dtype == np.uint8 for array in arrays(package))
     assert np.bincount(package.train_labels).tolist() == TRAIN_LABELS
     assert np.bincount(package.test_labels).tolist() == TEST_LABELS
@@ -88,7 +93,10 @@ def test_digest_sees_every_array(small_data: Path) -> None:
     before = mnist.load(str(small_data))
     changed = {before.digest()}
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        parts = {key: getattr(before, key).copy() for key in ("train_images", "train_labels", "test_images", "test_labels")}
+        parts = {
+            key: getattr(before, key).copy()
+            for key in ("train_images", "train_labels", "test_images", "test_labels")
+        }
         parts[name].flat[3] ^= 1
         changed.add(mnist.Dataset(before.name, **parts).digest())
     assert len(changed) == 5
@@ -108,16 +116,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: p.write_bytes(b""), "starts with nothing.*give an IDX file"),
     "one byte": (lambda p: put(p, content(p)[:1]), "starts with 00.*give an IDX file"),
     "half a header": (lambda p: put(p, content(p)[:6]), "give an IDX file"),
-    "header alone": (lambda p: put(p, content(p)[: 4 + 4 * content(p)[3]]), "truncated.*header says.*copy it again"),
+    "header alone": (
+        lambda p: put(p, content(p)[: 4 + 4 * content(p)[3]]),
+        "truncated.*header says.*copy it again",
+    ),
     "last byte missing": (lambda p: put(p, content(p)[:-1]), "truncated.*header says.*copy it again"),
     "over-long": (lambda p: put(p, content(p) + b"\0"), "over-long.*header says.*copy it again"),
     "magic": (lambda p: put(p, b"\0\0\x0d" + content(p)[3:]), "starts with 00000d0.*give an IDX file"),
-    "huge header": (lambda p: put(p, content(p)[:4] + b"\xff" * 4 + content(p)[8:]), "truncated.*copy it again"),
-    "no gzip": (lambda p: p.write_bytes(b"\x1f\x8b" + b"junk" * 9), "cannot be read as gzip.*copy the file again"),
+    "huge header": (
+        lambda p: put(p, content(p)[:4] + b"\xff" * 4 + content(p)[8:]),
+        "truncated.*copy it again",
+    ),
+    "no gzip": (
+        lambda p: p.write_bytes(b"\x1f\x8b" + b"junk" * 9),
+        "cannot be read as gzip.*copy the file again",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [IMAGES, LABELS, IMAGES.replace("train", "t10k"), LABELS.replace("train", "t10k")])
+@pytest.mark.parametrize(
+    "name", [IMAGES, LABELS, IMAGES.replace("train", "t10k"), LABELS.replace("train", "t10k")]
+)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_data_file(damage: str, name: str, small_data: Path) -> None:
     apply, remedy = DAMAGE[damage]
@@ -160,14 +179,17 @@ def test_unpacked_file_in_the_package(small_data: Path, monkeypatch: pytest.Monk
         mnist.read_idx(small_data / LABELS, mnist.LABELS)
 
 
-@pytest.mark.parametrize(("name", "array", "message"), [
-    (LABELS, np.zeros(63), "64 images, train-labels-idx1-ubyte 63 labels"),
-    (LABELS, np.arange(64) % 11, "label 10 at index 10: labels go from 0 to 9"),
-    (LABELS, np.full(64, 255), "label 255 at index 0: labels go from 0 to 9"),
-    (LABELS, np.zeros((64, 28, 28)), "IDX labels start with 00000801"),
-    (IMAGES, np.zeros((64, 28, 27)), "images of 28×27, the network takes 28×28"),
-    (IMAGES, np.zeros(64), "IDX images start with 00000803"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (LABELS, np.zeros(63), "64 images, train-labels-idx1-ubyte 63 labels"),
+        (LABELS, np.arange(64) % 11, "label 10 at index 10: labels go from 0 to 9"),
+        (LABELS, np.full(64, 255), "label 255 at index 0: labels go from 0 to 9"),
+        (LABELS, np.zeros((64, 28, 28)), "IDX labels start with 00000801"),
+        (IMAGES, np.zeros((64, 28, 27)), "images of 28×27, the network takes 28×28"),
+        (IMAGES, np.zeros(64), "IDX images start with 00000803"),
+    ],
+)
 def test_well_formed_but_wrong_data(name: str, array: np.ndarray, message: str, small_data: Path) -> None:
     write_idx(small_data / name, array)
     with pytest.raises(UserError, match=re.escape(message)) as caught:

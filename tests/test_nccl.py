@@ -82,19 +82,23 @@ comm.close()
 
 
 def test_the_wait_joins_streams_not_the_host() -> None:
-    with_ranks("""
+    with_ranks(
+        """
 flat = StrictArray(np.ones(8, "float32"))
 cuda.touch()
 log.clear()
 comm.all_reduce(flat, overlap=True).wait()
 names = [entry[0] for entry in log if entry[0] != "run"]
 assert names == ["record", "wait_event", "allReduce", "record", "wait_event"], names
-""", ranks=2)  # fmt: skip
+""",
+        ranks=2,
+    )
 
 
 def test_the_double_catches_a_missing_event() -> None:
     """The negative check: a communicator that does not wait for the gradient is found out."""
-    with_ranks("""
+    with_ranks(
+        """
 flat = StrictArray(np.ones(8, "float32"))
 comm.all_reduce(flat, overlap=True).wait()
 cuda.touch()
@@ -103,18 +107,24 @@ try:
     raise SystemExit("not found out")
 except OrderError:
     pass
-""", ranks=2)  # fmt: skip
+""",
+        ranks=2,
+    )
 
 
 def test_an_asynchronous_error_ends_the_job() -> None:
     """NCCL reports it to nobody who does not ask: the watchdog does, while the main thread is busy elsewhere."""
     begin = time.monotonic()
-    done = with_ranks("""
+    done = with_ranks(
+        """
 import time
 if rank == 1:
     nccl.async_status = 6
 time.sleep(60)
-""", ranks=2, check=False)  # fmt: skip
+""",
+        ranks=2,
+        check=False,
+    )
     assert time.monotonic() - begin < 30
     assert done.returncode not in (0, 2, 85)
     assert "distrib: rank 1 on" in done.stderr
@@ -198,4 +208,3 @@ def test_constants_equal_the_real_library() -> None:
     names = [name for name in dir(nccl) if name.startswith("NCCL_") and hasattr(Nccl, name)]
     assert len(names) > 10
     assert {name: getattr(nccl, name) for name in names} == {name: getattr(Nccl, name) for name in names}
-

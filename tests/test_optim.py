@@ -60,8 +60,15 @@ def assert_values(params: Parameters, expected: np.ndarray) -> None:
 @each_block
 @each_decay
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd(momentum: float, nesterov: bool, decay: float, block: int, seed: int, params: Parameters,
-             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_sgd(
+    momentum: float,
+    nesterov: bool,
+    decay: float,
+    block: int,
+    seed: int,
+    params: Parameters,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """v = μ·v + g with v = g at first; θ −= lr·v, with Nesterov θ −= lr·(g + μ·v); g includes λθ."""
     monkeypatch.setattr(optim, "HOST_BLOCK", block)
     optimizer, values, v = SGD(params, decay, momentum, nesterov), params.values.copy(), None
@@ -80,8 +87,9 @@ def test_sgd(momentum: float, nesterov: bool, decay: float, block: int, seed: in
 @each_seed
 @each_block
 @each_decay
-def test_adam(decay: float, block: int, seed: int, params: Parameters,
-              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_adam(
+    decay: float, block: int, seed: int, params: Parameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kingma and Ba's efficient form, ε̂ = 1e-7, decay decoupled: θ ← θ·(1 − lr·λ) − lr_t·m/(√v + ε̂)."""
     monkeypatch.setattr(optim, "HOST_BLOCK", block)
     optimizer, values = Adam(params, decay), params.values.copy()

@@ -22,7 +22,10 @@ from nn.resnet9 import ResNet9
 @pytest.fixture(scope="module", params=["ce", "bce"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of an untrained network whose logits differ."""
-    network, about = ResNet9(width=0.0625, seed=3), {"variant": "baseline", "width": 0.0625, "loss": request.param, "dtype": "float32"}
+    network, about = (
+        ResNet9(width=0.0625, seed=3),
+        {"variant": "baseline", "width": 0.0625, "loss": request.param, "dtype": "float32"},
+    )
     network.params["fc.bias"].value[...] = np.arange(10)[::-1] / 3
     return ckpt.save_checkpoint(tmp_path_factory.mktemp("model"), 1, network.state_dict(), about, {}, {}, 1)
 
@@ -50,12 +53,17 @@ def test_lines_and_json_agree(model: Path, files: tuple[Path, Path], call) -> No
     assert len(found) == 26
     assert all(len(result["probabilities"]) == 10 for result in found)
     lines = call(model, *files)[1].splitlines()
-    assert [text.split(": ")[0] for text in lines] == [str(files[0]), *(f"{files[1]}[{i}]" for i in range(25))]
+    assert [text.split(": ")[0] for text in lines] == [
+        str(files[0]),
+        *(f"{files[1]}[{i}]" for i in range(25)),
+    ]
     for result, text in zip(found, lines, strict=True):
         p = result["probabilities"]
         order = sorted(range(10), key=lambda digit: -p[digit])
         assert result["digit"] == order[0]
-        assert text.startswith(f"{result['image']}: {order[0]}  {100 * p[order[0]]:.1f} %   {order[1]}  {100 * p[order[1]]:.1f} %")
+        assert text.startswith(
+            f"{result['image']}: {order[0]}  {100 * p[order[0]]:.1f} %   {order[1]}  {100 * p[order[1]]:.1f} %"
+        )
         assert text.count(" %") == 3
         assert ("(inverted: dark on bright)" in text) == result["inverted"]
     assert lines[0].endswith(" %  (inverted: dark on bright)")
@@ -79,8 +87,13 @@ def test_probabilities() -> None:
     assert probabilities(z, "ce")[0] == pytest.approx(np.array([0, 1, np.exp(3)]) / (1 + np.exp(3)))
 
 
-def test_the_digit_is_of_the_largest_logit_where_sigmoids_are_equal(tmp_path: Path, files: tuple[Path, Path], call) -> None:
-    network, about = ResNet9(width=0.0625), {"variant": "baseline", "width": 0.0625, "loss": "bce", "dtype": "float32"}
+def test_the_digit_is_of_the_largest_logit_where_sigmoids_are_equal(
+    tmp_path: Path, files: tuple[Path, Path], call
+) -> None:
+    network, about = (
+        ResNet9(width=0.0625),
+        {"variant": "baseline", "width": 0.0625, "loss": "bce", "dtype": "float32"},
+    )
     network.params["fc.weight"].value[...] = 0
     network.params["fc.bias"].value[...] = 40 + np.arange(10)
     path = ckpt.save_checkpoint(tmp_path, 1, network.state_dict(), about, {}, {}, 1)
@@ -101,7 +114,9 @@ def test_draw_in_a_file(model: Path, files: tuple[Path, Path], call) -> None:
     assert [text.split()[-1] for text in first if text.rstrip().endswith("%")] == ["%"] * 10
 
 
-def test_draw_on_a_terminal(model: Path, files: tuple[Path, Path], call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_on_a_terminal(
+    model: Path, files: tuple[Path, Path], call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "90")
     for name in ("NO_COLOR", "COLORTERM"):
@@ -132,17 +147,28 @@ def test_the_drawing_is_the_image() -> None:
 
 
 def test_bars_and_names() -> None:
-    result = {"image": "a\x1b[2J\udc80.png", "digit": 7, "inverted": False, "probabilities": [0.02] * 7 + [0.8, 0.05, 0.01]}
+    result = {
+        "image": "a\x1b[2J\udc80.png",
+        "digit": 7,
+        "inverted": False,
+        "probabilities": [0.02] * 7 + [0.8, 0.05, 0.01],
+    }
     lines = bars(result, 10, shades=False).plain.split("\n")
     assert lines[7] == "7  ########    80.0 %"
     assert len(lines) == 10
     assert line(result, 2) == "a?[2J?.png: 7  80.0 %   8  5.0 %"
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (("--top", 0), "--top 0: give 1 to 10"), (("--top", 11), "--top 11"), (("--limit", 0), "--limit 0: give 1 or more"),
-    (("--draw", "--json"), "--draw and --json: give one of them"), (("nothing.png",), "nothing.png: no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--top", 0), "--top 0: give 1 to 10"),
+        (("--top", 11), "--top 11"),
+        (("--limit", 0), "--limit 0: give 1 or more"),
+        (("--draw", "--json"), "--draw and --json: give one of them"),
+        (("nothing.png",), "nothing.png: no such file"),
+    ],
+)
 def test_mistakes(more: tuple, words: str, model: Path, files: tuple[Path, Path], call) -> None:
     code, out, err = call(model, files[0], *more)
     assert code == 2

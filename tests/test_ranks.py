@@ -9,9 +9,32 @@ import pytest
 from conftest import at, losses, run, summary, train
 from safetensors.numpy import load_file
 
-SAME = ("--epochs", 2, "--batch-size", 26, "--limit-train", 1042, "--limit-test", 103, "--width", 0.125,
-        "--precision", "float64", "--lr", 1e-3, "--log-every", 1, "--seed", 3,
-        "--shift", 2, "--rotate", 10, "--average", 0.9)  # fmt: skip
+SAME = (
+    "--epochs",
+    2,
+    "--batch-size",
+    26,
+    "--limit-train",
+    1042,
+    "--limit-test",
+    103,
+    "--width",
+    0.125,
+    "--precision",
+    "float64",
+    "--lr",
+    1e-3,
+    "--log-every",
+    1,
+    "--seed",
+    3,
+    "--shift",
+    2,
+    "--rotate",
+    10,
+    "--average",
+    0.9,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +60,9 @@ def test_losses_and_parameters_equal_one_rank(runs: dict[int, Path], ranks: int)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_rank_holds_the_same_model_and_every_image_counts_once(runs: dict[int, Path], ranks: int) -> None:
+def test_every_rank_holds_the_same_model_and_every_image_counts_once(
+    runs: dict[int, Path], ranks: int
+) -> None:
     found = summary(runs[ranks])
     assert found["world_size"] == ranks
     assert found["rank_digests"] == [found["parameter_digest"]] * ranks
@@ -45,7 +70,9 @@ def test_every_rank_holds_the_same_model_and_every_image_counts_once(runs: dict[
     assert max(found["images_per_rank"]) - min(found["images_per_rank"]) <= 2 * 41
     assert found["test_accuracy"] == summary(runs[1])["test_accuracy"]
     # on 103 images, an accuracy is a whole number of images
-    assert found["test_accuracy"] * 103 / 100 == pytest.approx(round(found["test_accuracy"] * 103 / 100), abs=1e-9)
+    assert found["test_accuracy"] * 103 / 100 == pytest.approx(
+        round(found["test_accuracy"] * 103 / 100), abs=1e-9
+    )
 
 
 UNSYNCHRONISED = """
@@ -72,8 +99,22 @@ def test_the_same_command_gives_the_same_digest(tmp_path: Path, optimizer: str, 
     """float32, to the bit."""
     digests = set()
     for attempt in "ab":
-        train(tmp_path / attempt, "--epochs", 1, "--batch-size", 32, "--limit-train", 320, "--limit-test", 10,
-              "--width", 0.125, "--optimizer", optimizer, ranks=ranks)  # fmt: skip
+        train(
+            tmp_path / attempt,
+            "--epochs",
+            1,
+            "--batch-size",
+            32,
+            "--limit-train",
+            320,
+            "--limit-test",
+            10,
+            "--width",
+            0.125,
+            "--optimizer",
+            optimizer,
+            ranks=ranks,
+        )
         digests.add(summary(tmp_path / attempt)["parameter_digest"])
     assert len(digests) == 1
 
@@ -89,8 +130,22 @@ def test_local_batch_norm_differs_from_sync(tmp_path: Path) -> None:
 
 def test_local_batch_norm_with_a_rank_without_images(tmp_path: Path) -> None:
     """The last batch has one image: two of three ranks have none, and none spoils the sum."""
-    train(tmp_path / "run", "--epochs", 1, "--batch-size", 8, "--limit-train", 17, "--limit-test", 10,
-          "--width", 0.0625, "--batch-norm", "local", ranks=3)  # fmt: skip
+    train(
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--limit-train",
+        17,
+        "--limit-test",
+        10,
+        "--width",
+        0.0625,
+        "--batch-norm",
+        "local",
+        ranks=3,
+    )
     found = summary(tmp_path / "run")
     assert found["finished"]
     assert len(set(found["rank_digests"])) == 1

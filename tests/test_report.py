@@ -19,8 +19,22 @@ from safetensors.numpy import load_file
 from launch.report import digits, page
 from launch.runs import RunData, logits_of_test_images, read_run, smooth
 
-OPTIONS = ("--epochs", 2, "--batch-size", 50, "--limit-train", 1000, "--limit-test", 500, "--width", 0.0625, "--lr", 3e-3,
-           "--log-every", 2)  # fmt: skip
+OPTIONS = (
+    "--epochs",
+    2,
+    "--batch-size",
+    50,
+    "--limit-train",
+    1000,
+    "--limit-test",
+    500,
+    "--width",
+    0.0625,
+    "--lr",
+    3e-3,
+    "--log-every",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +81,9 @@ class Tables(HTMLParser):
 def test_what_the_tables_say(runs: list[Path]) -> None:
     found = Tables(page([read_run(path) for path in runs]))
     assert found.scripts == 0
-    assert all(address.startswith(("data:", "#")) for address in found.addresses), "the page needs nothing else"
+    assert all(address.startswith(("data:", "#")) for address in found.addresses), (
+        "the page needs nothing else"
+    )
     results = {row[0]: row[1:] for row in found.tables[0]}
     summaries = [json.loads((path / "summary.json").read_text()) for path in runs]
     assert results[""] == ["adam", "sgd", "short"]
@@ -75,8 +91,13 @@ def test_what_the_tables_say(runs: list[Path]) -> None:
     assert results["test accuracy"] == [f"{each['test_accuracy']:.2f} %" for each in summaries]
     assert results["ranks"] == ["2", "1", "1"]
     differences = {row[0]: row[1:] for row in found.tables[2]}
-    assert differences == {"option": ["adam", "sgd", "short"], "optimizer": ["adam", "sgd", "adam"], "lr": ["0.003", "0.1", "0.003"],
-                           "loss": ["ce", "bce", "ce"], "max_steps": ["–", "–", "25"]}  # fmt: skip
+    assert differences == {
+        "option": ["adam", "sgd", "short"],
+        "optimizer": ["adam", "sgd", "adam"],
+        "lr": ["0.003", "0.1", "0.003"],
+        "loss": ["ce", "bce", "ce"],
+        "max_steps": ["–", "–", "25"],
+    }
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -127,11 +148,14 @@ def test_png(runs: list[Path], tmp_path: Path) -> None:
         assert coloured.mean() > 0.002, f"{path.name} has no curve"
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (lambda _: None, "holds no run"),
-    (lambda folder: (folder / "config.json").write_text("{}"), "nothing was logged yet"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda _: None, "holds no run"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "nothing was logged yet"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read"),
+    ],
+)
 def test_what_is_no_run(tmp_path: Path, make, words: str) -> None:
     make(tmp_path)
     done = run("-m", "launch.cli", "report", tmp_path, check=False)
@@ -171,16 +195,22 @@ def test_a_run_of_an_older_version(runs: list[Path], tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> None:
     done = run("-m", "launch.cli", "report", runs[0], "--out", tmp_path / "no" / "page.html", check=False)
-    assert (done.returncode, done.stderr) == (2, (
-        f"distrib: error: {tmp_path / 'no' / 'page.html'}: cannot be written (No such file or directory):"
-        " free space or permissions are missing; nothing was written\n"))
+    assert (done.returncode, done.stderr) == (
+        2,
+        (
+            f"distrib: error: {tmp_path / 'no' / 'page.html'}: cannot be written (No such file or directory):"
+            " free space or permissions are missing; nothing was written\n"
+        ),
+    )
 
 
 def test_time_of_the_steps_that_were_timed() -> None:
     """A thousand steps of a GPU, whose parts are unknown, then a hundred of 100 ms on a host."""
     null = {"compute_seconds": None, "communication_seconds": None, "data_seconds": None}
     steps = [{"step": 100 * (i + 1), "loss": 1.0, **null} for i in range(10)]
-    steps += [{"step": 1100, "loss": 1.0, "compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}]
+    steps += [
+        {"step": 1100, "loss": 1.0, "compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
+    ]
     data = RunData(Path(), "x", {}, {}, steps, [], {})
     assert data.parts_ms() == pytest.approx({"compute": 70, "communication": 20, "data": 10})
     data.steps = steps[:-1]
@@ -208,14 +238,30 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: s
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     assert chromium, "no Chromium, so the page was not looked at: apt-get install chromium"
     path = tmp_path / "page.html"
-    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, document.images.length,"
+    probe = (
+        "<script>document.title = [document.documentElement.scrollWidth, innerWidth, document.images.length,"
+    )
     probe += " [...document.images].every(i => i.naturalWidth == 28)].join()</script>"
     path.write_text(page([read_run(each) for each in runs]).replace("</body>", f"{probe}</body>"))
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0",
-               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},3000", "--virtual-time-budget=3000"]  # fmt: skip
+    command = [
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},3000",
+        "--virtual-time-budget=3000",
+    ]
     begin = time.monotonic()
-    done = subprocess.run([*command, f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom", path.as_uri()],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*command, f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, f"no page after {time.monotonic() - begin:.0f} s: {done.stderr[-500:]}"

@@ -45,15 +45,25 @@ def test_the_report_holds_what_the_runs_hold(whole: Path) -> None:
         found[folder.name.rsplit("-seed", 1)[0]] = result
     assert set(found) == {row.name for rows in ROWS.values() for row in rows}
     adam, torch = found["baseline-adam"], found["torch-adam"]
-    assert f"| ours (Adam) | {adam['train_accuracy']:.2f} | {adam['test_accuracy']:.2f} | 99.65 | 99.43 |" in text
-    assert f"| PyTorch (Adam) | {torch['train_accuracy']:.2f} | {torch['test_accuracy']:.2f} | 99.67 | 99.38 |" in text
-    assert f"| variant 1: average pooling (SGD) | {found['avgpool-sgd']['test_accuracy']:.2f} | 99.46 |" in text
+    assert (
+        f"| ours (Adam) | {adam['train_accuracy']:.2f} | {adam['test_accuracy']:.2f} | 99.65 | 99.43 |"
+        in text
+    )
+    assert (
+        f"| PyTorch (Adam) | {torch['train_accuracy']:.2f} | {torch['test_accuracy']:.2f} | 99.67 | 99.38 |"
+        in text
+    )
+    assert (
+        f"| variant 1: average pooling (SGD) | {found['avgpool-sgd']['test_accuracy']:.2f} | 99.46 |" in text
+    )
     assert "48,994" in text
     assert (whole / "curves.png").stat().st_size > 10_000
     page = (whole / "report.html").read_text()
     assert page.count("<table") == 3
     assert page.count("<svg") == 1
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
 
 
 def test_nothing_is_run_twice(whole: Path) -> None:
@@ -81,7 +91,13 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     assert all(job.finished() for job in every)
     job = every[1]  # the one that was stopped
-    subprocess.run([*job.command, "--run-dir", str(tmp_path / "again")], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*job.command, "--run-dir", str(tmp_path / "again")],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     assert summary(job.folder)["parameter_digest"] == summary(tmp_path / "again")["parameter_digest"]
 
 
@@ -94,13 +110,16 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
     assert "config.json: cannot be read as JSON" in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (("--only", "all"), "--only all: choose one of"),
-    (("--epochs", 0), "--epochs 0"),
-    (("--limit-train", 60001), "--limit-train 60001"),
-    (("--seeds", 0), "--seeds and --ranks"),
-    (("--report",), "holds nothing yet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "all"), "--only all: choose one of"),
+        (("--epochs", 0), "--epochs 0"),
+        (("--limit-train", 60001), "--limit-train 60001"),
+        (("--seeds", 0), "--seeds and --ranks"),
+        (("--report",), "holds nothing yet"),
+    ],
+)
 def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
     done = run("-m", "launch.cli", "reproduce", "--out", tmp_path / "out", *arguments, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -131,9 +150,25 @@ def test_a_report_alone_runs_nothing(whole: Path, tmp_path: Path) -> None:
 
 
 def test_terminated_it_stops_its_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), "--only", "ablation", "--limit-train", "800",
-               "--width", "0.0625", "--ranks", "2"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "reproduce",
+        "--out",
+        str(tmp_path / "out"),
+        "--only",
+        "ablation",
+        "--limit-train",
+        "800",
+        "--width",
+        "0.0625",
+        "--ranks",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("runs/*/metrics.jsonl")):
         assert time.monotonic() < deadline
@@ -147,10 +182,16 @@ def test_numbers() -> None:
     assert spread([99.5]) == "99.50"
     assert spread([99.0, 99.5, 99.1]) == "99.20 (99.00–99.50)"
     assert spread([]) == "–"
-    measured = {"machine": "m", "commands": {"plain loop": "c"}, "images_per_second": {"plain loop": [2.0, 4.0, 3.0], "PyTorch": [100.0]}}
+    measured = {
+        "machine": "m",
+        "commands": {"plain loop": "c"},
+        "images_per_second": {"plain loop": [2.0, 4.0, 3.0], "PyTorch": [100.0]},
+    }
     table = time_table(Settings(epochs=8), measured)
-    assert table["rows"] == [("NumPy, convolutions as plain loops", ["3", "160,000 (120,000–240,000)", "48,994"]),
-                             ("PyTorch", ["100", "4,800 (4,800–4,800)", "204"])]  # fmt: skip
+    assert table["rows"] == [
+        ("NumPy, convolutions as plain loops", ["3", "160,000 (120,000–240,000)", "48,994"]),
+        ("PyTorch", ["100", "4,800 (4,800–4,800)", "204"]),
+    ]
 
 
 def test_the_rows_are_the_reference_s() -> None:
@@ -160,7 +201,20 @@ def test_the_rows_are_the_reference_s() -> None:
 
 # ---- the PyTorch side
 
-TORCH = ("--epochs", 2, "--batch-size", 10, "--limit-train", 64, "--limit-test", 30, "--width", 0.0625, "--log-every", 2)
+TORCH = (
+    "--epochs",
+    2,
+    "--batch-size",
+    10,
+    "--limit-train",
+    64,
+    "--limit-test",
+    30,
+    "--width",
+    0.0625,
+    "--log-every",
+    2,
+)
 
 
 def torch_run(folder: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -191,15 +245,23 @@ runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
     assert found["steps"] == 14
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    strip = [[{k: v for k, v in line.items() if k in ("step", "epoch", "accuracy", "test_accuracy")} for line in metrics(tmp_path / each)]
-             for each in ("parts", "whole")]  # fmt: skip
+    strip = [
+        [
+            {k: v for k, v in line.items() if k in ("step", "epoch", "accuracy", "test_accuracy")}
+            for line in metrics(tmp_path / each)
+        ]
+        for each in ("parts", "whole")
+    ]
     assert strip[0] == strip[1]
     assert torch_run(tmp_path / "parts", check=False).returncode == 2
 
 
 def test_pytorch_refuses_what_it_has_not(tmp_path: Path) -> None:
     done = torch_run(tmp_path / "run", "--shift", 2, check=False)
-    assert (done.returncode, done.stderr) == (2, "distrib: error: --shift 2.0: the PyTorch side has 0.0 only\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "distrib: error: --shift 2.0: the PyTorch side has 0.0 only\n",
+    )
 
 
 def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
@@ -221,7 +283,7 @@ runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
     options = (*TORCH[:-2], "--log-every", 1, "--optimizer", "sgd")
     run("-c", script, "--run-dir", tmp_path / "torch", *options)
     run("-m", "distrib.train", "--run-dir", tmp_path / "ours", *options)
-    ours, theirs = ([line["loss"] for line in metrics(tmp_path / each) if "loss" in line] for each in ("ours", "torch"))
+    ours, theirs = (
+        [line["loss"] for line in metrics(tmp_path / each) if "loss" in line] for each in ("ours", "torch")
+    )
     np.testing.assert_allclose(ours[:4], theirs[:4], rtol=1e-4)  # later a ReLU near 0 falls to either side
-
-

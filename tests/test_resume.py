@@ -11,16 +11,56 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, at, before_each_step, environment, metrics, run, summary, train
 
-BASE = ("--epochs", 2, "--batch-size", 32, "--limit-train", 200, "--limit-test", 50, "--width", 0.125,
-        "--log-every", 2, "--schedule", "cosine", "--warmup-epochs", 0.5)  # fmt: skip
+BASE = (
+    "--epochs",
+    2,
+    "--batch-size",
+    32,
+    "--limit-train",
+    200,
+    "--limit-test",
+    50,
+    "--width",
+    0.125,
+    "--log-every",
+    2,
+    "--schedule",
+    "cosine",
+    "--warmup-epochs",
+    0.5,
+)
 OPTIMIZERS = {
     "adam": ("--optimizer", "adam", "--weight-decay", 0.01),
-    "sgd": ("--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.9, "--nesterov", "--weight-decay", 1e-4,
-            "--shift", 1.5, "--rotate", 8, "--average", 0.8),
+    "sgd": (
+        "--optimizer",
+        "sgd",
+        "--lr",
+        0.05,
+        "--momentum",
+        0.9,
+        "--nesterov",
+        "--weight-decay",
+        1e-4,
+        "--shift",
+        1.5,
+        "--rotate",
+        8,
+        "--average",
+        0.8,
+    ),
 }
 STEPS = 14  # two epochs of 7, the last batch of each has 8 images
-SAME_FIELDS = ("parameter_digest", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "steps",
-               "epochs", "images_per_rank", "finished")  # fmt: skip
+SAME_FIELDS = (
+    "parameter_digest",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "steps",
+    "epochs",
+    "images_per_rank",
+    "finished",
+)
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
@@ -92,11 +132,15 @@ def test_more_epochs_of_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_stops_with_a_checkpoint_and_85(whole: tuple[Path, tuple], tmp_path: Path, number: int) -> None:
+def test_a_signal_stops_with_a_checkpoint_and_85(
+    whole: tuple[Path, tuple], tmp_path: Path, number: int
+) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "distrib.train", "--run-dir", str(folder), *map(str, whole[1])]
     script = at(0, 4, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(2)")
-    process = subprocess.Popen([sys.executable, "-c", script, *command[3:]], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command[3:]], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
@@ -114,8 +158,22 @@ def test_killed_without_a_word(whole: tuple[Path, tuple], tmp_path: Path) -> Non
     """SIGKILL between checkpoints: the run goes on from the last one and ends alike."""
     script = at(0, 11, "os.kill(os.getpid(), signal.SIGKILL)")
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", script, "--run-dir", str(folder), *map(str, whole[1]), "--checkpoint-every", "3"]
-    assert subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120).returncode == -signal.SIGKILL
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "--run-dir",
+        str(folder),
+        *map(str, whole[1]),
+        "--checkpoint-every",
+        "3",
+    ]
+    assert (
+        subprocess.run(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120
+        ).returncode
+        == -signal.SIGKILL
+    )
     train(folder, *whole[1])
     compare(folder, whole[0])
 
@@ -138,24 +196,41 @@ sys.exit(main())
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     """Neither one that was given twice, nor the new one of two that start in the same second."""
     slow = before_each_step("time.sleep(0.2)")
-    first = subprocess.Popen([sys.executable, "-c", slow, "--run-dir", str(tmp_path / "run"), *map(str, BASE)], cwd=ROOT,
-                             env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    first = subprocess.Popen(
+        [sys.executable, "-c", slow, "--run-dir", str(tmp_path / "run"), *map(str, BASE)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     second = train(tmp_path / "run", *BASE, check=False)
-    assert (second.returncode, second.stderr) == (2, (
-        f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there: wait for its end, or give another folder\n"))
+    assert (second.returncode, second.stderr) == (
+        2,
+        (
+            f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there: wait for its end, or give another folder\n"
+        ),
+    )
     assert first.wait(60) == 0
     command = [sys.executable, "-m", "distrib.train", *map(str, BASE)]
-    for process in [subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL) for _ in range(3)]:
+    for process in [
+        subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+        for _ in range(3)
+    ]:
         assert process.wait(60) == 0
     assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 3
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     command = f"{sys.executable} -m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}; echo $? > {tmp_path / 'rc'}"
-    subprocess.run(["bash", "-c", f"({command}) | head -1"], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["bash", "-c", f"({command}) | head -1"],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     assert (tmp_path / "rc").read_text() == "0\n"
     assert summary(tmp_path / "run")["finished"]

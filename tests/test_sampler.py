@@ -25,7 +25,9 @@ def test_permutation_is_without_replacement(images: int) -> None:
     np.testing.assert_array_equal(np.sort(order), np.arange(images))
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(60000, 8, 7500), (10, 4, 3), (10, 5, 2), (3, 100, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(60000, 8, 7500), (10, 4, 3), (10, 5, 2), (3, 100, 1), (1, 1, 1)]
+)
 def test_steps_per_epoch(images: int, batch: int, steps: int) -> None:
     assert steps_per_epoch(images, batch) == steps
 

@@ -27,8 +27,20 @@ CONTROL = [chr(code) for code in range(32) if chr(code) not in "\n\0"]  # mpirun
 WITHIN = 50  # seconds for a job to come where a test wants it
 DEAD_WITHIN = 10  # seconds from the death of a rank to the end of its job
 
-SMALL = ["--backend", "numpy", "--width", "0.125", "--limit-train", "6400", "--limit-test", "100", "--log-every", "1",
-         "--batch-size-per-rank", "16"]  # fmt: skip
+SMALL = [
+    "--backend",
+    "numpy",
+    "--width",
+    "0.125",
+    "--limit-train",
+    "6400",
+    "--limit-test",
+    "100",
+    "--log-every",
+    "1",
+    "--batch-size-per-rank",
+    "16",
+]
 NODES = {
     1: ["--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1"],
     2: ["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"],
@@ -61,8 +73,15 @@ class Job:
         self.run_dir = folder / "runs" / f"slurm-{self.number}"
 
     def call(self, *command: str) -> str:
-        return subprocess.run(command, cwd=self.folder, env=environment(self._env), check=True, capture_output=True,
-                              text=True, timeout=WITHIN).stdout.strip()  # fmt: skip
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment(self._env),
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN,
+        ).stdout.strip()
 
     def about(self, name: str) -> str:
         """A field of `scontrol show job`."""
@@ -77,7 +96,9 @@ class Job:
     def wait(self, condition: Callable[[], object], what: str, within: float = WITHIN) -> None:
         end = time.monotonic() + within
         while not condition():
-            assert time.monotonic() < end, f"no {what} of job {self.number} in {within} s, {self.about('JobState')}:\n{self.log}"
+            assert time.monotonic() < end, (
+                f"no {what} of job {self.number} in {within} s, {self.about('JobState')}:\n{self.log}"
+            )
             time.sleep(0.05)
 
     def end(self, within: float = WITHIN) -> tuple[str, str]:
@@ -97,7 +118,10 @@ class Job:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 given = (process / "environ").read_bytes().split(b"\0")
-                if marks <= set(given) and (process / "cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"distrib.train"]:
+                if marks <= set(given) and (process / "cmdline").read_bytes().split(b"\0")[1:3] == [
+                    b"-m",
+                    b"distrib.train",
+                ]:
                     return int(process.name)
             except OSError:
                 continue
@@ -139,7 +163,9 @@ def test_two_nodes(whole: Job) -> None:
 
 
 def test_one_node_as_it_is(tmp_path: Path) -> None:
-    job = Job(tmp_path, [], "--backend", "numpy", "--width", "0.125", "--limit-train", "320", "--limit-test", "100")
+    job = Job(
+        tmp_path, [], "--backend", "numpy", "--width", "0.125", "--limit-train", "320", "--limit-test", "100"
+    )
     assert job.end() == ("COMPLETED", "0:0"), job.log
     config = json.loads((job.run_dir / "config.json").read_text())
     assert (config["recipe"], config["batch_size_per_rank"], config["optimizer"]) == ("fast99", 64, "sgd")
@@ -201,9 +227,16 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path, launcher: str) -> None:
     assert state == "FAILED"
     assert code.split(":")[0] not in ("0", "85")
     verdict = json.loads((job.run_dir / "failure.json").read_text())
-    assert (verdict["rank"], verdict["host"], verdict["pid"], verdict["cause"]) == (1, "node2", killed, "killed by signal 9")
-    assert job.log.splitlines()[-1] == (f"train.sh: job {job.number}: failed with exit code {code.split(':')[0]}: rank 1 on"
-                                        f" node2 failed at step {verdict['step']}: killed by signal 9")  # fmt: skip
+    assert (verdict["rank"], verdict["host"], verdict["pid"], verdict["cause"]) == (
+        1,
+        "node2",
+        killed,
+        "killed by signal 9",
+    )
+    assert job.log.splitlines()[-1] == (
+        f"train.sh: job {job.number}: failed with exit code {code.split(':')[0]}: rank 1 on"
+        f" node2 failed at step {verdict['step']}: killed by signal 9"
+    )
 
 
 def test_requeueing_stops_without_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
@@ -214,8 +247,13 @@ def test_requeueing_stops_without_progress(tmp_path: Path, program: Callable[[st
 
 
 def test_a_step_a_start_is_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
-    step = 'folder=${@: -1}/checkpoints; mkdir -p $folder; touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors'
-    job = Job(tmp_path, NODES[1], PYTHON=program(f"{step}; {RESULT}\n[ \"$SLURM_RESTART_COUNT\" = 2 ] || exit 85"), STALLS="1")
+    step = "folder=${@: -1}/checkpoints; mkdir -p $folder; touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors"
+    job = Job(
+        tmp_path,
+        NODES[1],
+        PYTHON=program(f'{step}; {RESULT}\n[ "$SLURM_RESTART_COUNT" = 2 ] || exit 85'),
+        STALLS="1",
+    )
     assert job.end() == ("COMPLETED", "0:0"), job.log
     assert job.about("Restarts") == "2"
 
@@ -250,7 +288,9 @@ def test_a_mistake_ends_with_its_line(tmp_path: Path) -> None:
     assert "--limit-train 70000: the data has only 60000 images" in job.log.splitlines()[-1]
 
 
-SHOW = f'{RESULT}; echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $OMP_NUM_THREADS [$CUDA_VISIBLE_DEVICES] $*"'
+SHOW = (
+    f'{RESULT}; echo "$SLURM_PROCID $SLURM_NODEID $SLURM_LOCALID $OMP_NUM_THREADS [$CUDA_VISIBLE_DEVICES] $*"'
+)
 ALL = "--recipe fast99 --batch-size-per-rank 64"
 
 
@@ -263,8 +303,14 @@ ALL = "--recipe fast99 --batch-size-per-rank 64"
         (["--gpus-per-node=0", "--ntasks-per-node=2"], "", 2, ["", ""]),
     ],
 )
-def test_a_rank_per_gpu_or_task(tmp_path: Path, program: Callable[[str], str], options: list[str], more: str,
-                                threads: int, visible: list[str]) -> None:  # fmt: skip
+def test_a_rank_per_gpu_or_task(
+    tmp_path: Path,
+    program: Callable[[str], str],
+    options: list[str],
+    more: str,
+    threads: int,
+    visible: list[str],
+) -> None:
     job = Job(tmp_path, ["--nodes=2", *options], PYTHON=program(SHOW), LAUNCHER_OPTIONS=more)
     assert job.end() == ("COMPLETED", "0:0"), job.log
     end = f"-m distrib.train {ALL} --run-dir runs/slurm-{job.number}"
@@ -280,13 +326,17 @@ def test_a_rank_per_gpu_or_task(tmp_path: Path, program: Callable[[str], str], o
         (["--recipe", "demo", "--run-dir", "b c"], "--recipe demo --run-dir b c --run-dir b c"),
     ],
 )
-def test_what_follows_the_script_wins(tmp_path: Path, program: Callable[[str], str], given: list[str], passed: str) -> None:
+def test_what_follows_the_script_wins(
+    tmp_path: Path, program: Callable[[str], str], given: list[str], passed: str
+) -> None:
     job = Job(tmp_path, NODES[1], *given, PYTHON=program(SHOW))
     assert job.end() == ("COMPLETED", "0:0"), job.log
     assert job.log.count(f"] -m distrib.train {passed.replace('JOB', job.number)}\n") == 2
 
 
-def test_the_tasks_of_an_array_train_with_seeds_of_their_own(tmp_path: Path, program: Callable[[str], str]) -> None:
+def test_the_tasks_of_an_array_train_with_seeds_of_their_own(
+    tmp_path: Path, program: Callable[[str], str]
+) -> None:
     job = Job(tmp_path, ["--array=0-1", "--gpus-per-node=0"], PYTHON=program(SHOW))
     job.wait(lambda: job.call("squeue", "-h", "--job", job.number) == "", "end")
     logs = "".join(path.read_text() for path in tmp_path.glob("slurm-*.log"))
@@ -297,7 +347,10 @@ def test_the_tasks_of_an_array_train_with_seeds_of_their_own(tmp_path: Path, pro
 def test_an_unknown_launcher_is_one_line(tmp_path: Path) -> None:
     job = Job(tmp_path, NODES[1], LAUNCHER="pmi9")
     assert job.end() == ("FAILED", "2:0"), job.log
-    assert re.fullmatch(r"train\.sh: srun has no --mpi=pmi9: set LAUNCHER to mpirun or to one of [\w ]*\bpmix\b[\w ]*\n", job.log)
+    assert re.fullmatch(
+        r"train\.sh: srun has no --mpi=pmi9: set LAUNCHER to mpirun or to one of [\w ]*\bpmix\b[\w ]*\n",
+        job.log,
+    )
 
 
 @pytest.mark.parametrize("launcher", ["pmix", "mpirun"])

@@ -56,7 +56,15 @@ def apart(ours: Parameters, theirs: Parameters, what: str) -> float:
 
 OPTIMIZERS = [
     {"optimizer": "adam", "weight_decay": 0.01},
-    {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "shift": 2.0, "rotate": 15.0, "average": 0.9},
+    {
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.01,
+        "shift": 2.0,
+        "rotate": 15.0,
+        "average": 0.9,
+    },
 ]
 
 

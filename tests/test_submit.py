@@ -28,7 +28,9 @@ def sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder on PATH with an sbatch that writes its arguments and PYTHON into `given` there."""
     file = tmp_path / "bin" / "sbatch"
     file.parent.mkdir()
-    file.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "$PYTHON" "$LAUNCHER" >{tmp_path}/given\necho "123;cluster"\n')
+    file.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" "$PYTHON" "$LAUNCHER" >{tmp_path}/given\necho "123;cluster"\n'
+    )
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{file.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("PYTHON", raising=False)
@@ -39,10 +41,27 @@ def test_submits_and_tells_how_to_follow(call, sbatch: Path) -> None:
     code, out, _ = call(*CLUSTER, "--", "--seed", "1", "--lr", "0.1")
     assert code == 0
     assert (sbatch / "given").read_text().split("\n")[:-1] == [
-        "--parsable", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=2:00:00", "--partition=P",
-        SCRIPT, "--seed", "1", "--lr", "0.1", sys.executable, "pmix",
-    ]  # fmt: skip
-    for text in ("job 123 ", "squeue --job 123", "tail -F slurm-123.log", "runs/slurm-123", "scancel --signal=USR1 --batch 123"):
+        "--parsable",
+        "--nodes=2",
+        "--gpus-per-node=4",
+        "--ntasks-per-node=4",
+        "--time=2:00:00",
+        "--partition=P",
+        SCRIPT,
+        "--seed",
+        "1",
+        "--lr",
+        "0.1",
+        sys.executable,
+        "pmix",
+    ]
+    for text in (
+        "job 123 ",
+        "squeue --job 123",
+        "tail -F slurm-123.log",
+        "runs/slurm-123",
+        "scancel --signal=USR1 --batch 123",
+    ):
         assert text in out
 
 
@@ -57,11 +76,23 @@ def test_run_folder_goes_to_the_program(call, sbatch: Path) -> None:
 
 def test_dry_run_prints_command_and_script(call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    code, out, _ = call(*CLUSTER, "--gpus-per-node", "0", "--ntasks-per-node", "8", "--dry-run", "--", "--run-dir", "a b")
+    code, out, _ = call(
+        *CLUSTER, "--gpus-per-node", "0", "--ntasks-per-node", "8", "--dry-run", "--", "--run-dir", "a b"
+    )
     assert code == 0
     command, script = out.split("\n", 1)
-    assert shlex.split(command)[3:] == ["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=8",
-                                        "--time=2:00:00", "--partition=P", SCRIPT, "--run-dir", "a b"]  # fmt: skip
+    assert shlex.split(command)[3:] == [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--gpus-per-node=0",
+        "--ntasks-per-node=8",
+        "--time=2:00:00",
+        "--partition=P",
+        SCRIPT,
+        "--run-dir",
+        "a b",
+    ]
     assert script.endswith(Path(SCRIPT).read_text())
 
 
@@ -73,7 +104,9 @@ def test_no_sbatch_is_one_line(call, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refusal_of_sbatch_is_one_line(call, sbatch: Path) -> None:
-    (sbatch / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: P' >&2\nexit 1\n")
+    (sbatch / "bin" / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: P' >&2\nexit 1\n"
+    )
     code, _, err = call(*CLUSTER)
     assert (code, err.count("\n")) == (2, 1)
     assert "sbatch refused the job: error: invalid partition specified: P" in err
@@ -93,7 +126,9 @@ def test_refusal_of_sbatch_is_one_line(call, sbatch: Path) -> None:
         (["--launcher", "srun"], "--launcher srun"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_submitted(call, sbatch: Path, arguments: list[str], words: str) -> None:
+def test_mistakes_are_told_before_anything_is_submitted(
+    call, sbatch: Path, arguments: list[str], words: str
+) -> None:
     code, _, err = call(*arguments)
     assert (code, err.count("\n")) == (2, 1)
     assert words in err

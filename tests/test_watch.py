@@ -20,11 +20,25 @@ from distrib import board
 from launch import watch as module
 from launch.watch import Follower, sparkline, view, watch
 
-TRAINING = ("--epochs", "2", "--batch-size", "8", "--limit-train", "960", "--limit-test", "100", "--width", "0.0625",
-            "--log-every", "5")  # fmt: skip
+TRAINING = (
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--limit-train",
+    "960",
+    "--limit-test",
+    "100",
+    "--width",
+    "0.0625",
+    "--log-every",
+    "5",
+)
 ENDLESS = (*TRAINING, "--epochs", "10000")
-PROGRAM = "import sys, typer\nfrom distrib.command import run_app\nfrom launch.watch import watch\n" \
-          "app = typer.Typer()\napp.command()(watch)\nsys.exit(run_app(app))"  # fmt: skip
+PROGRAM = (
+    "import sys, typer\nfrom distrib.command import run_app\nfrom launch.watch import watch\n"
+    "app = typer.Typer()\napp.command()(watch)\nsys.exit(run_app(app))"
+)
 
 
 @pytest.fixture
@@ -58,7 +72,9 @@ def start(tmp_path: Path):
 
 def written(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder with its size and time of change."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))}
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in (folder, *folder.rglob("*"))
+    }
 
 
 def wait_until(condition, seconds: float = 60) -> None:
@@ -77,8 +93,10 @@ def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> 
     (folder / "ranks").mkdir(parents=True)
     whole = {"epochs": 2, "batch_size": 8, "limit_train": 80, "data": None, "max_steps": None, **config}
     (folder / "config.json").write_text(json.dumps(whole))
-    lines = [{"step": step, "epoch": 1, "lr": 0.1, "loss": 2 / step, "accuracy": 50.0, "images_per_second": 4.0}
-             for step in range(1, steps + 1)]  # fmt: skip
+    lines = [
+        {"step": step, "epoch": 1, "lr": 0.1, "loss": 2 / step, "accuracy": 50.0, "images_per_second": 4.0}
+        for step in range(1, steps + 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for word in words:
         (folder / "ranks" / f"{word.rank:05}.json").write_text(json.dumps(vars(word)))
@@ -107,8 +125,14 @@ def test_a_run_to_its_end_on_a_terminal(start, tmp_path: Path) -> None:
     wait_until(lambda: logged(tmp_path / "run"))
     ours, theirs = pty.openpty()
     env = environment({"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"})
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "--interval", "0.2"], cwd=ROOT,
-                          env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "run"), "--interval", "0.2"],
+        cwd=ROOT,
+        env=env,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
         os.close(theirs)
         said = b""
         try:
@@ -119,7 +143,15 @@ def test_a_run_to_its_end_on_a_terminal(start, tmp_path: Path) -> None:
     os.close(ours)
     out = said.decode()
     assert process.returncode == 0, out
-    for text in ("\x1b[", "━", "/240", "images/s", socket.gethostname(), "epoch 2/2: train loss", "finished at step 240"):
+    for text in (
+        "\x1b[",
+        "━",
+        "/240",
+        "images/s",
+        socket.gethostname(),
+        "epoch 2/2: train loss",
+        "finished at step 240",
+    ):
         assert text in out
     assert any(f"  {doing}" in out for doing in ("computing", "waiting in", "finished"))
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is there again
@@ -128,8 +160,13 @@ def test_a_run_to_its_end_on_a_terminal(start, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_the_run_alone_and_a_stop_is_told(call, start, tmp_path: Path) -> None:
     training = start(*ENDLESS)
     wait_until(lambda: logged(tmp_path / "run"))
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "run")], cwd=ROOT, env=environment({"PYTHONUNBUFFERED": "1"}),
-                          stdout=subprocess.PIPE, text=True) as watching:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watching:
         assert "epoch 1/10000" in watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
         assert watching.stdout.read().endswith("not watched any more; the run goes on\n")
@@ -164,20 +201,34 @@ def test_failed(call, tmp_path: Path) -> None:
         assert out.splitlines()[-1] == "rank 3 on h failed at step 7: ZeroDivisionError: planted"
 
 
-@pytest.mark.parametrize(("words", "verdict"), [
-    ([board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
-     r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s: stopped, killed"),
-    ([], r"no word of any rank for \d+ s: it did not start"),
-    ([board.Word(0, "elsewhere", 1, step=5, state=board.REFUSED, time=time.time())], "ended with a message .* step 5"),
-    ([board.Word(0, "elsewhere", 1, step=5, state=f"{board.FAILED}cause", time=time.time())], "rank 0 .* at step 5: cause"),
-], ids=["silent", "nobody", "refused", "failed"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        (
+            [board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
+            r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s: stopped, killed",
+        ),
+        ([], r"no word of any rank for \d+ s: it did not start"),
+        (
+            [board.Word(0, "elsewhere", 1, step=5, state=board.REFUSED, time=time.time())],
+            "ended with a message .* step 5",
+        ),
+        (
+            [board.Word(0, "elsewhere", 1, step=5, state=f"{board.FAILED}cause", time=time.time())],
+            "rank 0 .* at step 5: cause",
+        ),
+    ],
+    ids=["silent", "nobody", "refused", "failed"],
+)
 def test_ends_without_a_last_file(call, tmp_path: Path, words: list[board.Word], verdict: str) -> None:
     code, out, _ = call(make(tmp_path / "run", *words), "--timeout", 1, "--interval", 0.1)
     assert code == 1
     assert re.search(verdict, out.splitlines()[-1])
 
 
-def test_one_that_speaks_is_not_silent_whatever_its_clock(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_speaks_is_not_silent_whatever_its_clock(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank's clock an hour late: its words are new all the same."""
     word, told = board.Word(0, "elsewhere", 1, step=5, time=time.time() - 3600), 0
 
@@ -219,7 +270,9 @@ def test_half_written_and_rewritten_lines(tmp_path: Path) -> None:
     """A line counts when it is whole; what is no line of a run is passed over; a rewritten file is read anew."""
     folder = make(tmp_path / "run")
     metrics, run = folder / "metrics.jsonl", Follower(folder, 60)
-    line = json.dumps({"step": 8, "loss": 0.5, "epoch": 1, "accuracy": 1.0, "note": "ü"}, ensure_ascii=False).encode()
+    line = json.dumps(
+        {"step": 8, "loss": 0.5, "epoch": 1, "accuracy": 1.0, "note": "ü"}, ensure_ascii=False
+    ).encode()
     with open(metrics, "ab") as file:
         for part in (b"[1]\nnull\n{bad}\n", line[:-3], line[-3:]):  # the second ends within a letter
             file.write(part)

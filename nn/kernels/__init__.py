@@ -34,9 +34,14 @@ ELEMENT_OF = {"float32": "float32", "float64": "float64", "uint16": "bfloat16"}
 
 SCALARS = {"int": np.int32, "double": np.float64}
 POINTERS = {
-    "float": "float32", "double": "float64", "int": "int32", "Step": "int64", "unsigned": "uint32",
-    "unsigned char": "uint8", "bf16": "uint16",
-}  # fmt: skip
+    "float": "float32",
+    "double": "float64",
+    "int": "int32",
+    "Step": "int64",
+    "unsigned": "uint32",
+    "unsigned char": "uint8",
+    "bf16": "uint16",
+}
 NULL = np.uint64(0)
 
 Launchable = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
@@ -48,9 +53,20 @@ def source(element: str) -> str:
     from nn.optim import BETA1, BETA2, EPS_HAT
 
     elem, real, acc = ELEMENTS[element]
-    constants = {"ELEM": elem, "REAL": real, "ACC": acc, "EPS": EPS, "MOMENTUM": MOMENTUM, "BETA1": BETA1,
-                 "BETA2": BETA2, "EPS_HAT": EPS_HAT, "THREADS": THREADS, "SMALL_LANES": SMALL_LANES, "SMALL_ROWS": SMALL_ROWS,
-                 "KEEP": KEEP[element]}  # fmt: skip
+    constants = {
+        "ELEM": elem,
+        "REAL": real,
+        "ACC": acc,
+        "EPS": EPS,
+        "MOMENTUM": MOMENTUM,
+        "BETA1": BETA1,
+        "BETA2": BETA2,
+        "EPS_HAT": EPS_HAT,
+        "THREADS": THREADS,
+        "SMALL_LANES": SMALL_LANES,
+        "SMALL_ROWS": SMALL_ROWS,
+        "KEEP": KEEP[element],
+    }
     if element == "bfloat16":
         constants["BFLOAT16"] = 1
     head = "".join(f"#define {name} {value}\n" for name, value in constants.items())
@@ -62,7 +78,9 @@ def signatures(element: str) -> dict[str, tuple[tuple[str, bool], ...]]:
     """For each kernel of `source(element)`: its parameters as (C type with ELEM, REAL and ACC filled in, pointer?)."""
     names = dict(zip(("ELEM", "REAL", "ACC"), ELEMENTS[element], strict=True))
     found = {}
-    for name, parameters in re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(([^)]*)\)", source(element)):
+    for name, parameters in re.findall(
+        r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(([^)]*)\)", source(element)
+    ):
         types = []
         for parameter in parameters.split(","):
             words = re.sub(r"const|volatile|__restrict__", "", parameter).rsplit(maxsplit=1)[0].split("*")
@@ -80,7 +98,9 @@ class Kernels:
         self._modules: dict[str, Any] = {}
         self._functions: dict[tuple[str, str], tuple[Launchable, tuple[tuple[str, bool], ...]]] = {}
 
-    def launch(self, element: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any) -> None:
+    def launch(
+        self, element: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any
+    ) -> None:
         """Queue a kernel on the current stream. Arrays must be of the parameter's type; None is a null pointer."""
         found = self._functions.get((element, name))
         if found is None:

@@ -51,12 +51,29 @@ class DropIns:
 
     def operations(self) -> dict[str, Callable[..., Any]]:
         """Name of each replaced operation → its drop-in."""
-        return {name: getattr(self, name) for name in (
-            "norm_forward", "norm_backward", "norm_inference", "head_forward", "head_backward", "add",
-            "loss_and_gradient", "take_batch", "end_step", "adam", "sgd", "average", "narrow", "widen",
-        )}  # fmt: skip
+        return {
+            name: getattr(self, name)
+            for name in (
+                "norm_forward",
+                "norm_backward",
+                "norm_inference",
+                "head_forward",
+                "head_backward",
+                "add",
+                "loss_and_gradient",
+                "take_batch",
+                "end_step",
+                "adam",
+                "sgd",
+                "average",
+                "narrow",
+                "widen",
+            )
+        }
 
-    def _launch(self, like: Array, name: str, tiles: tuple[tuple[int, ...], tuple[int, ...]], *arguments: Any) -> None:
+    def _launch(
+        self, like: Array, name: str, tiles: tuple[tuple[int, ...], tuple[int, ...]], *arguments: Any
+    ) -> None:
         """Launch the kernel for activations of the dtype of `like`."""
         self.kernels.launch(ELEMENT_OF[str(like.dtype)], name, *tiles, *arguments)
 
@@ -66,105 +83,348 @@ class DropIns:
         return sum_over_ranks is None and 0 < rows_of(z, pool) <= SMALL_ROWS * keep
 
     def norm_forward(
-        self, z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace,
-        *, count: int, sum_over_ranks: SumOverRanks | None, residual: Array | None = None, relu: bool = True,
+        self,
+        z: Array,
+        gamma: Array,
+        beta: Array,
+        running_mean: Array,
+        running_var: Array,
+        y: Array,
+        ws: Workspace,
+        *,
+        count: int,
+        sum_over_ranks: SumOverRanks | None,
+        residual: Array | None = None,
+        relu: bool = True,
         pool: bool = False,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         n, h, w, c = z.shape
         saved = ws.keep("norm", (2, c), str(gamma.dtype))
         running = running_mean, running_var, saved, y
         if self._is_small(z, pool, sum_over_ranks):
-            self._launch(z, "norm_small_forward", small_tiling(c), z, residual, gamma, beta, *running, n, h, w, c, pool, relu)
+            self._launch(
+                z,
+                "norm_small_forward",
+                small_tiling(c),
+                z,
+                residual,
+                gamma,
+                beta,
+                *running,
+                n,
+                h,
+                w,
+                c,
+                pool,
+                relu,
+            )
         else:
             tiles = grid, _ = tiling(n * h * w, c, 8)
             moments = ws.scratch("norm.moments", (3, c), "float64")
             partial = ws.scratch("norm.partial", (grid[0], c, 3), "float64")
-            self._launch(z, "norm_statistics", tiles, z, partial, ws.zeros("arrived", grid[1], "uint32"), moments,
-                         n * h * w, c)  # fmt: skip
+            self._launch(
+                z,
+                "norm_statistics",
+                tiles,
+                z,
+                partial,
+                ws.zeros("arrived", grid[1], "uint32"),
+                moments,
+                n * h * w,
+                c,
+            )
             if sum_over_ranks:
                 sum_over_ranks(moments[1])
                 self._launch(z, "norm_recentre", flat(c), moments, n * h * w, count, c)
                 sum_over_ranks(moments[2])
-            self._launch(z, "norm_apply", tiling(rows_of(z, pool), c, 4), z, residual, moments, gamma, beta, *running,
-                         count, n, h, w, c, pool, relu)  # fmt: skip
+            self._launch(
+                z,
+                "norm_apply",
+                tiling(rows_of(z, pool), c, 4),
+                z,
+                residual,
+                moments,
+                gamma,
+                beta,
+                *running,
+                count,
+                n,
+                h,
+                w,
+                c,
+                pool,
+                relu,
+            )
         return z, saved, y if residual is not None and relu else None, residual is not None, relu, pool
 
     def norm_backward(
-        self, dy: Array, saved: Any, gamma: Array, beta: Array, d_gamma: Array, d_beta: Array, ws: Workspace, *,
-        count: int, sum_over_ranks: SumOverRanks | None,
-    ) -> Array:  # fmt: skip
+        self,
+        dy: Array,
+        saved: Any,
+        gamma: Array,
+        beta: Array,
+        d_gamma: Array,
+        d_beta: Array,
+        ws: Workspace,
+        *,
+        count: int,
+        sum_over_ranks: SumOverRanks | None,
+    ) -> Array:
         z, statistics, y, _, relu, pool = saved
         n, h, w, c = z.shape
         shape = n, h, w, c, pool
         if self._is_small(z, pool, sum_over_ranks):
-            self._launch(z, "norm_small_backward", small_tiling(c), dy, z, y, statistics, gamma, beta, d_gamma, d_beta, *shape, relu)
+            self._launch(
+                z,
+                "norm_small_backward",
+                small_tiling(c),
+                dy,
+                z,
+                y,
+                statistics,
+                gamma,
+                beta,
+                d_gamma,
+                d_beta,
+                *shape,
+                relu,
+            )
             return z
         tiles = grid, _ = tiling(rows_of(z, pool), c, 8)
         sums = ws.scratch("norm.moments", (2, c), "float64")
         partial = ws.scratch("norm.partial", (grid[0], c, 2), "float64")
-        self._launch(z, "norm_gradient_sums", tiles, dy, z, y, statistics, gamma, beta, partial,
-                     ws.zeros("arrived", grid[1], "uint32"), sums, d_gamma, d_beta, *shape, relu)  # fmt: skip
+        self._launch(
+            z,
+            "norm_gradient_sums",
+            tiles,
+            dy,
+            z,
+            y,
+            statistics,
+            gamma,
+            beta,
+            partial,
+            ws.zeros("arrived", grid[1], "uint32"),
+            sums,
+            d_gamma,
+            d_beta,
+            *shape,
+            relu,
+        )
         if sum_over_ranks:
             sum_over_ranks(sums.reshape(-1))
-        self._launch(z, "norm_input_gradient", tiling(rows_of(z, pool), c, 4), dy, z, statistics, gamma, beta, sums,
-                     count, *shape, relu and y is None)  # fmt: skip
+        self._launch(
+            z,
+            "norm_input_gradient",
+            tiling(rows_of(z, pool), c, 4),
+            dy,
+            z,
+            statistics,
+            gamma,
+            beta,
+            sums,
+            count,
+            *shape,
+            relu and y is None,
+        )
         return z
 
     def norm_inference(
-        self, z: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, y: Array, ws: Workspace,
-        *, residual: Array | None = None, relu: bool = True, pool: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        z: Array,
+        gamma: Array,
+        beta: Array,
+        running_mean: Array,
+        running_var: Array,
+        y: Array,
+        ws: Workspace,
+        *,
+        residual: Array | None = None,
+        relu: bool = True,
+        pool: bool = False,
+    ) -> None:
         n, h, w, c = z.shape
-        self._launch(z, "norm_apply", tiling(rows_of(z, pool), c, 4), z, residual, None, gamma, beta, running_mean,
-                     running_var, None, y, 1, n, h, w, c, pool, relu)  # fmt: skip
+        self._launch(
+            z,
+            "norm_apply",
+            tiling(rows_of(z, pool), c, 4),
+            z,
+            residual,
+            None,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            None,
+            y,
+            1,
+            n,
+            h,
+            w,
+            c,
+            pool,
+            relu,
+        )
 
     def head_forward(self, x: Array, w: Array, b: Array, pooled: Array, logits: Array, average: bool) -> None:
         n, h, width, c = x.shape
         if n:
-            self._launch(x, "head_forward", ((n,), (THREADS,)), x, w, b, pooled, logits, h * width, c, len(w), average)
+            self._launch(
+                x, "head_forward", ((n,), (THREADS,)), x, w, b, pooled, logits, h * width, c, len(w), average
+            )
 
     def head_backward(
-        self, dlogits: Array, x: Array, pooled: Array, w: Array, dw: Array, db: Array, dx: Array, ws: Workspace,
+        self,
+        dlogits: Array,
+        x: Array,
+        pooled: Array,
+        w: Array,
+        dw: Array,
+        db: Array,
+        dx: Array,
+        ws: Workspace,
         average: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         n, h, width, c = x.shape
-        self._launch(x, "head_backward", ((n + len(w),), (THREADS,)), dlogits, x, pooled, w, dw, db, dx, n, h * width,
-                     c, len(w), average)  # fmt: skip
+        self._launch(
+            x,
+            "head_backward",
+            ((n + len(w),), (THREADS,)),
+            dlogits,
+            x,
+            pooled,
+            w,
+            dw,
+            db,
+            dx,
+            n,
+            h * width,
+            c,
+            len(w),
+            average,
+        )
 
     def add(self, x: Array, y: Array) -> None:
         self._launch(x, "add", flat(x.size), x, y, x.size)
 
     def loss_and_gradient(
-        self, logits: Array, labels: Array, stop: Array, dlogits: Array, own: Array, tail: Array, *, loss: str,
-        count: int, smoothing: float = 0.0,
-    ) -> None:  # fmt: skip
-        self._launch(logits, "loss_and_gradient", ((1,), (1, THREADS)), logits, labels, stop, dlogits, own, tail, count,
-                     smoothing, *logits.shape, loss == "bce")  # fmt: skip
+        self,
+        logits: Array,
+        labels: Array,
+        stop: Array,
+        dlogits: Array,
+        own: Array,
+        tail: Array,
+        *,
+        loss: str,
+        count: int,
+        smoothing: float = 0.0,
+    ) -> None:
+        self._launch(
+            logits,
+            "loss_and_gradient",
+            ((1,), (1, THREADS)),
+            logits,
+            labels,
+            stop,
+            dlogits,
+            own,
+            tail,
+            count,
+            smoothing,
+            *logits.shape,
+            loss == "bce",
+        )
 
     def take_batch(
-        self, images: Array, labels: Array, order: Array, at: Array, batch: int, start: int, x: Array, y: Array,
+        self,
+        images: Array,
+        labels: Array,
+        order: Array,
+        at: Array,
+        batch: int,
+        start: int,
+        x: Array,
+        y: Array,
         warps: Array | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if len(x):
-            self._launch(x, "take_batch", ((len(x),), (THREADS,)), images, labels, order, at, batch, start, x, y, warps,
-                         *x.shape[1:3])  # fmt: skip
+            self._launch(
+                x,
+                "take_batch",
+                ((len(x),), (THREADS,)),
+                images,
+                labels,
+                order,
+                at,
+                batch,
+                start,
+                x,
+                y,
+                warps,
+                *x.shape[1:3],
+            )
 
     def end_step(self, history: Array, own: Array, tail: Array, at: Array) -> None:
         self._launch(history, "end_step", ((1,), (1,)), history, own, tail, at, len(history))
 
     def adam(
-        self, values: Array, grads: Array, m: Array, v: Array, rates: Array, at: Array, compute: Array | None,
-        scratch: Array, *, weight_decay: float,
-    ) -> None:  # fmt: skip
-        self._launch(values if compute is None else compute, "adam", flat(values.size), values, grads, m, v, rates, at,
-                     compute, weight_decay, values.size)  # fmt: skip
+        self,
+        values: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        rates: Array,
+        at: Array,
+        compute: Array | None,
+        scratch: Array,
+        *,
+        weight_decay: float,
+    ) -> None:
+        self._launch(
+            values if compute is None else compute,
+            "adam",
+            flat(values.size),
+            values,
+            grads,
+            m,
+            v,
+            rates,
+            at,
+            compute,
+            weight_decay,
+            values.size,
+        )
 
     def sgd(
-        self, values: Array, grads: Array, velocity: Array | None, rates: Array, at: Array, compute: Array | None,
-        scratch: Array, *, weight_decay: float, momentum: float, nesterov: bool,
-    ) -> None:  # fmt: skip
-        self._launch(values if compute is None else compute, "sgd", flat(values.size), values, grads, velocity, rates,
-                     at, compute, momentum, nesterov, weight_decay, values.size)  # fmt: skip
+        self,
+        values: Array,
+        grads: Array,
+        velocity: Array | None,
+        rates: Array,
+        at: Array,
+        compute: Array | None,
+        scratch: Array,
+        *,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None:
+        self._launch(
+            values if compute is None else compute,
+            "sgd",
+            flat(values.size),
+            values,
+            grads,
+            velocity,
+            rates,
+            at,
+            compute,
+            momentum,
+            nesterov,
+            weight_decay,
+            values.size,
+        )
 
     def average(self, mean: Array, values: Array, scratch: Array, *, decay: float) -> None:
         self._launch(values, "average", flat(values.size), mean, values, decay, values.size)
@@ -189,14 +449,39 @@ class Stem:
     def forward(self, x: Array, w: Array, g: Any, y: Array, ws: Workspace, keep: bool) -> Array | None:
         n, h, width, c = y.shape
         if n:
-            self.kernels.launch(ELEMENT_OF[str(x.dtype)], "stem_forward", *tiling(n * h * width, c, 8), x,
-                                w.transpose(3, 0, 1, 2), y, n, h, width, c)  # fmt: skip
+            self.kernels.launch(
+                ELEMENT_OF[str(x.dtype)],
+                "stem_forward",
+                *tiling(n * h * width, c, 8),
+                x,
+                w.transpose(3, 0, 1, 2),
+                y,
+                n,
+                h,
+                width,
+                c,
+            )
         return ws.hold(x) if keep else None
 
-    def backward(self, dy: Array, x: Array, w: Array, g: Any, dw: Array, dx: Array | None, ws: Workspace) -> None:
+    def backward(
+        self, dy: Array, x: Array, w: Array, g: Any, dw: Array, dx: Array | None, ws: Workspace
+    ) -> None:
         assert dx is None, "the first layer's input has no gradient"
         n, h, width, c = dy.shape
         grid, block = tiling(n * h * width, c, 32)
         partial = ws.scratch("stem.partial", (grid[0], 9, c), "float64")
-        self.kernels.launch(ELEMENT_OF[str(x.dtype)], "stem_weight_gradient", grid, block, x, dy, partial,
-                            ws.zeros("stem.arrived", grid[1], "uint32"), dw.transpose(3, 0, 1, 2), n, h, width, c)  # fmt: skip
+        self.kernels.launch(
+            ELEMENT_OF[str(x.dtype)],
+            "stem_weight_gradient",
+            grid,
+            block,
+            x,
+            dy,
+            partial,
+            ws.zeros("stem.arrived", grid[1], "uint32"),
+            dw.transpose(3, 0, 1, 2),
+            n,
+            h,
+            width,
+            c,
+        )
