@@ -302,7 +302,7 @@ def norm_backward(
     d_beta: Array,
     ws: Workspace,
     *,
-    count: int,  # noqa: ARG001
+    count: int,
     sum_over_ranks: SumOverRanks | None,
 ) -> Array:
     """Writes this rank's d_gamma and d_beta; returns dz, in memory that lasts at least until the next operation.
