@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ class Word:
 class Board:
     """One rank's place on the board of a run's folder."""
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
+    def __init__(self, folder: Path, rank: int, size: int, step: int = 0) -> None:
         self.folder, self.size = folder, size
-        self.word = Word(rank, socket.gethostname(), os.getpid())
+        self.word = Word(rank, socket.gethostname(), os.getpid(), step)
         self.ranks = folder / "ranks"
         self._published, self._speaking = 0.0, threading.Lock()
         with contextlib.suppress(OSError):
@@ -72,16 +73,22 @@ class Board:
         found = [replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank]
         return conclude(self.folder, found[0] if found else self.word, cause)
 
-    def accuse(self, otherwise: str, last: list[str]) -> str:
+    def accuse(self, otherwise: str, last: list[str], publish: Callable[[], None]) -> str:
         """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out.
 
-        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks.
+        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks. Meanwhile
+        `publish` is called: a rank that listens is not silent itself.
         """
         self.publish(now=True)
         with contextlib.suppress(OSError):
             _write(self.ranks / f"{self.word.rank:05}-collectives.json", last)
+        # the clocks of hosts differ: silent is who says nothing new
         before = {word.rank: word.time for word in read(self.folder)}
-        time.sleep(SILENT)  # the clocks of hosts differ: silent is who says nothing new
+        for _ in range(
+            10
+        ):  # looks, not seconds: this process may be suspended meanwhile, and the others with it
+            time.sleep(SILENT / 10)
+            publish()
         words = read(self.folder)
         silent = {word.rank for word in words if before.get(word.rank) == word.time}
         return conclude(self.folder, *suspect(words, silent, self.size, self.word, otherwise))
