@@ -78,6 +78,28 @@ def number(value: Any) -> float | None:
         return None
 
 
+def fits(kind: str, value: Any) -> bool:
+    """Whether a JSON value is of a type written as an annotation: "int | None", "list[int]", "dict[str, float]"."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
+    if kind.startswith("dict[str, "):
+        return isinstance(value, dict) and all(fits(kind[10:-1], each) for each in value.values())
+    if " | " in kind:
+        return any(fits(part, value) for part in kind.split(" | "))
+    if kind == "float":
+        return number(value) is not None
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
+    if kind == "None":
+        return value is None
+    return isinstance(value, {"str": str, "bool": bool, "dict": dict}[kind])
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value from a file for a message."""
+    return printable(str(value), most)
+
+
 def _opener(more: int) -> Callable[[str, int], int]:
     """For `open`: with these flags besides those of its mode."""
     return lambda name, flags: os.open(name, flags | more, 0o666)
