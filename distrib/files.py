@@ -56,6 +56,18 @@ def printable(text: str, most: int = 500) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in short)
 
 
+def expanded(name: str, option: str) -> Path:
+    """The path that a person gave for `option`, with ~ for a home folder; UserError where it can be none."""
+    if not name or "\0" in name:
+        raise UserError(f"{option} {printable(name) or '(nothing)'}: give a name")
+    found = os.path.expanduser(name)
+    if found.startswith("~"):
+        user = name[1:].partition("/")[0]
+        whose = f"there is no user {printable(user, 40)}" if user else "your home folder is not known"
+        raise UserError(f"{option} {printable(name)}: {whose}: give the whole path, or ./{printable(name)}")
+    return Path(found)
+
+
 def number(value: Any) -> float | None:
     """`value` where it is a finite number (true and false are none), else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -64,6 +76,28 @@ def number(value: Any) -> float | None:
         return value if math.isfinite(value) else None
     except OverflowError:  # an integer beyond float's range
         return None
+
+
+def fits(kind: str, value: Any) -> bool:
+    """Whether a JSON value is of a type written as an annotation: "int | None", "list[int]", "dict[str, float]"."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
+    if kind.startswith("dict[str, "):
+        return isinstance(value, dict) and all(fits(kind[10:-1], each) for each in value.values())
+    if " | " in kind:
+        return any(fits(part, value) for part in kind.split(" | "))
+    if kind == "float":
+        return number(value) is not None
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
+    if kind == "None":
+        return value is None
+    return isinstance(value, {"str": str, "bool": bool, "dict": dict}[kind])
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value from a file for a message."""
+    return printable(str(value), most)
 
 
 def _opener(more: int) -> Callable[[str, int], int]:
@@ -77,9 +111,13 @@ def read_bytes(path: Path, most: int) -> bytes:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("not a regular file")
-        data = file.read(most + 1) if about.st_size <= most else b""
-        if len(data) > most or about.st_size > most:
+        if about.st_size > most:
             raise ValueError(f"larger than {most} bytes")
+        data = file.read(about.st_size + 1)
+        while len(data) > about.st_size and (more := file.read(1 << 16)):  # it grows
+            data += more
+            if len(data) > most:
+                raise ValueError(f"larger than {most} bytes")
         return data
 
 
