@@ -53,6 +53,23 @@ FAULTS = {  # name: (what happens in the rank, words of the verdict, seconds unt
     "dies": ("os._exit(0)", "without a word", 5),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "not a word for", TIMEOUT + 8),
     "stalls": ("time.sleep(3600)", "behind the others, computing", TIMEOUT + 8),
+    "memory": (
+        "import resource; pages = int(open('/proc/self/statm').read().split()[0]);"
+        " resource.setrlimit(resource.RLIMIT_AS, (pages * 4096,) * 2); bytearray(1 << 40)",
+        "MemoryError",
+        5,
+    ),
+    "threads": (
+        "import threading; threading.Thread.start = None; raise MemoryError('planted')",
+        "MemoryError: planted",
+        5,
+    ),
+    "files": (
+        "import resource; free = os.open(os.devnull, 0);"
+        " resource.setrlimit(resource.RLIMIT_NOFILE, (free, free)); open(os.devnull)",
+        "OSError: [Errno 24] Too many open files",
+        5,
+    ),
     "corrupted": ("self.params.values[7] += 1", "its parameters differ", 5),
 }
 
@@ -120,6 +137,28 @@ def test_the_verdict_is_the_last_line_of_the_program(tmp_path: Path) -> None:
     own = [text for text in done.stderr.splitlines() if text.startswith("distrib:")]
     assert own[-1].startswith(f"distrib: rank 1 on {os.uname().nodename} failed at step")
     assert own[-1].endswith(": ValueError: planted")
+
+
+def test_checkpoints_need_no_new_thread(tmp_path: Path) -> None:
+    script = at(0, 7, "import threading; threading.Thread.start = None")
+    run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2)
+    assert summary(tmp_path / "run")["finished"]
+    assert ckpt.newest_valid(tmp_path / "run" / "checkpoints")[0].position["step"] == 20
+
+
+def test_a_resumed_run_that_fails_at_once_tells_its_step(tmp_path: Path) -> None:
+    """Before its first step too, the verdict names the step of the checkpoint."""
+    train(tmp_path / "run", *OPTIONS, "--max-steps", 8)
+    code = """
+import sys
+from distrib import train
+def warm_up(*_): raise ValueError("planted")
+train.warm_up = warm_up
+from distrib.command import main
+sys.exit(main())
+"""
+    run("-c", code, "--run-dir", tmp_path / "run", *OPTIONS, check=False)
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["step"] == 8
 
 
 def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
