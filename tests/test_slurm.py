@@ -107,10 +107,14 @@ class Job:
         self.wait(lambda: self.about("JobState") in ended, "end", within)
         return self.about("JobState"), self.about("ExitCode")
 
+    def steps(self) -> int:
+        """Lines of metrics so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
     def train_some(self, steps: int = 5) -> None:
         """Come back after some steps."""
-        path = self.run_dir / "metrics.jsonl"
-        self.wait(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}")
+        self.wait(lambda: self.steps() >= steps, f"step {steps}")
 
     def rank(self, number: int) -> int:
         """The process of one rank."""
@@ -192,6 +196,25 @@ def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path,
     assert not set(job.log) & set(CONTROL)
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
     assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
+
+
+@pytest.mark.parametrize("timeouts", [1.5, *([0.5, 1.0, 3.0] if os.environ.get("DISTRIB_SOAK") else [])])
+@pytest.mark.parametrize(("nodes", "launcher"), [(2, "pmix"), (1, "mpirun")])
+def test_a_suspended_job_goes_on(
+    whole: Job, tmp_path: Path, nodes: int, launcher: str, timeouts: float
+) -> None:
+    """As Slurm's gang scheduling does it: all processes of the job stand still for longer than --timeout."""
+    job = Job(tmp_path, NODES[nodes], *SMALL, "--timeout", "6", LAUNCHER=launcher)
+    job.train_some()
+    job.call("scontrol", "suspend", job.number)
+    job.wait(lambda: job.about("JobState") == "SUSPENDED", "suspension")
+    steps = job.steps()
+    time.sleep(timeouts * 6)
+    assert job.steps() <= steps + 1, "it did not stand still"
+    job.call("scontrol", "resume", job.number)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert job.about("Restarts") == "0"
+    assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
 
 
 def test_usr1_before_the_ranks_listen_is_not_lost(tmp_path: Path, program: Callable[[str], str]) -> None:
