@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import typer
@@ -18,7 +19,7 @@ from distrib.command import run_app
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
-LIMIT = 300  # seconds; no test may hang
+LIMIT = 600  # seconds; no test may hang, nor fail because the machine is busy
 NOT_STARTED = "The PMIx server's listener thread failed to start"
 """What mpirun said once before it had started anything."""
 
@@ -28,6 +29,37 @@ MPI_ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
+    config.addinivalue_line("markers", "quick: starts no other process")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        needs.require(*mark.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := needs.not_run(terminalreporter.getreports("skipped")):
+        terminalreporter.section("not run", yellow=True)
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(autouse=True)
+def starts_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold a test that is marked `quick` to its word."""
+    if not request.node.get_closest_marker("quick"):
+        return
+
+    class Refused(subprocess.Popen):
+        def __init__(self, command: object, *more: object, **options: object) -> None:
+            assert command[0] == "/sbin/ldconfig", f"a quick test starts {command}"  # as find_library does
+            super().__init__(command, *more, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Refused)
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:

@@ -12,6 +12,8 @@ import strict_array
 from conftest import environment
 from cuda_double import ORDERS, HostModule, build, signatures
 
+pytestmark = pytest.mark.needs("g++")
+
 TOYS = r"""
 #define ELEM float      // macros, typedefs and structs name types
 typedef ELEM REAL;

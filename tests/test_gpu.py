@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from conftest import losses, run, summary, train
 from cudnn_double import from_bf16, to_bf16
-from device_double import REAL, device
+from device_double import device
 from test_graph import a_trainer, steps
 
-from distrib.world import MULTI_RANK_NCCL
 from nn.backend import NUMPY
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
@@ -123,15 +122,7 @@ OPTIONS = (
 SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
 
 
-def nccl_shares_a_gpu() -> bool:
-    from cupy.cuda import nccl
-
-    return bool(nccl.available and nccl.get_version() >= MULTI_RANK_NCCL)
-
-
-needs_shared_gpu = pytest.mark.skipif(
-    REAL and not nccl_shares_a_gpu(), reason="NOT RUN: needs NCCL 2.30 for ranks that share a GPU"
-)
+needs_shared_gpu = pytest.mark.needs("shared GPU")
 
 
 def on_ranks(folder: Path, ranks: int, comm: str, *more: object, like: Path | None = None) -> None:

@@ -1,6 +1,6 @@
 """Two hosts, as network namespaces of this machine, under mpirun: a run to its end, and one whose link goes down.
 
-Needs root and iproute2; where the hosts cannot be made the tests fail and say so.
+Needs root and iproute2 (needs.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, summary, train
 from test_failures import left_running
+
+pytestmark = pytest.mark.needs("hosts")
 
 HOSTS = ROOT / "tests" / "two_hosts.sh"
 OPTIONS = (
@@ -37,9 +39,7 @@ OPTIONS = (
 @pytest.fixture(scope="module", autouse=True)
 def hosts() -> Iterator[None]:
     done = subprocess.run([str(HOSTS), "up"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (
-        f"the two hosts cannot be made (root and iproute2 are needed): {done.stderr.strip()}"
-    )
+    assert done.returncode == 0, f"the two hosts cannot be made: {done.stderr.strip()}"
     yield
     subprocess.run([str(HOSTS), "down"], check=True)
 

@@ -6,8 +6,8 @@ import os
 import subprocess
 import time
 
-import pytest
 from conftest import ROOT, run
+from needs import require
 
 PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 
@@ -171,14 +171,10 @@ def test_training_over_the_double_equals_one_rank() -> None:
 
 
 def real_nccl():
-    """`cupy.cuda.nccl` with its library, or a visible skip."""
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        from cupy.cuda import nccl
+    """`cupy.cuda.nccl` with its library."""
+    require("nccl")
+    from cupy.cuda import nccl
 
-        nccl.get_version()
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"no NCCL library: {error}")
     return nccl
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -41,9 +40,7 @@ SETTINGS = (
     "numpy",
 )
 
-pages = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("matplotlib", "jinja2"))), reason="needs the extra report"
-)
+pages = pytest.mark.needs("report")
 
 
 def made(model: Model, ranks: int, batch: int, hidden: bool = False) -> Point:

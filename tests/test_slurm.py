@@ -1,6 +1,6 @@
 """slurm/train.sh on a real Slurm: two nodes on this machine, brought up by slurm_cluster.sh.
 
-It needs root and Debian's packages, and fails where it cannot have them: nothing here is skipped.
+It needs root and Debian's packages (needs.py), which `slurm_cluster.sh install` brings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT, environment, metrics, summary
 
 from distrib.checkpoint import newest_valid
+
+pytestmark = pytest.mark.needs("slurm")
 
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
 FOLDER = Path("/tmp/distrib-slurm")
