@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,22 @@ sys.exit(main())
 def at(rank: int, step: int, code: str) -> str:
     """`before_each_step`, on one rank and before one step (from 0) only."""
     return before_each_step(f"if self.world.rank == {rank} and self.at.step == {step}: {code}")
+
+
+def pause(path: Path) -> str:
+    """The statement that waits until a file is there, for `at` and `before_each_step`."""
+    return f"any(os.path.exists({str(path)!r}) or time.sleep(0.02) for _ in iter(int, 1))"
+
+
+def wait_for(condition: Callable[[], object], what: str, process: subprocess.Popen | None = None) -> None:
+    """Come back once `condition` holds; AssertionError where `process` ends before, or after LIMIT seconds."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {LIMIT} s: {what}"
+        assert process is None or process.poll() is None or condition(), (
+            f"ended with {process.returncode}: {what}"
+        )
+        time.sleep(0.02)
 
 
 def train(

@@ -131,15 +131,15 @@ up() { # NODES
     namespaces "$1" 2>"$D/log/ip.out" || fail "cannot make network namespaces: $(tail -n 1 "$D/log/ip.out")"
     start munged munged --foreground --force --key-file="$D/munge/key" --socket="$D/munge/socket" \
         --pid-file="$D/munge/pid" --log-file="$D/log/munged.log" --seed-file="$D/munge/seed"
-    for i in $(seq 100); do [ ! -S "$D/munge/socket" ] || break; sleep 0.1; done
+    for i in $(seq 600); do [ ! -S "$D/munge/socket" ] || break; sleep 0.1; done
     start slurmctld slurmctld -c -D
-    for i in $(seq 100); do ! scontrol ping 2>/dev/null | grep -q 'is UP' || break; sleep 0.1; done # else slurmd asks again late
+    for i in $(seq 600); do ! scontrol ping 2>/dev/null | grep -q 'is UP' || break; sleep 0.1; done # else slurmd asks again late
     for i in $(seq "$1"); do node "$i"; done
-    for i in $(seq 300); do
+    for i in $(seq 1200); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" != "$1" ] || return 0
         sleep 0.1
     done
-    fail "nodes are not idle after 30 s: $(sinfo -h -N -o '%N %T %E' | tr '\n' ' ') $(grep -h error "$D"/log/*.log | tail -n 1)"
+    fail "nodes are not idle after 120 s: $(sinfo -h -N -o '%N %T %E' | tr '\n' ' ') $(grep -h error "$D"/log/*.log | tail -n 1)"
 }
 
 down() {

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, summary
+from conftest import LIMIT, ROOT, run, summary
 from needs import require
 from safetensors.numpy import load_file
 from test_bad_input import SMALL, assert_one_line, snapshot
@@ -250,7 +250,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     made: list[Any] = []
 
     def slow(*arguments: Any) -> Path:
-        step, deadline = arguments[1], time.monotonic() + 10
+        step, deadline = arguments[1], time.monotonic() + LIMIT
         while step < 4 and made[0].at.step == step:
             assert time.monotonic() < deadline, "training waits for the checkpoint"
             time.sleep(0.01)

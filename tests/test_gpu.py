@@ -5,7 +5,6 @@ GPU has seen.
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +185,7 @@ sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend"
 from distrib.command import main
 sys.exit(main())
 """
-    begin = time.monotonic()
     done = run("-c", script, ranks=2, check=False, env=SHARED)
     assert done.returncode not in (0, 2, 85)
     assert "distrib: rank 0 on" in done.stderr
     assert "waited 10 s in" in done.stderr
-    assert time.monotonic() - begin < 120

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 
 from conftest import ROOT, run
 from needs import require
@@ -114,18 +113,16 @@ except OrderError:
 
 def test_an_asynchronous_error_ends_the_job() -> None:
     """NCCL reports it to nobody who does not ask: the watchdog does, while the main thread is busy elsewhere."""
-    begin = time.monotonic()
     done = with_ranks(
         """
 import time
 if rank == 1:
     nccl.async_status = 6
-time.sleep(60)
+time.sleep(3600)
 """,
         ranks=2,
         check=False,
     )
-    assert time.monotonic() - begin < 30
     assert done.returncode not in (0, 2, 85)
     assert "distrib: rank 1 on" in done.stderr
     assert "found at step 0: NCCL_ERROR_REMOTE_ERROR" in done.stderr

@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, train
+from conftest import LIMIT, run, train
 from needs import chromium
 from PIL import Image
 from safetensors.numpy import load_file
@@ -255,16 +254,15 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: s
         f"--window-size={width},3000",
         "--virtual-time-budget=3000",
     ]
-    begin = time.monotonic()
     done = subprocess.run(
         [*command, f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title, f"no page after {time.monotonic() - begin:.0f} s: {done.stderr[-500:]}"
+    assert title, f"no page: {done.stderr[-500:]}"
     scroll, inner, images, loaded = title[1].split(",")
     assert int(scroll) <= int(inner), "the page is wider than the window"
     assert int(images) > 24
