@@ -41,6 +41,7 @@ def expected(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
     }
 
 
+@pytest.mark.needs("tensorboard")
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own imports
 def test_events_say_what_the_metrics_say_after_resumes_too(tmp_path: Path) -> None:
     for step in (3, 8, 14):
@@ -60,14 +61,15 @@ def test_the_check_value_of_crc32c() -> None:
     ) & 0xFFFFFFFF == 0xE3069283  # RFC 3720, appendix B.4, of the same polynomial
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_loss_beyond_float32_is_infinite(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.1.here"
     path.write_bytes(events.head(1.0) + events.scalars({"time": 1.0, "step": 1, "loss": -1e300}))
     assert read(tmp_path) == {("train/loss", 1): (1.0, -np.inf)}
 
 
+@pytest.mark.needs("tensorboard")
 def test_null_is_left_out_and_large_steps_fit(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     path = tmp_path / "events.out.tfevents.1.here"
     line = {"time": 1.5, "step": 1 << 40, "loss": float(np.float32(0.1)), "compute_seconds": None}
     path.write_bytes(events.head(1.0) + events.scalars(line))
