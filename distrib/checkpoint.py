@@ -283,8 +283,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     _require_finite(beside, optimizer)
     position = _object(beside, "position", metadata["position"], POSITION)
-    if not all(value >= 0 for key, value in position.items() if POSITION.get(key) == "int"):
-        raise UserError(f"{beside}: its position has a number below 0: use another checkpoint")
+    for key, value in position.items():
+        if POSITION.get(key) == "int" and not 0 <= value < 1 << 53:
+            raise UserError(f"{beside}: its position has {key} {shown(value)}: use another checkpoint")
     if "environment" in position:  # it is shown
         position["environment"] = {
             shown(k): shown(v, 200) if isinstance(v, str) else v for k, v in position["environment"].items()

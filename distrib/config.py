@@ -243,13 +243,14 @@ class Config:
 
         A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
         """
-        config = self
+        config, fewer = self, dict[str, Any]()
         for name, have in (("limit_train", train_images), ("limit_test", test_images)):
             limit = getattr(self, name)
             if isinstance(limit, Cap):
-                config = replace(config, **{name: Cap(min(limit, have))})
+                fewer[name] = Cap(min(limit, have))
             else:
                 self._require(name, limit is None or limit <= have, f"the data has only {have} images")
+        config = replace(config, **fewer)
         if self.batch_size_per_rank is not None:
             same = stored is not None and stored.get("batch_size_per_rank") == self.batch_size_per_rank
             held = stored.get("batch_size") if stored and same else None

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from distrib.errors import UserError
 
@@ -34,6 +34,7 @@ REMEDIES = {
     errno.EISDIR: "a folder is in the place of a file: remove it, or give another place",
     errno.ELOOP: "a link is in its place: remove it",
     errno.EEXIST: "something else is in its place: remove it",
+    errno.ENXIO: "something else is in its place: remove it",
     errno.EIO: "the disk does not answer as it should: check it",
     errno.ESTALE: "its disk was lost or exported anew: mount it again",
 }
@@ -51,7 +52,7 @@ def reason(error: OSError | ValueError, path: Path) -> str:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), and no longer than `most`."""
+    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), cut at `most` letters."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in short)
 
@@ -79,7 +80,7 @@ def number(value: Any) -> float | None:
 
 
 def fits(kind: str, value: Any) -> bool:
-    """Whether a JSON value is of a type written as an annotation: "int | None", "list[int]", "dict[str, float]"."""
+    """Whether a JSON value is of a type written as an annotation, such as "int | None" or "dict[str, float]"."""
     if kind.startswith("list["):
         return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
     if kind.startswith("dict[str, "):
@@ -89,7 +90,7 @@ def fits(kind: str, value: Any) -> bool:
     if kind == "float":
         return number(value) is not None
     if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 128
     if kind == "None":
         return value is None
     return isinstance(value, {"str": str, "bool": bool, "dict": dict}[kind])
@@ -105,12 +106,28 @@ def _opener(more: int) -> Callable[[str, int], int]:
     return lambda name, flags: os.open(name, flags | more, 0o666)
 
 
+def _open_regular(path: Path, mode: str, flags: int) -> BinaryIO:
+    file = open(path, mode, opener=_opener(flags))  # noqa: SIM115  # handed on
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return cast(BinaryIO, file)
+    file.close()
+    raise OSError(errno.EEXIST, "not a regular file", str(path))
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """A regular file, a link's target too; OSError, for what is none too."""
+    return _open_regular(path, "rb", os.O_NONBLOCK)  # a FIFO would wait for a writer
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A regular file, made where it is missing, no link's target; OSError, for what is none too."""
+    return _open_regular(path, "ab", os.O_NONBLOCK | NOFOLLOW)  # of a FIFO without a reader: ENXIO
+
+
 def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file. OSError where it cannot be read; ValueError where it is none, or has more than `most` bytes."""
-    with open(path, "rb", opener=_opener(os.O_NONBLOCK)) as file:  # a FIFO would wait for a writer
+    """All of a regular file. OSError where it cannot be read, ValueError where it has more than `most` bytes."""
+    with open_to_read(path) as file:
         about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file")
         if about.st_size > most:
             raise ValueError(f"larger than {most} bytes")
         data = file.read(about.st_size + 1)
@@ -133,7 +150,10 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file") -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes, whoever wrote it; UserError names it, the fault and `remedy`."""
+    """The JSON object in a file of at most `most` bytes, whoever wrote it.
+
+    UserError names the file, the fault and `remedy`.
+    """
     try:
         return parse_object(read_bytes(path, most))
     except OSError as error:
@@ -142,10 +162,10 @@ def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file
         raise UserError(f"{path}: cannot be read as JSON ({printable(str(error), 200)}): {remedy}") from None
 
 
-def create(path: Path, data: bytes = b"", sync: bool = False) -> None:
-    """Write a file that is not there yet, a link's target neither. OSError; FileExistsError where anything has the name."""
+def create(path: Path, data: bytes | Iterable[bytes] = b"", sync: bool = False) -> None:
+    """Write a file that is not there yet; OSError, FileExistsError where anything has the name, a link too."""
     with open(path, "xb", opener=_opener(NOFOLLOW)) as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         if sync:
             file.flush()
             os.fsync(file.fileno())
@@ -156,7 +176,7 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def replace(path: Path, data: bytes, sync: bool = False) -> None:
+def replace(path: Path, data: bytes | Iterable[bytes], sync: bool = False) -> None:
     """Let `path` hold all of `data`, or what it held before; OSError. With `sync` it outlasts a power cut."""
     beside = temporary(path)
     try:
@@ -177,7 +197,7 @@ def replace(path: Path, data: bytes, sync: bool = False) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Add `data` to the end of `path`, made where it is missing; OSError, for a link too."""
-    with open(path, "ab", opener=_opener(os.O_NONBLOCK | NOFOLLOW)) as file:  # a FIFO has no reader: refused
+    with open_to_append(path) as file:
         file.write(data)
 
 
