@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from distrib.errors import UserError
+from distrib.files import write_atomically
 
 Tensors = dict[str, np.ndarray]
+AGAIN = ", then run again with the same --run-dir to resume"
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,6 @@ def state_path(model: Path) -> Path:
     return model.with_name(model.name.removesuffix(".safetensors") + ".state.safetensors")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that it holds all of `data` or what it held before; UserError where it cannot."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):  # a read-only disk refuses this too
-            temporary.unlink()
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free space or permissions are missing;"
-            " what was saved before is unharmed, run again with the same --run-dir to go on from it"
-        ) from None
-
-
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -99,8 +76,8 @@ def save_checkpoint(
         "model_sha256": model_sha,
         "checksum": _checksum(optimizer, position_text + model_sha),
     }
-    write_atomically(state_path(path), save(optimizer, state))
-    write_atomically(path, model_bytes)
+    write_atomically(state_path(path), save(optimizer, state), AGAIN)
+    write_atomically(path, model_bytes, AGAIN)
     paths = list_checkpoints(folder)
     kept = [each for each in paths if each.name <= path.name][
         :keep

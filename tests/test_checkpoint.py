@@ -201,7 +201,7 @@ def test_file_that_cannot_grow(
     assert call(folder, "--max-steps", 2, *options)[0] == 0
     before = snapshot(folder / "checkpoints")
     done = run("-c", LIMITED, size, "--run-dir", folder, "--data", small_data, *SMALL, *options, check=False)
-    assert_one_line(done.returncode, done.stderr, file, "free space", "--run-dir")
+    assert_one_line(done.returncode, done.stderr, file, "File too large", "ulimit -f", "--run-dir")
     assert_unharmed(folder / "checkpoints", before)
     assert call(folder, *options)[0] == 0
     assert call(tmp_path / "whole", *options)[0] == 0

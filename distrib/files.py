@@ -1,0 +1,152 @@
+"""Files that somebody else may have written, or planted: read within bounds, written without following links.
+
+A person's folder may itself be a link. The last part of a name that this program creates is never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distrib.errors import UserError
+
+MOST_JSON = 16 << 20
+"""Bytes of a JSON file that is read; those of a run have a few thousand."""
+
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the disk quota is used up: make room",
+    errno.EFBIG: "the limit on a file's size is reached: raise it (ulimit -f), or make room",
+    errno.EROFS: "the disk is mounted read-only: give another place",
+    errno.EACCES: "permissions are missing: grant them, or give another place",
+    errno.EPERM: "permissions are missing: grant them, or give another place",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: "a file is in the place of a folder: give another place",
+    errno.EISDIR: "a folder is in the place of a file: remove it, or give another place",
+    errno.ELOOP: "a link is in its place: remove it",
+    errno.EEXIST: "something else is in its place: remove it",
+    errno.EIO: "the disk does not answer as it should: check it",
+    errno.ESTALE: "its disk was lost or exported anew: mount it again",
+}
+"""What to do about what the operating system refused."""
+
+
+def reason(error: OSError | ValueError, path: Path) -> str:
+    """Why `path` cannot be read, made or written, and the remedy: "(No space left on device): make room"."""
+    if not isinstance(error, OSError):  # a name with a NUL in it
+        return f"({printable(str(error))}): give another name"
+    remedy = REMEDIES.get(error.errno or 0, "check the disk and the permissions")
+    if error.errno == errno.ENOENT:
+        remedy = f"its folder {path.parent} is gone: removed, renamed or unmounted"
+    return f"({error.strerror or error}): {remedy}"
+
+
+def printable(text: str, most: int = 500) -> str:
+    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), and no longer than `most`."""
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else "?" for letter in short)
+
+
+def number(value: Any) -> float | None:
+    """`value` where it is a finite number (true and false are none), else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond float's range
+        return None
+
+
+def _opener(more: int) -> Callable[[str, int], int]:
+    """For `open`: with these flags besides those of its mode."""
+    return lambda name, flags: os.open(name, flags | more, 0o666)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a regular file. OSError where it cannot be read; ValueError where it is none, or has more than `most` bytes."""
+    with open(path, "rb", opener=_opener(os.O_NONBLOCK)) as file:  # a FIFO would wait for a writer
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("not a regular file")
+        data = file.read(most + 1) if about.st_size <= most else b""
+        if len(data) > most or about.st_size > most:
+            raise ValueError(f"larger than {most} bytes")
+        return data
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in `text`; ValueError where it is none, nested too deep, or not UTF-8."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file") -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes, whoever wrote it; UserError names it, the fault and `remedy`."""
+    try:
+        return parse_object(read_bytes(path, most))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({printable(str(error), 200)}): {remedy}") from None
+
+
+def create(path: Path, data: bytes = b"", sync: bool = False) -> None:
+    """Write a file that is not there yet, a link's target neither. OSError; FileExistsError where anything has the name."""
+    with open(path, "xb", opener=_opener(NOFOLLOW)) as file:
+        file.write(data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path` under which its next contents are written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def replace(path: Path, data: bytes, sync: bool = False) -> None:
+    """Let `path` hold all of `data`, or what it held before; OSError. With `sync` it outlasts a power cut."""
+    beside = temporary(path)
+    try:
+        beside.unlink(missing_ok=True)  # a killed process's, or a link that somebody planted
+        create(beside, data, sync)
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):  # a read-only disk refuses this too
+            beside.unlink()
+        raise
+    if sync:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add `data` to the end of `path`, made where it is missing; OSError, for a link too."""
+    with open(path, "ab", opener=_opener(os.O_NONBLOCK | NOFOLLOW)) as file:  # a FIFO has no reader: refused
+        file.write(data)
+
+
+def write_atomically(path: Path, data: bytes, after: str = "") -> None:
+    """`replace`, on disk when this returns; UserError says why it cannot be written, the remedy, and `after`."""
+    try:
+        replace(path, data, sync=True)
+    except (OSError, ValueError) as error:
+        gone = isinstance(error, FileNotFoundError)
+        raise UserError(f"{path}: cannot be written {reason(error, path)}{'' if gone else after}") from None
