@@ -1,4 +1,4 @@
-"""What the commands of one process share: who works under a launcher, paths as people type them, mistakes in a line."""
+"""What the commands of one process share: who works under a launcher, paths as typed, mistakes in a line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PLACES = ("data", "run_dir")
 
 
 def one_process(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as one process: under mpirun or srun rank 0 works and speaks, the others end at once with exit code 0.
+    """`command` as one process: under mpirun or srun rank 0 works, the others end at once, with exit code 0.
 
-    So a shell that a launcher opened (srun --pty bash) can run it too, and the job's exit code is rank 0's. A leading
-    `~` of a path is the home folder. What the operating system refuses of a path is a UserError, and no message
-    carries a control character to the terminal.
+    So a shell that a launcher opened (srun --pty bash) can run it too, and the job's exit code is rank 0's. A
+    leading `~` of a path is the home folder. What the operating system refuses of a path is a UserError, and
+    no message carries a control character to the terminal.
     """
 
     @functools.wraps(command)

@@ -102,7 +102,7 @@ def short(name: str, most: int) -> str:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """`path` holds all of a result, or what it held before. UserError where it is a device, a FIFO or a folder."""
+    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
     if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine
         raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: give a file's name")
     data = content.encode(errors="replace") if isinstance(content, str) else content

@@ -1,7 +1,7 @@
 """Files of a run's folder, read one by one, whoever wrote them.
 
-Each is read within bounds, and each value has the type that a run gives it. What does not fit is a UserError that names
-the file and the value; a line of metrics.jsonl, or a rank's file, is passed over.
+Each is read within bounds, and each value has the type that a run gives it. What does not fit is a UserError
+that names the file and the value; a line of metrics.jsonl, or a rank's file, is passed over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distrib.errors import UserError
 from distrib.files import printable, read_json
 
 MOST_LINE, MOST_WORD, MOST_NAMES, MOST_TEXT = 1 << 16, 1 << 16, 200, 200
-"""Bytes of a line of metrics.jsonl and of a rank's file, names of config.json, letters of a value that is shown."""
+"""Bytes of a line of metrics.jsonl and of a rank's file, names of config.json, letters of a value shown."""
 
 LARGEST = 1e15
 """Greater numbers are no figures of a run."""
@@ -58,7 +58,7 @@ def is_figure(value: Any) -> bool:
 
 
 def read_typed(path: Path, kinds: dict[str, str], most: int | None = None) -> dict[str, Any]:
-    """The JSON object in a file, with each name of `kinds` that it holds of that kind; UserError names what is not."""
+    """The JSON object in a file, where each name of `kinds` is of that kind; UserError names what is not."""
     values = read_json(path, **({"most": most} if most else {}), remedy=REMEDY)
     for name, kind in kinds.items():
         if name in values and not fits(values[name], kind):
@@ -109,7 +109,7 @@ def read_failure(path: Path) -> dict[str, Any]:
 
 
 def read_words(folder: Path) -> list[Word]:
-    """What the ranks of the run in `folder` said last, by rank. A file that tells nothing of a rank is passed over."""
+    """What the ranks of the run in `folder` said last, by rank. What tells nothing of one is passed over."""
     words = {}
     with suppress(OSError):
         for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
@@ -128,7 +128,7 @@ def shown(text: str) -> str:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """A regular file, opened to be read; OSError where it is none, a FIFO say, which would wait for a writer."""
+    """A regular file, opened to be read; OSError where it is none: a FIFO would wait for a writer."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -148,7 +148,7 @@ def whole_lines(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def line_of(text: bytes) -> dict[str, Any] | None:
-    """The figures in a line of metrics.jsonl, with `step` and `epoch` whole numbers from 1; None where it is no such line.
+    """The figures in a line of metrics.jsonl, with `step` and `epoch` whole numbers from 1; else None.
 
     A logged step's has a `loss`, NaN where it is no finite number; an epoch's has none.
     """

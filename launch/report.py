@@ -32,7 +32,7 @@ WORST = 24
 """Wrongly classified digits that a page shows of each run."""
 
 COLUMNS, COMPUTED, LEGEND, BARS = 4, 8, 21, 30
-"""Most runs with a column each, with a model that is run for its digits, with a line in a legend, with a bar."""
+"""Most runs with a column each; whose models are run for digits; with a line in a legend; with a bar."""
 
 UNLIKE = ("label_smoothing", "shift", "rotate", "average")
 """Options with which training and test loss are not of the same kind."""
@@ -71,7 +71,7 @@ class Digits:
 
 
 def digits(run: RunData, compute: bool = True) -> Digits | str:
-    """Confusion matrix and mistakes of the run's last checkpoint; why not, where it has none or its data is gone."""
+    """Confusion matrix and mistakes of the last checkpoint, or why not: there is none, or no data."""
     try:
         logits, images, labels, step = logits_of_test_images(run, compute)
     except (UserError, OSError) as error:
@@ -283,7 +283,7 @@ def report(
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write the plots alone, as PNG files.")] = False,
 ) -> None:
-    """A page for one run, or a comparison of several: curves, tables, and the digits that were taken for others.
+    """A page for one run, or a comparison of several: curves, tables, and digits that were taken for others.
 
     Self-contained, without JavaScript, fit for a phone and for print; also of a run that is still going on.
 

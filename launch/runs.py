@@ -1,7 +1,7 @@
 """A run's folder, read for those who want to look at it.
 
-What happened: its options, its logged steps and epochs, its result. And what its model says of the test images. A
-metrics.jsonl of any length is read line by line and kept in bounded memory.
+What happened: its options, its logged steps and epochs, its result. And what its model says of the test
+images. A metrics.jsonl of any length is read line by line and kept in bounded memory.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class RunData:
         return "unfinished" if not self.summary else "finished" if self.summary["finished"] else "stopped"
 
     def curve(self, name: str, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, values) of a number of the logged steps, averaged to at most `most`; epochs may be fractions."""
+        """(epochs, values) of a number of the logged steps, in at most `most` means; epochs in fractions."""
         steps, values = self.log.of_steps.get(name, Curve()).points(most)
         return steps / self.steps_per_epoch, values
 
@@ -161,7 +161,7 @@ class RunData:
         return {**self.log.last_epoch, "epochs": self.log.epochs, "steps": self.log.last_step}
 
     def parts_ms(self) -> dict[str, float] | None:
-        """Milliseconds of a step that go to compute, communication and data; None where a GPU's graph hides them."""
+        """Milliseconds of a step for compute, communication and data; None where a GPU's graph hides them."""
         seconds, steps = self.log.seconds, self.log.timed
         return (
             {part: 1e3 * seconds[part] / steps for part in PARTS}
@@ -225,7 +225,8 @@ def load_model(path: Path) -> Loaded:
             raise
         said = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path}: its description of the model is damaged ({printable(said, 100)}): use another checkpoint"
+            f"{path}: its description of the model is damaged ({printable(said, 100)}):"
+            " use another checkpoint"
         ) from None
 
 
@@ -239,10 +240,11 @@ def test_set(data: str | None) -> tuple[np.ndarray, np.ndarray]:
 def logits_of_test_images(
     run: RunData, compute: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(logits (n, 10), images, labels, step) of the run's test images after its last step, or at its newest checkpoint.
+    """(logits (n, 10), images, labels, step) of the test images, after the last step or at a checkpoint.
 
-    The first are read from logits.safetensors, the second computed, where `compute` allows it. UserError where the run
-    has no checkpoint yet, its data cannot be had, or nothing is kept and nothing may be computed.
+    The first are read from logits.safetensors, the second computed, where `compute` allows it. UserError
+    where the run has no checkpoint yet, its data cannot be had, or nothing is kept and nothing may be
+    computed.
     """
     limit = run.config["limit_test"]
     images, labels = (part[:limit] for part in test_set(run.config["data"]))

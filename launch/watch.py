@@ -118,8 +118,8 @@ class Follower:
     def progress(self) -> tuple[float, str, str]:
         """(share of all steps done, "epoch 4/8", "25000/60000  left 0:31:20").
 
-        All steps are those to --max-steps where the run ends there, unknown where its data cannot be found. The time
-        left is at the speed of the last logged steps, evaluations apart.
+        All steps are those to --max-steps where the run ends there, unknown where its data cannot be found.
+        The time left is at the speed of the last logged steps, evaluations apart.
         """
         epochs, batch, ended = self.config["epochs"], self.config["batch_size"], self.epochs
         logged = max((lines[-1]["step"] for lines in (self.steps, ended) if lines), default=0)
@@ -167,7 +167,8 @@ def accuse(words: list[Word], alive: list[Word], gone: bool, quiet: str) -> str:
         return f"{quiet}: it did not start, or ended without a word; see its log"
     failed = any(word.state.startswith(board.FAILED) for word in words)
     if not alive and not failed:
-        return f"it ended with a message and without a result at step {max(word.step for word in words)}: see its log"
+        step = max(word.step for word in words)
+        return f"it ended with a message and without a result at step {step}: see its log"
     word, cause = board.suspect(words, {word.rank for word in alive}, len(words), words[0], quiet)
     if gone and not failed:
         cause = "its process is gone without a word: killed, or out of memory"
@@ -186,14 +187,15 @@ def verdict_of(summary: dict[str, Any], max_steps: int | None) -> tuple[int, str
     state = "ended as --max-steps asked" if asked else "stopped, with a checkpoint to go on from,"
     test = "" if accuracy is None else f"test accuracy {accuracy:.2f} %, "
     text = (
-        f"{'finished' if finished else state} at step {steps}: {test}{summary.get('wall_seconds') or 0:.1f} s,"
+        f"{'finished' if finished else state} at step {steps}:"
+        f" {test}{summary.get('wall_seconds') or 0:.1f} s,"
         f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size') or '?'} rank(s)"
     )
     return (0 if finished or asked else EXIT_REQUEUE), text
 
 
 def sparkline(values: Iterable[float]) -> str:
-    """A block for each value, as high as it lies between the lowest and the highest; of logarithms where all are > 0."""
+    """A block for each value, as high as it lies between lowest and highest; of logarithms if all are > 0."""
     found = [value for value in values if math.isfinite(value)]
     found = [math.log(value) for value in found] if found and min(found) > 0 else found
     low, high = min(found, default=0.0), max(found, default=0.0)
@@ -226,7 +228,7 @@ def epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 
 def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
-    """A line for each rank; of more than `most` those that stand out: not running, silent, furthest behind."""
+    """A line for each rank; of more than `most` those that stand out: ended, silent, furthest behind."""
     order = sorted(
         run.words, key=lambda word: (word.running and run.silence(word) < 2 * SILENT, word.step, word.rank)
     )
@@ -348,9 +350,9 @@ def watch(
 ) -> None:
     """Follow a running job from another terminal: progress, loss, accuracy, speed, and what each rank does.
 
-    It ends with the run: exit code 0 where it has finished, 85 where it was stopped, 1 with the verdict where it
-    failed or its ranks fell silent. Ctrl-C leaves the run alone. In a file: a line for each epoch, and every ten
-    seconds.
+    It ends with the run: exit code 0 where it has finished, 85 where it was stopped, 1 with the verdict where
+    it failed or its ranks fell silent. Ctrl-C leaves the run alone. In a file: a line for each epoch, and
+    every ten seconds.
     """
     for name, seconds in (("interval", interval), ("timeout", timeout)):
         if not 0 < seconds < math.inf:
