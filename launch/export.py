@@ -1,9 +1,8 @@
-"""`distrib export`: a checkpoint as an ONNX graph, or as plain tensors for PyTorch. ONNX needs the extra `report`."""
+"""`distrib export`: a checkpoint as an ONNX graph, or tensors for PyTorch. ONNX needs the extra `report`."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,11 @@ from distrib import checkpoint as ckpt
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.mnist import SIDE
-from distrib.predict import Loaded, load, logits
+from distrib.predict import Loaded, logits
+from launch.entry import one_process
 from launch.plots import require, write
+from launch.records import shown
+from launch.runs import load_model
 from nn.functional import EPS
 from nn.layers import ConvBN
 from nn.resnet9 import CLASSES
@@ -64,9 +66,8 @@ class Graph:
             kernel_shape=[conv.kernel] * 2,
             pads=pad,
         )
-        norm = [
-            self.constant(f"{name}.1.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-        ]
+        parts = ("weight", "bias", "running_mean", "running_var")
+        norm = [self.constant(f"{name}.1.{part}") for part in parts]
         y = self.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
         if residual:
             y = self.add("Add", [y, residual], f"{name}.sum")
@@ -78,7 +79,7 @@ class Graph:
 
 
 def build(loaded: Loaded) -> ModelProto:
-    """The network as an ONNX model: images float32 (N, 1, 28, 28) in [0, 1] → logits float32 (N, 10), N free."""
+    """The network in ONNX: images float32 (N, 1, 28, 28) in [0, 1] → logits float32 (N, 10), for any N."""
     from onnx import TensorProto, helper
 
     model = loaded.model
@@ -102,8 +103,8 @@ def build(loaded: Loaded) -> ModelProto:
         ir_version=IR,
         producer_name="distrib",
         producer_version=distrib.__version__,
-        doc_string="ResNet-9. images: float32 N×1×28×28, white on black, scaled to [0, 1]. logits: N×10, one for each"
-        f" digit; probabilities are their {after}, which is left to the caller.",
+        doc_string="ResNet-9. images: float32 N×1×28×28, white on black, scaled to [0, 1]. logits: N×10, one"
+        f" for each digit; probabilities are their {after}, which is left to the caller.",
     )
     helper.set_model_props(made, description(loaded))
     return made
@@ -144,19 +145,20 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
-    """Compare with our own logits on the test set; a line that says how near they are. UserError where they are not."""
+    """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
     from distrib import mnist
 
     test = mnist.load(data, limit_test=limit)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
     if difference > TOLERANCE:
         raise UserError(
-            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest, above"
-            f" {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with {loaded.path}"
+            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest,"
+            f" above {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with"
+            f" {loaded.path}"
         )
     return (
-        f"checked with onnxruntime on {len(test.test_images)} images of {test.name}: logits differ by at most"
-        f" {difference:.1e} of the largest, and {others or 'no'} images get another digit"
+        f"checked with onnxruntime on {len(test.test_images)} images of {shown(test.name)}: logits differ by"
+        f" at most {difference:.1e} of the largest, and {others or 'no'} images get another digit"
     )
 
 
@@ -186,12 +188,13 @@ def require_place(out: Path, checkpoint: Path) -> None:
     """UserError where `out` cannot be a file, or is a checkpoint."""
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}: make it, or give another place")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder: give a file's name")
+    if out.exists() and not out.is_file():  # a device, say, which the file would replace
+        raise UserError(f"{out}: is {'a folder' if out.is_dir() else 'no file'}: give a file's name")
     if out.exists() and (out.samefile(checkpoint) or ckpt.state_path(out).exists()):
         raise UserError(f"{out}: is a checkpoint: give another place")
 
 
+@one_process
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
@@ -217,8 +220,8 @@ def export(
 ) -> None:
     """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
 
-    The ONNX graph takes `images`, float32 N×1×28×28 in [0, 1], and gives `logits`, N×10: softmax (or, of a model
-    trained with --loss bce, sigmoid) is left to the caller. Examples:
+    The ONNX graph takes `images`, float32 N×1×28×28 in [0, 1], and gives `logits`, N×10: softmax (or, of a
+    model trained with --loss bce, sigmoid) is left to the caller. Examples:
 
       distrib export runs/first digits.onnx
 
@@ -231,7 +234,7 @@ def export(
         require("onnx")
         if check:
             require("onnxruntime")
-    found = load(checkpoint)
+    found = load_model(checkpoint)
     require_place(out, found.path)
     about, dtype, notes = found.about, found.about["dtype"], []
     if kind == "safetensors":
@@ -248,15 +251,17 @@ def export(
             notes.append(check_onnx(made, found, data, limit_test))
         elif check is None:
             notes.append(
-                "note: not checked against our own logits: onnxruntime is missing: pip install 'distrib[report]'"
+                "note: not checked against our own logits: onnxruntime is missing:"
+                " pip install 'distrib[report]'"
             )
         if dtype != "float32":
             notes.append(f"note: the checkpoint is in {dtype}, the graph in float32")
         content, dtype = made.SerializeToString(), f"opset {OPSET}, float32"
     write(out, content)
     print(
-        f"{os.fspath(found.path)} → {out}: {kind}, {len(content) / 1e6:.2f} MB, {about['variant']}, width {about['width']},"
-        f" {about['loss']}, step {found.model.batches_tracked}, {dtype}"
+        f"{shown(str(found.path))} → {shown(str(out))}: {kind}, {len(content) / 1e6:.2f} MB,"
+        f" {about['variant']}, width {about['width']}, {shown(found.loss)},"
+        f" step {found.model.batches_tracked}, {dtype}"
     )
     for note in notes:
         print(note)

@@ -1,4 +1,4 @@
-"""`distrib reproduce` in a short form: all parts, taken up again, nothing twice; and the PyTorch side's own run."""
+"""`distrib reproduce` in a short form: all parts, resumed, nothing twice; and the PyTorch side's own run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_nothing_is_run_twice(whole: Path) -> None:
 
 
 def test_a_stop_and_another_start(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a run: a checkpoint, exit 85, and the same command ends at the digest of a run without a break."""
+    """Ctrl-C in a run: a checkpoint, exit 85, and the same command ends at the digest of an unbroken run."""
     options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
@@ -214,7 +214,7 @@ def torch_run(folder: Path, *arguments: object, check: bool = True) -> subproces
 
 
 def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
-    """Signals after step 4 of 14, with the last batch of the first epoch, in the second, and with the very last batch."""
+    """Signals after step 4 of 14, with the last batch of either epoch, and in the second."""
     import_torch()
     torch_run(tmp_path / "whole")
     script = """
@@ -257,7 +257,7 @@ def test_pytorch_refuses_what_it_has_not(tmp_path: Path) -> None:
 
 
 def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
-    """Ours loaded into PyTorch: the losses of the first steps agree, so the two rows of the table are of one network."""
+    """Ours loaded into PyTorch: the losses of the first steps agree, so both rows are of one network."""
     import_torch()
     script = """
 import runpy

@@ -79,7 +79,7 @@ def test_a_fit_finds_the_parameters_again(model: Model) -> None:
 def test_a_fit_to_noise_is_no_worse_than_the_truth() -> None:
     rng = np.random.default_rng(2)
     points = [
-        q._replace(step=q.step * s, sums=q.sums * s, gradients=q.gradients * s, backward=q.backward * s)  # type: ignore[operator]
+        q._replace(step=q.step * s, sums=q.sums * s, gradients=q.gradients * s, backward=q.backward * s)
         for q, s in zip(grid(), rng.normal(1, 0.02, 8), strict=True)
     ]
     found = fit(points, BARE)
@@ -104,7 +104,7 @@ def test_crowded_points_are_left_out_of_the_fit() -> None:
 def test_a_point_left_out() -> None:
     points = grid()
     assert left_out(points, points[1], BARE) == pytest.approx(0, abs=1e-6)
-    odd = points[1]._replace(step=2 * points[1].step, sums=points[1].sums + points[1].step)  # type: ignore[operator]
+    odd = points[1]._replace(step=2 * points[1].step, sums=points[1].sums + points[1].step)
     assert left_out([odd, *points[2:], points[0]], odd, BARE) == pytest.approx(-0.5, abs=0.02), (
         "the others do not bend to it"
     )
@@ -323,7 +323,8 @@ def test_measured_on_two_ranks(folder: Path) -> None:
 def test_the_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     page, text = (folder / "scale.html").read_text(), (folder / "text").read_text()
     assert not re.findall(
-        r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(\s*["']?http|<script|<link(?! rel="icon" href="data:,")""",
+        r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|@import|url\(\s*["']?http|<script"""
+        r"""|<link(?! rel="icon" href="data:,")""",
         page,
     )
     assert page.count("<svg") == page.count("</svg>") == 4
