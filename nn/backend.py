@@ -7,10 +7,14 @@ choice (see `Backend.order`), since each device has a layout that suits it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.metadata
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -181,13 +185,38 @@ class Backend:
 NUMPY = Backend("numpy", np, "HWNC")
 
 
+def place_cupy_cache() -> None:
+    """Let CuPy keep its compiled kernels in a temporary folder where the home folder cannot be written.
+
+    CuPy makes the folder when it is imported. In a place that all users share, only a folder that belongs to this
+    user alone is taken: kernels that somebody else planted would be run.
+    """
+    wanted = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    with contextlib.suppress(OSError):
+        os.makedirs(wanted, exist_ok=True)
+        if os.access(wanted, os.W_OK | os.X_OK):
+            return
+    own = os.path.join(tempfile.gettempdir(), f"cupy-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(own, 0o700)
+    about = os.lstat(own)  # a link is none of ours
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        own = tempfile.mkdtemp(prefix="cupy-")
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+    os.environ["CUPY_CACHE_DIR"] = own
+
+
 @functools.cache
 def import_cupy() -> ModuleType:
     """The `cupy` module; RuntimeError with what is missing where it or a GPU cannot be had."""
     try:
+        if cupy_version():
+            place_cupy_cache()
         import cupy
     except ImportError as error:
         raise RuntimeError(f"CuPy is not installed ({error}): pip install 'distrib[cuda12]'") from None
+    except OSError as error:
+        raise RuntimeError(f"CuPy cannot be imported ({error}): set CUPY_CACHE_DIR to a folder") from None
     try:
         devices = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -200,8 +229,9 @@ def import_cupy() -> ModuleType:
 def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
     """CuPy on device `local_rank` modulo the visible ones; RuntimeError where it cannot be had.
 
-    From then on all work goes to a stream of its own: the default one cannot be captured. With precision "tf32" matrix products too round their inputs to 10 bits of mantissa; that must be decided
-    before CuPy is first imported. Where cuDNN is missing, a note says so and convolutions are patches.
+    From then on all work goes to a stream of its own: the default one cannot be captured. With precision "tf32"
+    matrix products too round their inputs to 10 bits of mantissa; that must be decided before CuPy is first
+    imported. Where cuDNN is missing, a note says so and convolutions are patches.
     """
     from nn import cudnn  # here, as they need this module
     from nn.kernels import Kernels
