@@ -99,8 +99,11 @@ class Log:
     @staticmethod
     def _point(curves: dict[str, Curve], name: str, x: float, line: dict[str, Any]) -> None:
         y = line.get(name)
-        if y is not None and y == y:
-            curves.setdefault(name, Curve()).add(x, y)
+        if y is None or y != y:
+            return
+        if name not in curves:
+            curves[name] = Curve()
+        curves[name].add(x, y)
 
 
 def read_log(path: Path) -> Log:

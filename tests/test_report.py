@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from conftest import run, train
 from PIL import Image
 from safetensors.numpy import load_file
 
-from launch.report import digits, page
-from launch.runs import RunData, logits_of_test_images, read_run, smooth
+from launch.records import line_of
+from launch.report import digits, page, report
+from launch.runs import Curve, Log, RunData, logits_of_test_images, read_run, smooth
 
 OPTIONS = (
     "--epochs",
@@ -66,9 +68,9 @@ class Tables(HTMLParser):
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])
-        self.inside = tag in ("td", "th")
-        if self.inside:
+        elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
+            self.inside = True
 
     def handle_data(self, data: str) -> None:
         if self.inside:
@@ -193,27 +195,42 @@ def test_a_run_of_an_older_version(runs: list[Path], tmp_path: Path) -> None:
     assert "All options are the same." in page([read_run(copy), read_run(runs[0])])
 
 
-def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> None:
-    done = run("-m", "launch.cli", "report", runs[0], "--out", tmp_path / "no" / "page.html", check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
+def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path, command_line) -> None:
+    """A folder that is missing, a folder in its place, a device: one line, and the device is one afterwards."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for out, words in (
         (
-            f"distrib: error: {tmp_path / 'no' / 'page.html'}: cannot be written (No such file or directory):"
-            " free space or permissions are missing; nothing was written\n"
+            "no/page.html",
+            f"no/page.html: there is no folder {tmp_path / 'no'}: make it, or give another place",
         ),
-    )
+        ("folder", "folder: is a folder: give a file's name"),
+        ("fifo", "fifo: is no file: give a file's name"),
+        (f"{'x' * 300}/page.html", "cannot be used (File name too long): give a shorter name"),
+    ):
+        code, said, err = command_line(report, runs[0], "--out", tmp_path / out)
+        assert (code, said, err.count("\n")) == (2, "", 1)
+        assert words in err
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def log_of(steps: list[dict]) -> Log:
+    log = Log()
+    for step in steps:
+        line = line_of(json.dumps({"epoch": 1, **step}).encode())
+        assert line
+        log.add(line)
+    return log
 
 
 def test_time_of_the_steps_that_were_timed() -> None:
     """A thousand steps of a GPU, whose parts are unknown, then a hundred of 100 ms on a host."""
     null = {"compute_seconds": None, "communication_seconds": None, "data_seconds": None}
     steps = [{"step": 100 * (i + 1), "loss": 1.0, **null} for i in range(10)]
-    steps += [
-        {"step": 1100, "loss": 1.0, "compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
-    ]
-    data = RunData(Path(), "x", {}, {}, steps, [], {})
+    timed = {"compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
+    data = RunData(Path(), "x", {}, {}, log_of([*steps, {"step": 1100, "loss": 1.0, **timed}]), {})
     assert data.parts_ms() == pytest.approx({"compute": 70, "communication": 20, "data": 10})
-    data.steps = steps[:-1]
+    data.log = log_of(steps)
     assert data.parts_ms() is None
 
 
@@ -223,13 +240,26 @@ def test_smooth_keeps_means_and_lengths() -> None:
     np.testing.assert_allclose(smooth(np.arange(90.0))[3:-3], np.arange(90.0)[3:-3])
 
 
-def test_curves_are_thinned_by_averaging() -> None:
-    steps = [{"step": i + 1, "loss": float(i)} for i in range(6000)]
-    data = RunData(Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, steps, [], {})
-    epochs, values = data.curve("loss")
-    assert len(epochs) == 600
-    assert values.mean() == pytest.approx(2999.5)
-    assert epochs[-1] == pytest.approx(5.9955)
+@pytest.mark.parametrize("count", [1, 600, 1200, 1201, 6000, 100_001])
+def test_curves_are_thinned_by_averaging(count: int) -> None:
+    """Of as many points as there may be, 600 to 1,200 are kept; each is a mean, of 2^n points but the last."""
+    curve = Curve()
+    for i in range(count):
+        curve.add(i + 1, float(i))
+    steps, values = curve.points()
+    each = 1
+    while count > 1200 * each:
+        each *= 2
+    expected = [np.arange(count)[i : i + each].mean() for i in range(0, count, each)]
+    np.testing.assert_allclose(values, expected)
+    np.testing.assert_allclose(steps, values + 1)
+    few, means = curve.points(100)
+    assert len(few) <= 100
+    assert means[0] == np.arange(min(count, each * -(-len(values) // 100))).mean()
+    data = RunData(
+        Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, Log(of_steps={"loss": curve}), {}
+    )
+    np.testing.assert_allclose(data.curve("loss")[0], steps / 1000)
 
 
 @pytest.mark.parametrize(("width", "name"), [(1280, "wide"), (400, "phone")])
