@@ -33,11 +33,11 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run  ## train on two ranks to 99 % test accuracy, in seconds
 	PATH=$(CURDIR)/$(BIN):$$PATH mpirun -n 2 python -m distrib.train --recipe demo
 
-test: lint  ## every test that needs no GPU
+test: lint  ## every test that needs no GPU; the last lines say what was not run, and what it needs
 	$(BIN)/python -m pytest
 
-test-quick: $(VENV)/.dev  ## the tests that start no other process
-	$(BIN)/python -m pytest -x tests/test_conv.py tests/test_functional.py tests/test_gradients.py tests/test_strict.py tests/test_config.py tests/test_layout.py
+test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at most
+	$(BIN)/python -m pytest -x -m "quick and not needs"
 
 test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
 	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from distrib.errors import UserError
+from distrib.files import expanded, fits, shown
 from nn.losses import LOSSES
 from nn.optim import SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
@@ -99,6 +100,10 @@ MAY_CHANGE = (
 """Fields that do not change what is computed, so that a resumed run may have others."""
 
 
+class Cap(int):
+    """A limit that a recipe brings: more images than the data has are no mistake."""
+
+
 def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -157,6 +162,11 @@ class Config:
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
 
     def __post_init__(self) -> None:
+        for name in ("run_dir", "data", "resume"):
+            given = getattr(self, name)
+            if given is not None and not (name == "resume" and given in ("auto", "none")):
+                path = expanded(given, f"--{name.replace('_', '-')}")
+                object.__setattr__(self, name, str(path) if given.startswith("~") else given)
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
         for name in (
@@ -233,13 +243,18 @@ class Config:
 
         A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
         """
+        config, fewer = self, dict[str, Any]()
         for name, have in (("limit_train", train_images), ("limit_test", test_images)):
             limit = getattr(self, name)
-            self._require(name, limit is None or limit <= have, f"the data has only {have} images")
-        config = self
+            if isinstance(limit, Cap):
+                fewer[name] = Cap(min(limit, have))
+            else:
+                self._require(name, limit is None or limit <= have, f"the data has only {have} images")
+        config = replace(config, **fewer)
         if self.batch_size_per_rank is not None:
             same = stored is not None and stored.get("batch_size_per_rank") == self.batch_size_per_rank
-            batch = stored["batch_size"] if stored and same else self.batch_size_per_rank * size
+            held = stored.get("batch_size") if stored and same else None
+            batch = held or self.batch_size_per_rank * size
             config = replace(config, batch_size=batch)
         config._require(
             "batch_size",
@@ -253,12 +268,20 @@ class Config:
         found = []
         for name, value in asdict(self).items():
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
-            held = stored.get(
-                name, getattr(Config(), name)
-            )  # an older version's run has what came later at its default
+            # an older version's run has what came later at its default
+            held = stored.get(name, getattr(Config(), name))
             if not free and held != value:
-                found.append(f"--{name.replace('_', '-')} {value} (the run has {held})")
+                found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
         return found
+
+
+def require_types(stored: dict[str, Any], where: object) -> None:
+    """UserError where a stored configuration has a value that is of no option's type; `where` names the file."""
+    for each in fields(Config):
+        if each.name in stored and not fits(str(each.type), stored[each.name]):
+            raise UserError(
+                f"{where}: has {each.name} {shown(stored[each.name])}, not {each.type}: restore the file"
+            )
 
 
 def build(given: dict[str, Any]) -> Config:
@@ -267,7 +290,10 @@ def build(given: dict[str, Any]) -> Config:
     recipe = given.get("recipe")
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"--recipe {recipe}: choose one of {', '.join(RECIPES)}")
-    whole = RECIPES.get(recipe or "", {})
+    whole = {
+        name: Cap(value) if name.startswith("limit_") else value
+        for name, value in RECIPES.get(recipe or "", {}).items()
+    }
     filled = {name: value for name, value in whole.items() if name not in given}
     for owner, value, names in OWNED:  # of a recipe for SGD nothing of SGD's is left with --optimizer adam
         if whole.get(owner, value) == value != given.get(owner, value):

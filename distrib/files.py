@@ -10,10 +10,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from distrib.errors import UserError
 
@@ -34,6 +34,7 @@ REMEDIES = {
     errno.EISDIR: "a folder is in the place of a file: remove it, or give another place",
     errno.ELOOP: "a link is in its place: remove it",
     errno.EEXIST: "something else is in its place: remove it",
+    errno.ENXIO: "something else is in its place: remove it",
     errno.EIO: "the disk does not answer as it should: check it",
     errno.ESTALE: "its disk was lost or exported anew: mount it again",
 }
@@ -51,9 +52,21 @@ def reason(error: OSError | ValueError, path: Path) -> str:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), and no longer than `most`."""
+    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), cut at `most` letters."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in short)
+
+
+def expanded(name: str, option: str) -> Path:
+    """The path that a person gave for `option`, with ~ for a home folder; UserError where it can be none."""
+    if not name or "\0" in name:
+        raise UserError(f"{option} {printable(name) or '(nothing)'}: give a name")
+    found = os.path.expanduser(name)
+    if found.startswith("~"):
+        user = name[1:].partition("/")[0]
+        whose = f"there is no user {printable(user, 40)}" if user else "your home folder is not known"
+        raise UserError(f"{option} {printable(name)}: {whose}: give the whole path, or ./{printable(name)}")
+    return Path(found)
 
 
 def number(value: Any) -> float | None:
@@ -66,20 +79,62 @@ def number(value: Any) -> float | None:
         return None
 
 
+def fits(kind: str, value: Any) -> bool:
+    """Whether a JSON value is of a type written as an annotation, such as "int | None" or "dict[str, float]"."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
+    if kind.startswith("dict[str, "):
+        return isinstance(value, dict) and all(fits(kind[10:-1], each) for each in value.values())
+    if " | " in kind:
+        return any(fits(part, value) for part in kind.split(" | "))
+    if kind == "float":
+        return number(value) is not None
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 128
+    if kind == "None":
+        return value is None
+    return isinstance(value, {"str": str, "bool": bool, "dict": dict}[kind])
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value from a file for a message."""
+    return printable(str(value), most)
+
+
 def _opener(more: int) -> Callable[[str, int], int]:
     """For `open`: with these flags besides those of its mode."""
     return lambda name, flags: os.open(name, flags | more, 0o666)
 
 
+def _open_regular(path: Path, mode: str, flags: int) -> BinaryIO:
+    file = open(path, mode, opener=_opener(flags))  # noqa: SIM115  # handed on
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return cast(BinaryIO, file)
+    file.close()
+    raise OSError(errno.EEXIST, "not a regular file", str(path))
+
+
+def open_to_read(path: Path) -> BinaryIO:
+    """A regular file, a link's target too; OSError, for what is none too."""
+    return _open_regular(path, "rb", os.O_NONBLOCK)  # a FIFO would wait for a writer
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A regular file, made where it is missing, no link's target; OSError, for what is none too."""
+    return _open_regular(path, "ab", os.O_NONBLOCK | NOFOLLOW)  # of a FIFO without a reader: ENXIO
+
+
 def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file. OSError where it cannot be read; ValueError where it is none, or has more than `most` bytes."""
-    with open(path, "rb", opener=_opener(os.O_NONBLOCK)) as file:  # a FIFO would wait for a writer
+    """All of a regular file. OSError where it cannot be read, ValueError where it has more than `most` bytes."""
+    with open_to_read(path) as file:
         about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("not a regular file")
-        data = file.read(most + 1) if about.st_size <= most else b""
-        if len(data) > most or about.st_size > most:
+        if about.st_size > most:
             raise ValueError(f"larger than {most} bytes")
+        data = file.read(about.st_size + 1)
+        while len(data) > about.st_size and (more := file.read(1 << 16)):  # it grows
+            data += more
+            if len(data) > most:
+                raise ValueError(f"larger than {most} bytes")
         return data
 
 
@@ -95,7 +150,10 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file") -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes, whoever wrote it; UserError names it, the fault and `remedy`."""
+    """The JSON object in a file of at most `most` bytes, whoever wrote it.
+
+    UserError names the file, the fault and `remedy`.
+    """
     try:
         return parse_object(read_bytes(path, most))
     except OSError as error:
@@ -104,10 +162,10 @@ def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file
         raise UserError(f"{path}: cannot be read as JSON ({printable(str(error), 200)}): {remedy}") from None
 
 
-def create(path: Path, data: bytes = b"", sync: bool = False) -> None:
-    """Write a file that is not there yet, a link's target neither. OSError; FileExistsError where anything has the name."""
+def create(path: Path, data: bytes | Iterable[bytes] = b"", sync: bool = False) -> None:
+    """Write a file that is not there yet; OSError, FileExistsError where anything has the name, a link too."""
     with open(path, "xb", opener=_opener(NOFOLLOW)) as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         if sync:
             file.flush()
             os.fsync(file.fileno())
@@ -118,7 +176,7 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def replace(path: Path, data: bytes, sync: bool = False) -> None:
+def replace(path: Path, data: bytes | Iterable[bytes], sync: bool = False) -> None:
     """Let `path` hold all of `data`, or what it held before; OSError. With `sync` it outlasts a power cut."""
     beside = temporary(path)
     try:
@@ -139,7 +197,7 @@ def replace(path: Path, data: bytes, sync: bool = False) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Add `data` to the end of `path`, made where it is missing; OSError, for a link too."""
-    with open(path, "ab", opener=_opener(os.O_NONBLOCK | NOFOLLOW)) as file:  # a FIFO has no reader: refused
+    with open_to_append(path) as file:
         file.write(data)
 
 

@@ -210,6 +210,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of the graphs, then of the communicator: NCCL waits for graphs that hold its calls."""
+        self.saver.close()
         self.graphs = None
         self.world.comm.close()
 

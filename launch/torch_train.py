@@ -201,7 +201,7 @@ def train(config: Config) -> int:
         signal.signal(number, lambda number, _: stop.append(number))
     screen = Screen(active=True)
     with Run(Path(config.run_dir)) as run:
-        saved = run.open(config)
+        saved = run.open(config, native=False)
         mine = TorchRun(config, run, saved)
         environment = {
             "torch": mine.torch.__version__,

@@ -8,7 +8,6 @@ captures it goes into the graph and runs when that is launched, and operations o
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from cuda_double import HostModule
 from cudnn_double import Cuda as _Cuda
 from cudnn_double import Cudnn, _pygraph
 from nccl_double import Nccl, _bound, _Stream
+from needs import REAL_GPU as REAL
 from strict_array import StrictArray, only_views, strict, synchronisation
 
 from nn.backend import Backend, Branch, cupy_backend, register
@@ -28,8 +28,9 @@ from nn.kernels import Kernels
 from nn.kernels.dropins import DropIns, Stem
 
 PLANS: dict[str, dict[str, str]] = {}
-REAL = os.environ.get("DISTRIB_TEST_GPU") == "1"
-double_only = pytest.mark.skipif(REAL, reason="looks into the double")
+double_only = pytest.mark.needs("double")
+needs_device = pytest.mark.needs(*([] if REAL else ["g++"]))
+"""Of a test that calls `device`: the double's kernels are compiled by g++."""
 
 
 class Graph:

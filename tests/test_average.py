@@ -8,6 +8,8 @@ from test_graph import a_trainer
 
 from nn.backend import NUMPY
 
+pytestmark = pytest.mark.quick
+
 DECAY = 0.7
 
 

@@ -217,8 +217,8 @@ def test_resume_from_a_bad_path(stopped: Path, call: Call, small_data: Path, tmp
         (text, "no safetensors file"),
         (foreign, "not a checkpoint of this program"),
         (tmp_path / "none", "no such file"),
-        (tmp_path, "no such file"),
-        (damaged.parent, "no such file"),
+        (tmp_path, "holds no checkpoint: give a run's folder"),
+        (damaged.parent, "no valid checkpoint"),
         (ckpt.state_path(newest(stopped)), "not a checkpoint"),
     )
     for path, message in (*bad, (damaged, "use another checkpoint")):

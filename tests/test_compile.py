@@ -8,6 +8,8 @@ from nvrtc import ARCHITECTURES, compile_cuda
 
 from nn import kernels
 
+pytestmark = pytest.mark.needs("cupy")
+
 ELEMENTS = ("float32", "float64", "bfloat16")
 PRESSED = r"""
 extern "C" __global__ void easy(float* x) {
@@ -29,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(1024) pressed(float* x, int n) {
 """
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_kernels_compile_without_spills(element: str, architecture: str) -> None:

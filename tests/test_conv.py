@@ -14,6 +14,8 @@ from nn.backend import NUMPY, Backend
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
 
+pytestmark = pytest.mark.quick
+
 BOUND = 1e-14  # float64, relative to the largest value: sums of some hundred terms, each rounded to 1e-16
 WINOGRAD_BOUND = 1e-13  # the transforms' factors of up to 8 squared, to and fro
 

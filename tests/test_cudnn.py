@@ -26,6 +26,8 @@ from nn.conv import Geometry, conv_backward, conv_forward
 from nn.cudnn import KINDS, Convolutions, NoPlan, load
 from nn.workspace import Workspace
 
+pytestmark = pytest.mark.quick
+
 register(StrictArray, strict)
 DEVICE = Backend("strict", strict, "NHWC")
 

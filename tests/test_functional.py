@@ -17,6 +17,8 @@ from nn import functional as F
 from nn.layers import Pass
 from nn.resnet9 import VARIANTS, ResNet9
 
+pytestmark = pytest.mark.quick
+
 each_block = pytest.mark.parametrize("block", [64, backend.HOST_BLOCK])
 each_size = pytest.mark.parametrize("size", [2, 3])
 

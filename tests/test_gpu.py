@@ -5,7 +5,6 @@ GPU has seen.
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 from conftest import losses, run, summary, train
 from cudnn_double import from_bf16, to_bf16
-from device_double import REAL, device
+from device_double import device
 from test_graph import a_trainer, steps
 
-from distrib.world import MULTI_RANK_NCCL
 from nn.backend import NUMPY
 from nn.conv import Geometry, conv_backward, conv_forward
 from nn.workspace import Workspace
@@ -123,15 +121,7 @@ OPTIONS = (
 SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MAX_CTAS": "8", "NCCL_NVLS_ENABLE": "0"}
 
 
-def nccl_shares_a_gpu() -> bool:
-    from cupy.cuda import nccl
-
-    return bool(nccl.available and nccl.get_version() >= MULTI_RANK_NCCL)
-
-
-needs_shared_gpu = pytest.mark.skipif(
-    REAL and not nccl_shares_a_gpu(), reason="NOT RUN: needs NCCL 2.30 for ranks that share a GPU"
-)
+needs_shared_gpu = pytest.mark.needs("shared GPU")
 
 
 def on_ranks(folder: Path, ranks: int, comm: str, *more: object, like: Path | None = None) -> None:
@@ -195,9 +185,7 @@ sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend"
 from distrib.command import main
 sys.exit(main())
 """
-    begin = time.monotonic()
     done = run("-c", script, ranks=2, check=False, env=SHARED)
     assert done.returncode not in (0, 2, 85)
     assert "distrib: rank 0 on" in done.stderr
     assert "waited 10 s in" in done.stderr
-    assert time.monotonic() - begin < 120

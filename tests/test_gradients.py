@@ -23,6 +23,8 @@ from nn.layers import ConvBN, Pass
 from nn.params import Parameters
 from nn.resnet9 import VARIANTS, ResNet9
 
+pytestmark = pytest.mark.quick
+
 BOUND = 1e-7
 LINEAR, SMOOTH, LAYER, NETWORK = 0.1, 1e-3, 1e-5, 3e-7  # steps
 

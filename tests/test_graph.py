@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run
-from device_double import REAL, DoubleBackend, device, double_only
+from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
 from test_nccl import PATH
 from test_strict import apart
@@ -28,6 +28,8 @@ from distrib.world import World
 from nn import functional as F
 from nn.backend import NUMPY, Backend
 from nn.resnet9 import VARIANTS
+
+pytestmark = needs_device
 
 OPTIONS: dict[str, Any] = {
     "batch_size": 8,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cuda_double import HostModule
 from cudnn_double import from_bf16, to_bf16
-from device_double import REAL, DoubleBackend, device, double_only
+from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from test_functional import on_ranks
 
 from distrib import sampler
@@ -24,6 +24,8 @@ from nn.conv import Geometry, conv_backward, conv_forward
 from nn.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
 from nn.kernels.dropins import DropIns, rows_of
 from nn.workspace import Workspace
+
+pytestmark = needs_device
 
 BOUND = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2**-7}
 """Of the largest value of an array. bfloat16 rounds to 2^-9 of a value, here up to twice in a row."""

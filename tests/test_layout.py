@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.quick
+
 LEVEL = {"nn": 0, "distrib": 1, "launch": 2}
 LONGEST = 420
 TO_SPLIT = {  # formatting showed that they are longer
@@ -62,3 +64,11 @@ def test_who_may_import_what() -> None:
 def test_files_stay_small(path: Path) -> None:
     small = len(path.read_text().splitlines()) <= LONGEST
     assert small != (str(path.relative_to(ROOT)) in TO_SPLIT)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_no_skip_but_by_needs(path: Path) -> None:
+    """Each skip says at the end of the run what it would have needed."""
+    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    skips = names & {"skip", "skipif", "importorskip", "xfail", "SkipTest"}
+    assert skips == ({"skip"} if path.name == "needs.py" else set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from conftest import write_idx
 
 from distrib import mnist
 from distrib.errors import UserError
+
+pytestmark = pytest.mark.quick
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"  # as small_data has them
 TRAIN_LABELS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -111,9 +114,9 @@ def put(path: Path, data: bytes) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda p: p.unlink(), "no such file.*expected here"),
-    "folder": (lambda p: (p.unlink(), p.mkdir()), "cannot be read.*copy the file again"),
-    "empty": (lambda p: p.write_bytes(b""), "starts with nothing.*give an IDX file"),
+    "missing": (lambda p: p.unlink(), "no such file.*found .*expected train-images"),
+    "folder": (lambda p: (p.unlink(), p.mkdir()), "Is a directory.*a folder is in the place of a file"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty: give an IDX file"),
     "one byte": (lambda p: put(p, content(p)[:1]), "starts with 00.*give an IDX file"),
     "half a header": (lambda p: put(p, content(p)[:6]), "give an IDX file"),
     "header alone": (
@@ -143,9 +146,202 @@ def test_damaged_data_file(damage: str, name: str, small_data: Path) -> None:
     apply(small_data / name)
     with pytest.raises(UserError) as caught:
         mnist.load(str(small_data))
-    assert str(small_data / name) in str(caught.value)
+    assert str(small_data / (name.removesuffix(".gz") if damage == "missing" else name)) in str(caught.value)
     assert re.search(remedy, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+HUGE = bytes.fromhex("00000803 ffffffff 0000001c 0000001c")
+FOREIGN: dict[str, tuple[bytes, str]] = {
+    "HTML": (b"\n<!DOCTYPE html><title>404</title>", "is an HTML page (a failed download?), no IDX file"),
+    "XML": (b"<?xml version='1.0'?><Error/>", "is an HTML page"),
+    "zip": (b"PK\x03\x04" + b"\0" * 26 + b"train-images-idx3-ubyte", "is a zip file"),
+    "npz": (b"PK\x03\x04" + b"\0" * 26 + b"x_train.npy", "is a NumPy archive (.npz)"),
+    "tar": (b"train-images".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive"),
+    "PNG": (b"\x89PNG\r\n\x1a\n", "is a PNG picture"),
+    "JPEG": (b"\xff\xd8\xff\xe0", "is a JPEG picture"),
+    "pickle": (b"\x80\x04\x95", "is a Python pickle"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "other": (b"\x01\x02\x03\x04\x05", "starts with 01020304, IDX images start with 00000803"),
+    "empty": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_idx_file_is_told(kind: str, gzipped: bool, small_data: Path) -> None:
+    data, message = FOREIGN[kind]
+    path = small_data / IMAGES
+    path.write_bytes(gzip.compress(data) if gzipped else data)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        mnist.load(str(small_data))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith(": give an IDX file of images")
+
+
+def test_a_file_gzipped_twice_and_one_cut(small_data: Path) -> None:
+    path = small_data / IMAGES
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match="is gzipped twice"):
+        mnist.load(str(small_data))
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"is a truncated gzip file.*copy the file again"):
+        mnist.load(str(small_data))
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that Python had while `work` ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bomb_is_inflated_as_far_as_its_header_says(small_data: Path) -> None:
+    """200 MB of zeros behind a header of ten images."""
+    path = small_data / IMAGES
+    head = bytes.fromhex("00000803 0000000a 0000001c 0000001c")
+    path.write_bytes(gzip.compress(head + bytes(200_000_000), 1))
+
+    def refuse() -> None:
+        with pytest.raises(
+            UserError, match="over-long: more than 7840 bytes of images, the header says 7840"
+        ):
+            mnist.load(str(small_data))
+
+    assert peak(refuse) < 5_000_000
+
+
+@pytest.mark.parametrize("name", [IMAGES, IMAGES.removesuffix(".gz")])
+def test_a_header_of_four_billion_images(name: str, small_data: Path) -> None:
+    (small_data / IMAGES).unlink()
+    put(small_data / name, HUGE + bytes(1000))
+
+    def refuse() -> None:
+        with pytest.raises(UserError, match="truncated: the header says 3367254359280 bytes of images"):
+            mnist.load(str(small_data))
+
+    assert peak(refuse) < 5_000_000
+
+
+def test_more_than_the_machine_holds(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gzip file that may well hold what its header says."""
+    monkeypatch.setattr(mnist, "memory", lambda: 1_000_000)
+    head = bytes.fromhex("00000803 00000800 0000001c 0000001c")
+    put(small_data / IMAGES, head + bytes(2048 * 784))
+    with pytest.raises(UserError, match=r"of images, and this machine has .* of memory: give a smaller set"):
+        mnist.load(str(small_data))
+
+
+def test_gzip_of_several_members(small_data: Path) -> None:
+    path = small_data / IMAGES
+    plain, before = content(path), mnist.load(str(small_data)).digest()
+    path.write_bytes(
+        gzip.compress(plain[:7]) + gzip.compress(plain[7:1000]) + gzip.compress(plain[1000:]) + b"\0"
+    )
+    assert mnist.load(str(small_data)).digest() == before
+    path.write_bytes(gzip.compress(plain) + b"junk")
+    with pytest.raises(UserError, match="cannot be read as gzip"):
+        mnist.load(str(small_data))
+
+
+def renamed(folder: Path, into: Path, name: Callable[[str], str]) -> None:
+    into.mkdir(parents=True, exist_ok=True)
+    for path in list(folder.glob("*ubyte*")):
+        path.rename(into / name(path.name))
+
+
+@pytest.mark.parametrize(
+    ("below", "name"),
+    [
+        (".", lambda name: name.replace("-idx", ".idx")),
+        (".", str.upper),
+        (".", lambda name: name.replace("images", "Images").replace(".gz", ".GZ")),
+        ("MNIST/raw", str),
+        ("FashionMNIST/raw", str),
+        ("raw", lambda name: name.replace("-idx", ".idx")),
+    ],
+)
+def test_other_spellings_and_torchvision_s_folders(
+    below: str, name: Callable[[str], str], small_data: Path
+) -> None:
+    before = mnist.load(str(small_data)).digest()
+    renamed(small_data, small_data / below, name)
+    data = mnist.load(str(small_data))
+    assert data.digest() == before
+    assert data.name == str(small_data / below)
+
+
+def test_several_sets_below_the_folder(small_data: Path) -> None:
+    for name in ("MNIST", "KMNIST"):
+        (small_data / name / "raw").mkdir(parents=True)
+        for path in small_data.glob("*ubyte*"):
+            (small_data / name / "raw" / path.name).write_bytes(path.read_bytes())
+    mnist.load(str(small_data))
+    renamed(small_data, small_data / "x", str)
+    with pytest.raises(UserError, match=r"several data sets: give one of \S+/KMNIST/raw, \S+/MNIST/raw"):
+        mnist.load(str(small_data))
+
+
+def test_an_empty_file_beside_a_good_one(small_data: Path) -> None:
+    before = mnist.load(str(small_data)).digest()
+    (small_data / f"{LABELS}.gz").touch()
+    put(small_data / IMAGES.removesuffix(".gz"), content(small_data / IMAGES))
+    (small_data / IMAGES).write_bytes(b"")
+    assert mnist.load(str(small_data)).digest() == before
+
+
+def test_what_is_found_instead_is_told(small_data: Path) -> None:
+    renamed(small_data, small_data, lambda name: f"emnist-\x1b{name}")
+    with pytest.raises(UserError) as caught:
+        mnist.load(str(small_data))
+    text = str(caught.value)
+    assert text.startswith(f"{small_data / 'train-images-idx3-ubyte'}: no such file")
+    assert "found emnist-?t10k-images-idx3-ubyte.gz, " in text
+    assert "expected train-images-idx3-ubyte, train-labels-idx1-ubyte, " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "File name too long"),
+        ("data/train-labels-idx1-ubyte", "is no folder: give the one"),
+        ("data/train-labels-idx1-ubyte/x", "is no folder: give the one"),
+        ("a\0b", "give a name"),
+        ("", "give a name"),
+        ("nowhere", "no such folder"),
+    ],
+)
+def test_a_folder_that_is_none(
+    name: str, message: str, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_data.parent)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        mnist.load(name)
+    assert str(caught.value).startswith("--data ")
+
+
+def test_a_folder_that_one_may_not_enter(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(
+        UserError, match=f"--data {small_data}: cannot be read .Permission denied.: permissions"
+    ):
+        mnist.load(str(small_data))
+
+
+def test_a_home_folder(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small_data.parent))
+    assert mnist.load("~/data").digest() == mnist.load(str(small_data)).digest()
+    with pytest.raises(
+        UserError, match="--data ~nobodyatall/x: there is no user nobodyatall: give the whole"
+    ):
+        mnist.load("~nobodyatall/x")
 
 
 def test_gzip_cut_or_changed_anywhere(small_data: Path) -> None:

@@ -13,6 +13,8 @@ from nn.backend import HOST_BLOCK, NUMPY
 from nn.optim import SGD, Adam, Optimizer, learning_rate
 from nn.params import Parameters, Spec
 
+pytestmark = pytest.mark.quick
+
 BOUND = 1e-14  # float64, relative to the largest value: a handful of roundings of 1e-16, ten times
 SPECS = [Spec("a", (5,)), Spec("b", (3, 2, 3, 3)), Spec("c", (HOST_BLOCK + 9,)), Spec("d", (4, 8))]
 LRS = (0.1, 0.2, 0.05, 0.3, 0.1, 0.01, 0.2, 0.1, 0.4, 0.1)

@@ -18,6 +18,8 @@ from launch import predict as module
 from launch.predict import SHADES, bars, drawing, line, predict
 from nn.resnet9 import ResNet9
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module", params=["ce", "bce"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, metrics, run, summary
+from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
@@ -80,13 +79,9 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) > 1, "a run", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 85
+    assert process.wait(LIMIT) == 85
     assert run(*command[1:]).stdout.count("there already") >= 1
     every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     assert all(job.finished() for job in every)
@@ -169,12 +164,9 @@ def test_terminated_it_stops_its_run(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("runs/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: list((tmp_path / "out").glob("runs/*/metrics.jsonl")), "a run", process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 85
+    assert process.wait(LIMIT) == 85
     assert not left_running(tmp_path)
 
 

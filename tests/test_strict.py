@@ -25,6 +25,8 @@ from nn.backend import NUMPY, Backend, register
 from nn.params import Parameters
 from nn.resnet9 import VARIANTS
 
+pytestmark = pytest.mark.quick
+
 register(StrictArray, strict)
 
 
@@ -114,6 +116,6 @@ def test_checkpoint_round_trip_on_the_device() -> None:
     assert all((value == state[name]).all() for name, value in other.model.state_dict().items())
 
 
+@pytest.mark.needs("cupy")
 def test_the_list_of_cupy_functions_is_current() -> None:
-    pytest.importorskip("cupy")
     assert names_are_current() == set()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from nn.workspace import RING, SLAB, Workspace
+
+pytestmark = pytest.mark.quick
 
 
 def test_the_same_request_gets_the_same_object() -> None:
