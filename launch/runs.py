@@ -21,10 +21,10 @@ from distrib import mnist, predict
 from distrib.config import Config
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.files import printable
+from distrib.files import open_to_read, printable
 from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
-from launch.records import REMEDY, line_of, open_regular, read_config, read_summary, shown, whole_lines
+from launch.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
 
 POINTS = 600
 """Points of a curve that are kept at least, and at most twice as many: no screen shows more."""
@@ -110,15 +110,14 @@ def read_log(path: Path) -> Log:
     """metrics.jsonl; an empty Log where there is none. UserError where it cannot be read."""
     log = Log()
     try:
-        with open_regular(path) as file:
+        with open_to_read(path) as file:
             for text, _ in whole_lines(file):
                 if line := line_of(text):
                     log.add(line)
     except FileNotFoundError:
         pass
     except OSError as error:
-        why = error.strerror or "not a regular file"
-        raise UserError(f"{path}: cannot be read ({why}): {REMEDY}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
     return log
 
 
@@ -205,7 +204,7 @@ def training_images(data: str | None) -> int | None:
     """Images of the training set by the head of its file; None where it cannot be read."""
     for ending in (".gz", ""):
         path = Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}"
-        with suppress(OSError, EOFError, ValueError, zlib.error), open_regular(path) as file:
+        with suppress(OSError, EOFError, ValueError, zlib.error), open_to_read(path) as file:
             head = gzip.GzipFile(fileobj=file).read(8) if ending else file.read(8)
             return int.from_bytes(head[4:], "big") or None
     return None

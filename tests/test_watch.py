@@ -85,7 +85,9 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 
 def logged(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists()
+    """Whether a step is logged and the rank has said a word."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0 and bool(board.read(folder))
 
 
 def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> Path:
