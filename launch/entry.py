@@ -40,7 +40,7 @@ def one_process(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def at_home(value: Any, name: str) -> Any:
-    """A path, or each of a list of paths, with a leading `~` replaced; `name` is the parameter's, for messages."""
+    """A path, or each of a list of paths, with a leading `~` replaced; messages name it `name`."""
     if isinstance(value, list):
         return [at_home(each, name) for each in value]
     if isinstance(value, Path):

@@ -102,7 +102,7 @@ def short(name: str, most: int) -> str:
 
 
 def require_place(path: Path) -> None:
-    """UserError where no file can be at `path`: its folder is missing, or a folder, device or FIFO is there."""
+    """UserError where no file can be at `path`: no folder for it, or a folder, device or FIFO is there."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it, or give another place")
     if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine

@@ -233,7 +233,7 @@ def load_model(path: Path) -> Loaded:
 
 
 @functools.lru_cache(maxsize=2)
-def test_set(data: str | None) -> tuple[np.ndarray, np.ndarray]:
+def all_test_images(data: str | None) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a data set's test set, remembered for the next run of a report."""
     found = mnist.load(data)
     return found.test_images, found.test_labels
@@ -249,7 +249,7 @@ def logits_of_test_images(
     computed.
     """
     limit = run.config["limit_test"]
-    images, labels = (part[:limit] for part in test_set(run.config["data"]))
+    images, labels = (part[:limit] for part in all_test_images(run.config["data"]))
     kept = kept_logits(run, len(images))
     if kept:
         return kept[0], images, labels, kept[1]

@@ -17,9 +17,11 @@ from needs import chromium
 from PIL import Image
 from safetensors.numpy import load_file
 
+from distrib import mnist
+from launch.plots import short
 from launch.records import line_of
-from launch.report import digits, page, report
-from launch.runs import Curve, Log, RunData, logits_of_test_images, read_run, smooth
+from launch.report import digits, page, points_of, report
+from launch.runs import POINTS, Curve, Log, RunData, all_test_images, logits_of_test_images, read_run, smooth
 
 OPTIONS = (
     "--epochs",
@@ -166,16 +168,56 @@ def test_what_is_no_run(tmp_path: Path, make, words: str) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_ten_runs_take_seconds(runs: list[Path], tmp_path: Path) -> None:
-    """No bound in time: ten pages' worth of figures is drawn once, and no model is run."""
-    copies = [shutil.copytree(runs[0], tmp_path / f"run {i} <&> $\\frac$ {chr(27)}") for i in range(10)]
+def test_many_runs(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bound in time: the data is read once, no model is run, and curves are thinned as they get many."""
+    names = [f"run {i} <&> $\\frac$ {chr(27)}" for i in range(30)]
+    copies = [shutil.copytree(runs[0], tmp_path / name) for name in names]
     for copy in copies:
         shutil.rmtree(copy / "checkpoints")
-    text = page([read_run(copy) for copy in copies])
+    (copies[3] / "logits.safetensors").unlink()
+    loads, plain = [], mnist.load
+    monkeypatch.setattr(mnist, "load", lambda *given: loads.append(given) or plain(*given))
+    all_test_images.cache_clear()
+    found = [read_run(copy) for copy in copies]
+    text = page(found)
+    assert len(loads) == 1
     assert text.count("<svg") == 5
     assert "run 3 &lt;&amp;&gt; $\\frac$ ?" in text
-    assert "No module" not in text
+    assert "not computed here, as many runs are compared: distrib report" in text
     assert "<&>" not in text
+    table = Tables(text).tables[0]
+    assert table[0][:3] == ["run", "state", "test accuracy"]  # a line for each run
+    assert [row[0] for row in table[1:]] == [run.name for run in found]
+    assert len(table[1]) == len(table[0])
+    assert points_of(found) == 21 * 600 // 30
+    assert points_of(found[:1]) == 1200
+
+
+def test_long_names_are_shortened_and_told_in_full(runs: list[Path], tmp_path: Path) -> None:
+    names = [f"{'a' * 40}-{i}-{'b' * 60}-{i}" for i in range(2)]
+    text = page([read_run(shutil.copytree(runs[0], tmp_path / name)) for name in names])
+    heads = Tables(text).tables[0][0][1:]
+    assert all(len(head) == 60 and "…" in head for head in heads)
+    assert len(set(heads)) == 2
+    for name in names:
+        assert f'title="{name}"' in text
+        assert f">{short(name, 34)}<" in text  # in a legend
+    assert short("abcdefghij", 10) == "abcdefghij"
+    assert short("abcdefghijk", 10) == "abcde…hijk"
+
+
+def test_a_log_of_any_length_is_kept_in_bounded_memory(runs: list[Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    line = {"loss": 1.0, "epoch": 1, "lr": 0.1, "images_per_second": 10.0}
+    with open(copy / "metrics.jsonl", "w") as file:
+        for step in range(1, 20_001):
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        file.write('{"step": 20001, "loss": "' + "x" * 200_000 + '", "epoch": 1}\n')  # longer than any line
+        file.write(json.dumps({"step": 20_002, **line}) + "\n")
+        file.write(json.dumps({"step": 20_003, **line}))  # half written
+    log = read_run(copy).log
+    assert (log.steps, log.last_step) == (20_001, 20_002)
+    assert all(len(curve._bins) <= 2 * POINTS for curve in log.of_steps.values())
 
 
 def test_data_that_is_gone_is_said_on_the_page(runs: list[Path], tmp_path: Path) -> None:
@@ -196,7 +238,7 @@ def test_a_run_of_an_older_version(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path, command_line) -> None:
-    """A folder that is missing, a folder in its place, a device: one line, and the device is one afterwards."""
+    """A folder that is missing, a folder in its place, a FIFO: one line, and the FIFO is one afterwards."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
     for out, words in (
@@ -242,7 +284,7 @@ def test_smooth_keeps_means_and_lengths() -> None:
 
 @pytest.mark.parametrize("count", [1, 600, 1200, 1201, 6000, 100_001])
 def test_curves_are_thinned_by_averaging(count: int) -> None:
-    """Of as many points as there may be, 600 to 1,200 are kept; each is a mean, of 2^n points but the last."""
+    """Of as many points as there may be, 600 to 1,200 are kept: each a mean of 2^n points but the last."""
     curve = Curve()
     for i in range(count):
         curve.add(i + 1, float(i))
