@@ -41,10 +41,9 @@ from threadpoolctl import threadpool_info
 from distrib import __version__, launched_rank, launched_ranks, mnist
 from distrib.console import on_terminal
 from distrib.errors import EXIT_USAGE, UserError
-from distrib.files import printable
+from distrib.files import expanded, printable
 from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
 from launch.bench_allreduce import Values
-from launch.entry import expanded
 from nn.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -557,7 +556,7 @@ def doctor(
         raise UserError(f"--timeout {timeout:g}: give a finite number above 0")
     # with SIGTERM mpirun ends the job; there is time for the report
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    findings = ask(timeout, expanded(data, "data"), str(expanded(run_dir)))
+    findings = ask(timeout, data, str(expanded(str(run_dir), "--run-dir")))
     # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
     if launched_rank() > 0:
         if findings[-1].state == FAILURE:

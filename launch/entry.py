@@ -10,10 +10,7 @@ from typing import Any
 
 from distrib import launched_rank
 from distrib.errors import UserError
-from distrib.files import printable, reason
-
-PLACES = ("data", "run_dir")
-"""Options that are paths though their type is text."""
+from distrib.files import expanded, printable, reason
 
 
 def one_process(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,11 +22,11 @@ def one_process(command: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> None:
+    def run(**given: Any) -> None:
         if launched_rank():
             return
         try:
-            command(*map(expanded, args), **{name: expanded(value, name) for name, value in given.items()})
+            command(**{name: at_home(value, name) for name, value in given.items()})
         except UserError as error:
             raise UserError(printable(str(error), 2000)) from None
         except OSError as error:
@@ -42,13 +39,10 @@ def one_process(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def expanded(value: Any, name: str = "") -> Any:
-    """A path, each of a list of paths, or the text of an option in PLACES, with a leading `~` replaced."""
-    if isinstance(value, Path):
-        try:
-            return value.expanduser()
-        except RuntimeError:  # ~nobody
-            return value
+def at_home(value: Any, name: str) -> Any:
+    """A path, or each of a list of paths, with a leading `~` replaced; messages name it `name`."""
     if isinstance(value, list):
-        return [expanded(each) for each in value]
-    return os.path.expanduser(value) if name in PLACES and isinstance(value, str) else value
+        return [at_home(each, name) for each in value]
+    if isinstance(value, Path):
+        return expanded(str(value), name)
+    return str(expanded(value, "--run-dir")) if name == "run_dir" and value else value

@@ -16,7 +16,7 @@ from distrib.evaluate import HOST_BATCH
 from distrib.mnist import SIDE
 from distrib.predict import Loaded, logits
 from launch.entry import one_process
-from launch.plots import require, write
+from launch.plots import require, require_place, write
 from launch.records import shown
 from launch.runs import load_model
 from nn.functional import EPS
@@ -184,12 +184,9 @@ def format_of(out: Path, asked: str | None) -> str:
     return found
 
 
-def require_place(out: Path, checkpoint: Path) -> None:
+def require_free(out: Path, checkpoint: Path) -> None:
     """UserError where `out` cannot be a file, or is a checkpoint."""
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}: make it, or give another place")
-    if out.exists() and not out.is_file():  # a device, say, which the file would replace
-        raise UserError(f"{out}: is {'a folder' if out.is_dir() else 'no file'}: give a file's name")
+    require_place(out)
     if out.exists() and (out.samefile(checkpoint) or ckpt.state_path(out).exists()):
         raise UserError(f"{out}: is a checkpoint: give another place")
 
@@ -235,7 +232,7 @@ def export(
         if check:
             require("onnxruntime")
     found = load_model(checkpoint)
-    require_place(out, found.path)
+    require_free(out, found.path)
     about, dtype, notes = found.about, found.about["dtype"], []
     if kind == "safetensors":
         content = to_safetensors(found)

@@ -101,10 +101,17 @@ def short(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
+def require_place(path: Path) -> None:
+    """UserError where no file can be at `path`: no folder for it, or a folder, device or FIFO is there."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: make it, or give another place")
     if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine
         raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: give a file's name")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
+    require_place(path)
     data = content.encode(errors="replace") if isinstance(content, str) else content
     write_atomically(path, data, "; nothing was written")
 

@@ -7,26 +7,25 @@ that names the file and the value; a line of metrics.jsonl, or a rank's file, is
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from distrib.board import Word
+from distrib import board
+from distrib.board import MOST_CAUSE, Word
 from distrib.config import options
 from distrib.errors import UserError
-from distrib.files import printable, read_json
+from distrib.files import fits, printable, read_json
 
-MOST_LINE, MOST_WORD, MOST_NAMES, MOST_TEXT = 1 << 16, 1 << 16, 200, 200
-"""Bytes of a line of metrics.jsonl and of a rank's file, names of config.json, letters of a value shown."""
+MOST_LINE, MOST_NAMES, MOST_TEXT = 1 << 16, 200, 200
+"""Bytes of a line of metrics.jsonl, names of config.json, letters of a value shown."""
 
 LARGEST = 1e15
 """Greater numbers are no figures of a run."""
 
 REMEDY = "restore it, or leave this run out"
-KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "str": (str,), "bool": (bool,)}
+NUMBERS = (int, float)
 SUMMARY_KINDS = {
     **dict.fromkeys(("epochs", "steps", "world_size", "parameters"), "int | None"),
     **dict.fromkeys(("test_accuracy", "test_loss", "train_accuracy", "train_loss"), "float | None"),
@@ -34,34 +33,24 @@ SUMMARY_KINDS = {
     **dict.fromkeys(("backend", "communicator"), "str | None"),
     "finished": "bool",
 }
-WORD_KINDS = {
-    **dict.fromkeys(("rank", "pid", "step", "collectives"), "int"),
-    **dict.fromkeys(("host", "doing", "state"), "str"),
-    "time": "float",
-}
-FAILURE_KINDS = {"rank": "int", "host": "str", "step": "int", "cause": "str"}
 AT_LEAST_ONE = ("epochs", "batch_size", "batch_size_per_rank", "limit_train", "limit_test", "log_every")
 
 
-def fits(value: Any, kind: str) -> bool:
-    """Whether `value` is of a kind such as "float | None"; numbers are finite and below LARGEST."""
-    if value is None:
-        return "None" in kind
-    if type(value) not in KINDS[kind.split(" | ")[0]]:  # true and false are no numbers
-        return False
-    return type(value) in (str, bool) or is_figure(value)
+def sound(kind: str, value: Any) -> bool:
+    """Whether `value` is of a type such as "float | None"; numbers are below LARGEST too."""
+    return fits(kind, value) and (type(value) not in NUMBERS or is_figure(value))
 
 
 def is_figure(value: Any) -> bool:
     """Whether `value` is a number, finite and below LARGEST."""
-    return type(value) in (int, float) and -LARGEST < value < LARGEST
+    return type(value) in NUMBERS and -LARGEST < value < LARGEST
 
 
-def read_typed(path: Path, kinds: dict[str, str], most: int | None = None) -> dict[str, Any]:
+def read_typed(path: Path, kinds: dict[str, str]) -> dict[str, Any]:
     """The JSON object in a file, where each name of `kinds` is of that kind; UserError names what is not."""
-    values = read_json(path, **({"most": most} if most else {}), remedy=REMEDY)
+    values = read_json(path, remedy=REMEDY)
     for name, kind in kinds.items():
-        if name in values and not fits(values[name], kind):
+        if name in values and not sound(kind, values[name]):
             raise UserError(f'{path}: "{name}" is {brief(values[name])}, which is no {kind}: {REMEDY}')
     return values
 
@@ -77,7 +66,7 @@ def scalars(values: Any) -> dict[str, Any]:
     """The first names of an object, fit to be shown, with their values; what is no text or number is "…"."""
     found = list(values.items())[:MOST_NAMES] if isinstance(values, dict) else []
     return {
-        printable(name, 60): value if value is None or any(fits(value, kind) for kind in KINDS) else "…"
+        printable(name, 60): value if sound("int | float | str | bool | None", value) else "…"
         for name, value in found
     }
 
@@ -98,42 +87,18 @@ def read_summary(path: Path) -> dict[str, Any]:
     return {"finished": False, **{name: values[name] for name in SUMMARY_KINDS if name in values}}
 
 
-def read_failure(path: Path) -> dict[str, Any]:
-    """A run's failure.json; UserError where it is none."""
-    values = read_typed(path, FAILURE_KINDS, MOST_WORD)
-    if missing := FAILURE_KINDS.keys() - values.keys():
-        raise UserError(f"{path}: has no {min(missing)}: {REMEDY}")
-    return {
-        name: shown(values[name]) if kind == "str" else values[name] for name, kind in FAILURE_KINDS.items()
-    }
-
-
 def read_words(folder: Path) -> list[Word]:
-    """What the ranks of the run in `folder` said last, by rank. What tells nothing of one is passed over."""
-    words = {}
-    with suppress(OSError):
-        for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
-            with suppress(UserError, TypeError):
-                values = read_typed(path, WORD_KINDS, MOST_WORD)
-                said: dict[str, Any] = {n: shown(v) if isinstance(v, str) else v for n, v in values.items()}
-                word = Word(**said)
-                if word.rank >= 0 and 0 < word.pid < 1 << 31:
-                    words[word.rank] = word
-    return [words[rank] for rank in sorted(words)]
+    """What the ranks of the run in `folder` said last, by rank, fit to be shown."""
+    words = {word.rank: word for word in board.read(folder) if word.rank >= 0 and 0 < word.pid < 1 << 31}
+    return [
+        replace(word, host=shown(word.host), doing=shown(word.doing), state=printable(word.state, MOST_CAUSE))
+        for _, word in sorted(words.items())
+    ]
 
 
 def shown(text: str) -> str:
     """A text that somebody else wrote, for a page or a terminal."""
     return printable(text, MOST_TEXT)
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """A regular file, opened to be read; OSError where it is none: a FIFO would wait for a writer."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(f"{path}: not a regular file")
-    return file
 
 
 def whole_lines(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -154,7 +119,9 @@ def line_of(text: bytes) -> dict[str, Any] | None:
     """
     try:
         values = json.loads(text)
-        found = {name: v for name, v in values.items() if is_figure(v)}
+        found = {  # is_figure, without a call for each of a long run's numbers
+            name: v for name, v in values.items() if type(v) in NUMBERS and -LARGEST < v < LARGEST
+        }
         step, epoch = found["step"], found["epoch"]
     except (ValueError, RecursionError, AttributeError, KeyError):  # half a line, or no object
         return None

@@ -28,13 +28,13 @@ from distrib import mnist, sampler
 from distrib.command import parse
 from distrib.console import on_terminal
 from distrib.errors import EXIT_REQUEUE, UserError
-from distrib.files import read_json, write_atomically
+from distrib.files import fits, open_to_read, read_json, write_atomically
 from launch.bench_run import mpirun
 from launch.doctor import devices
 from launch.entry import one_process
 from launch.measure import child_environment, machine, require_torch
 from launch.plots import figure, make_folder, render, save, svg, write
-from launch.records import brief, fits, is_figure, line_of, open_regular, read_summary, shown
+from launch.records import brief, is_figure, line_of, read_summary, shown
 from launch.runs import RunData, read_run, smooth
 
 PARTS = ("accuracy", "ablation", "curves", "time")
@@ -139,7 +139,7 @@ class Job:
 
     def step(self) -> int:
         """Steps done, by the last line of metrics.jsonl."""
-        with suppress(OSError, IndexError), open_regular(self.folder / "metrics.jsonl") as file:
+        with suppress(OSError, IndexError), open_to_read(self.folder / "metrics.jsonl") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
             return (line_of(file.read(1000).splitlines()[-1]) or {}).get("step", 0)
         return 0
@@ -347,7 +347,7 @@ def read_settings(path: Path) -> dict[str, Settings]:
     found = {}
     for part, values in read_json(path, remedy="restore it, or give another --out").items():
         sound = part in PARTS and isinstance(values, dict) and values.keys() == kinds.keys()
-        if not (sound and all(fits(value, kinds[name]) for name, value in values.items())):
+        if not (sound and all(fits(kinds[name], value) for name, value in values.items())):
             raise UserError(f"{path}: holds no settings of {brief(part)}: restore it, or give another --out")
         found[part] = Settings(**values)
         if min(found[part].epochs, found[part].seeds, found[part].ranks) < 1:

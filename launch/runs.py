@@ -21,10 +21,10 @@ from distrib import mnist, predict
 from distrib.config import Config
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.files import printable
+from distrib.files import open_to_read, printable
 from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
-from launch.records import REMEDY, line_of, open_regular, read_config, read_summary, shown, whole_lines
+from launch.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
 
 POINTS = 600
 """Points of a curve that are kept at least, and at most twice as many: no screen shows more."""
@@ -99,23 +99,25 @@ class Log:
     @staticmethod
     def _point(curves: dict[str, Curve], name: str, x: float, line: dict[str, Any]) -> None:
         y = line.get(name)
-        if y is not None and y == y:
-            curves.setdefault(name, Curve()).add(x, y)
+        if y is None or y != y:
+            return
+        if name not in curves:
+            curves[name] = Curve()
+        curves[name].add(x, y)
 
 
 def read_log(path: Path) -> Log:
     """metrics.jsonl; an empty Log where there is none. UserError where it cannot be read."""
     log = Log()
     try:
-        with open_regular(path) as file:
+        with open_to_read(path) as file:
             for text, _ in whole_lines(file):
                 if line := line_of(text):
                     log.add(line)
     except FileNotFoundError:
         pass
     except OSError as error:
-        why = error.strerror or "not a regular file"
-        raise UserError(f"{path}: cannot be read ({why}): {REMEDY}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
     return log
 
 
@@ -202,7 +204,7 @@ def training_images(data: str | None) -> int | None:
     """Images of the training set by the head of its file; None where it cannot be read."""
     for ending in (".gz", ""):
         path = Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}"
-        with suppress(OSError, EOFError, ValueError, zlib.error), open_regular(path) as file:
+        with suppress(OSError, EOFError, ValueError, zlib.error), open_to_read(path) as file:
             head = gzip.GzipFile(fileobj=file).read(8) if ending else file.read(8)
             return int.from_bytes(head[4:], "big") or None
     return None
@@ -231,7 +233,7 @@ def load_model(path: Path) -> Loaded:
 
 
 @functools.lru_cache(maxsize=2)
-def test_set(data: str | None) -> tuple[np.ndarray, np.ndarray]:
+def all_test_images(data: str | None) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a data set's test set, remembered for the next run of a report."""
     found = mnist.load(data)
     return found.test_images, found.test_labels
@@ -247,7 +249,7 @@ def logits_of_test_images(
     computed.
     """
     limit = run.config["limit_test"]
-    images, labels = (part[:limit] for part in test_set(run.config["data"]))
+    images, labels = (part[:limit] for part in all_test_images(run.config["data"]))
     kept = kept_logits(run, len(images))
     if kept:
         return kept[0], images, labels, kept[1]

@@ -27,12 +27,11 @@ from distrib import board
 from distrib.board import SILENT, TOLD_TO_STOP, Word
 from distrib.console import PLAIN_SECONDS, Lines, on_terminal
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
+from distrib.files import open_to_read
 from launch.entry import one_process
 from launch.records import (
     line_of,
-    open_regular,
     read_config,
-    read_failure,
     read_summary,
     read_words,
     shown,
@@ -97,7 +96,7 @@ class Follower:
 
     def _read_metrics(self) -> None:
         """Take in the whole lines that are new, of which the last are kept."""
-        with open_regular(self.folder / "metrics.jsonl") as file:
+        with open_to_read(self.folder / "metrics.jsonl") as file:
             about = os.fstat(file.fileno())
             if about.st_ino != self._inode or about.st_size < self._offset:  # a resumed run writes it anew
                 self._inode, self._offset, self.ended = about.st_ino, 0, 0
@@ -145,8 +144,8 @@ class Follower:
         """(exit code, verdict) of a run that goes on no more."""
         if self.summary:
             return verdict_of(self.summary, self.config.get("max_steps"))
-        with contextlib.suppress(OSError, UserError):
-            return EXIT_CRASH, board.line(read_failure(self.folder / "failure.json"))
+        if failure := board.read_verdict(self.folder):
+            return EXIT_CRASH, board.line(failure)
         alive = [word for word in self.words if word.running or word.state == TOLD_TO_STOP]
         here = socket.gethostname()
         quiet = min((self.silence(word) for word in alive), default=time.monotonic() - self._news)
