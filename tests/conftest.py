@@ -160,14 +160,18 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Call a command's function as the command line does, within this process: (exit code, standard output, standard error)."""
+    """Call a command's function, or a whole app, as the command line does, within this process.
 
-    def call(function: Callable[..., None], *arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(function)
-        monkeypatch.setattr(sys, "argv", [function.__name__, *map(str, arguments)])
-        code = run_app(app)
-        return code, *capsys.readouterr()
+    Gives exit code, standard output and standard error.
+    """
+
+    def call(command: Callable[..., None] | typer.Typer, *arguments: object) -> tuple[int, str, str]:
+        app = command if isinstance(command, typer.Typer) else typer.Typer(add_completion=False)
+        if app is not command:
+            app.command()(command)
+        monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])
+        capsys.readouterr()
+        return run_app(app), *capsys.readouterr()
 
     return call
 

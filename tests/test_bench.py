@@ -22,6 +22,7 @@ from distrib.failure import Watchdog
 from distrib.laps import PHASES
 from distrib.trainer import Trainer
 from distrib.world import World, connect
+from launch import cli
 from launch.bench_step import ours
 from launch.torch_bench import Worker
 from nn.backend import NUMPY
@@ -162,11 +163,11 @@ def test_run_against_torch() -> None:
         (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
     ],
 )
-def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
-    done = run("-m", "launch.cli", "bench", *arguments, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_wrong_use(arguments: tuple[str, ...], message: str, command_line) -> None:
+    code, out, err = command_line(cli.app, "bench", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["ops", "run"])

@@ -299,11 +299,11 @@ def test_a_rank_that_does_not_come_ends_the_job() -> None:
         (("--factor", "x"), "--factor"),
     ],
 )
-def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
-    done = allreduce(*arguments, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_wrong_use(arguments: tuple[str, ...], message: str, command_line) -> None:
+    code, out, err = command_line(bench_allreduce.allreduce, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_wrong_use_on_two_ranks() -> None:

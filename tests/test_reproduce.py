@@ -15,7 +15,7 @@ from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
-from launch import reproduce
+from launch import cli, reproduce
 from launch.reproduce import ROWS, Settings, jobs, spread, time_table
 
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
@@ -115,10 +115,10 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
         (("--report",), "holds nothing yet"),
     ],
 )
-def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
-    done = run("-m", "launch.cli", "reproduce", "--out", tmp_path / "out", *arguments, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert words in done.stderr
+def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str, command_line) -> None:
+    code, _, err = command_line(cli.app, "reproduce", "--out", tmp_path / "out", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert words in err
     assert not (tmp_path / "out").exists()
 
 

@@ -94,9 +94,16 @@ def test_stopped_after_any_step(whole: tuple[Path, tuple], step: int, tmp_path: 
 
 
 def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:
-    """Fourteen processes of one step each, in one folder."""
-    for step in range(1, STEPS + 1):
-        train(tmp_path / "run", *whole[1], "--max-steps", step)
+    """Fourteen starts of one step each, in one folder."""
+    script = f"""
+import sys
+from distrib.command import main
+given = list(sys.argv)
+for step in range(1, {STEPS} + 1):
+    sys.argv[:] = [*given, "--max-steps", str(step)]
+    assert main() == 0
+"""
+    run("-c", script, "--run-dir", tmp_path / "run", *whole[1])
     compare(tmp_path / "run", whole[0])
 
 

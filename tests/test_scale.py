@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import LIMIT, ROOT, environment, run, wait_for
 
+import launch.scale
 from distrib.errors import UserError
 from launch.scale import child
 from launch.scale_model import Level, Model, Point, fit, greatest, least_squares, left_out, levels, predict
@@ -404,11 +405,11 @@ def test_nothing_is_measured_twice(folder: Path) -> None:
         (("--out", "/dev/null/x"), "--out /dev/null/x: Not a directory: give a folder"),
     ],
 )
-def test_wrong_use(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
-    out = () if "--out" in arguments else ("--out", tmp_path / "out")
-    done = scale(*arguments, *out, check=False)
-    errors = [line for line in done.stderr.splitlines() if not re.match(r"\d+/\d+  bench", line)]
-    assert (done.returncode, done.stdout, len(errors)) == (2, "", 1), done.stderr
+def test_wrong_use(arguments: tuple[object, ...], message: str, tmp_path: Path, command_line) -> None:
+    folder = () if "--out" in arguments else ("--out", tmp_path / "out")
+    code, out, err = command_line(launch.scale.scale, *arguments, *folder)
+    errors = [line for line in err.splitlines() if not re.match(r"\d+/\d+  bench", line)]
+    assert (code, out, len(errors)) == (2, "", 1), err
     assert message in errors[0]
 
 
