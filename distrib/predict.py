@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from distrib import checkpoint as ckpt
-from distrib import mnist
+from distrib import ink, mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
+from distrib.pictures import Sheet, kind_of, read_sheets
 from nn.resnet9 import ResNet9
 
 
@@ -36,7 +37,7 @@ class Pictures:
 
     path: Path
     pixels: np.ndarray
-    inverted: bool  # the file has dark ink on a bright ground
+    inverted: np.ndarray  # bool (N,): the image has dark ink on a bright ground
 
     def name(self, i: int) -> str:
         return f"{self.path}[{i}]" if len(self.pixels) > 1 else str(self.path)
@@ -87,7 +88,7 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
                 "digit": digit,
                 "probability": float(p[digit]),
                 "probabilities": p.tolist(),
-                "inverted": pictures.inverted,
+                "inverted": bool(pictures.inverted[i]),
             }
 
 
@@ -104,21 +105,85 @@ def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
     return exp / exp.sum(1, keepdims=True)
 
 
-def read_pictures(path: Path) -> Pictures:
-    """The images in the picture or IDX file `path`."""
-    try:
-        with Image.open(path) as picture:
-            flat = Image.new("RGBA", picture.size, "white")
-            flat.alpha_composite(picture.convert("RGBA"))
-            pixels = np.asarray(flat.convert("L").resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError:
-        return Pictures(path, mnist.read_idx(path, mnist.IMAGES), False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give PNG pictures or IDX files of images") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files"
-        ) from None
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    inverted = bool(np.median(border) > 127)
-    return Pictures(path, (255 - pixels if inverted else pixels)[None], inverted)
+def read_pictures(path: Path, as_is: bool = False) -> Pictures:
+    """The images in the picture or IDX file `path`, as the network takes them."""
+    sheets = read_sheets(path)
+    if sheets is None:
+        return read_idx(path, as_is)
+    found = [(as_it_is(sheet), False) if as_is else prepare(sheet) for sheet in sheets]
+    return Pictures(path, np.stack([pixels for pixels, _ in found]), np.array([dark for _, dark in found]))
+
+
+def as_it_is(sheet: Sheet) -> np.ndarray:
+    """A picture, white on black already, in grey, on a black ground where it is transparent, scaled to 28×28."""
+    grey = luminance(sheet.light) if sheet.alpha is None else luminance(sheet.light) * sheet.alpha
+    picture = Image.fromarray(np.round(255 * grey).astype(np.uint8))
+    return np.asarray(picture.resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS))
+
+
+def luminance(light: np.ndarray) -> np.ndarray:
+    return light[..., 0] if light.shape[2] == 1 else light @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
+    """(uint8 (28, 28), whether the ink is dark) of a picture; all black where nothing is drawn."""
+    if sheet.alpha is None and sheet.size == (mnist.SIDE, mnist.SIDE):
+        own = mnist_like(sheet.light)
+        if own is not None:
+            return own
+    found, dark = None, None
+    if sheet.alpha is None or is_paper(sheet.alpha):
+        found = ink.find_digit(on_its_ground(sheet))
+    if found is None and sheet.alpha is not None:
+        found = ink.find_digit(sheet.alpha[..., None])
+        dark = bool(np.median(luminance(sheet.light)[sheet.alpha > 0.5]) < 0.5) if (sheet.alpha > 0.5).any() else None
+    if found is None:
+        return np.zeros((mnist.SIDE, mnist.SIDE), np.uint8), False
+    return found.pixels, found.dark if dark is None else dark
+
+
+def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
+    """A picture of 28×28 that is made as MNIST's are, pixel for pixel, or None."""
+    pixels = np.round(255 * luminance(light)).astype(np.uint8)
+    border = np.concatenate([pixels[:2].ravel(), pixels[-2:].ravel(), pixels[:, :2].ravel(), pixels[:, -2:].ravel()])
+    dark = bool(np.median(border) > 127)
+    drawn = 255 - pixels if dark else pixels
+    edge = 255 - border if dark else border
+    if edge.max() > 32 or drawn.max() < 160:
+        return None
+    rows, cols = (np.flatnonzero((drawn > 32).any(axis)) for axis in (1, 0))
+    mass = [float(drawn.sum(axis) @ np.arange(mnist.SIDE)) / float(drawn.sum()) for axis in (1, 0)]
+    size = max(np.ptp(rows), np.ptp(cols)) + 1
+    return (drawn, dark) if 18 <= size <= 22 and all(abs(m - 14) < 1.5 for m in mass) else None
+
+
+def is_paper(alpha: np.ndarray) -> bool:
+    """Whether what is opaque is a sheet, not strokes: wide, compared with its length."""
+    opaque = alpha > 0.5
+    if not opaque.any():
+        return False
+    rows, cols = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
+    box = (np.ptp(rows) + 1) * (np.ptp(cols) + 1)
+    return ink.stroke_width(np.pad(opaque, 1)) > 0.42 * np.sqrt(box)
+
+
+def on_its_ground(sheet: Sheet) -> np.ndarray:
+    """The light of a sheet, where it is transparent the middle of its colours."""
+    if sheet.alpha is None:
+        return sheet.light
+    opaque = sheet.alpha > 0.98
+    if not opaque.any():
+        return sheet.light
+    return np.where(opaque[..., None], sheet.light, np.median(sheet.light[opaque], 0))
+
+
+def read_idx(path: Path, as_is: bool) -> Pictures:
+    """The images of an IDX file, dark ink on bright ground inverted as in a picture."""
+    with path.open("rb") as file:
+        head = file.read(2048)
+    if head[:2] not in (b"\x1f\x8b", b"\0\0"):
+        raise UserError(f"{path}: is {kind_of(head)}")
+    images = mnist.read_idx(path, mnist.IMAGES)
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
+    dark = not as_is and bool(border.size) and bool(np.median(border) > 127)
+    return Pictures(path, 255 - images if dark else images, np.full(len(images), dark))
