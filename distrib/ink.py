@@ -46,13 +46,13 @@ class Contrast:
 def find_digit(sheet: np.ndarray) -> Digit | None:
     """The digit on a sheet (H, W, C), or None where nothing is drawn."""
     for _ in range(3):
-        found = contrast(sheet)
-        if found is None:
-            return None
-        inner = inside(found.mask)
+        inner = inside(sheet)
         if inner is None:
             break
         sheet = sheet[inner]
+    found = contrast(sheet, smooth_ground(sheet))
+    if found is None:
+        return None
     mask = without_lines(without_lines(found.mask).T).T
     mask = main_strokes(mask)
     if not mask.any():
@@ -64,12 +64,15 @@ def find_digit(sheet: np.ndarray) -> Digit | None:
 # --- ink and ground ---------------------------------------------------------------------------------------------
 
 
-def contrast(sheet: np.ndarray) -> Contrast | None:
-    """Tell ink from ground by colour; None where no pixel stands out from the ground's noise."""
-    rest = sheet - smooth_ground(sheet)
-    strength, axis = along_ink(rest)
+def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
+    """Tell ink from ground by colour; None where no pixel stands out from the ground's noise.
+
+    Where there is less light, ink differs less from the ground: differences are taken relative to the ground's light.
+    """
+    light = ground.mean(2, keepdims=True).clip(0, None) + 0.1
+    strength, axis = along_ink((sheet - ground) * (np.median(light) / light))
     for _ in range(2):
-        noise = 1.4826 * float(np.median(np.abs(strength))) + 1e-6
+        noise = noise_of(strength)
         floor = max(SIGNAL * noise, FAINTEST)
         strong = strength[strength > floor]
         if strong.size < 8:
@@ -82,21 +85,23 @@ def contrast(sheet: np.ndarray) -> Contrast | None:
     return Contrast(strength, level, cut, bool(axis.sum() < 0))
 
 
+def noise_of(strength: np.ndarray) -> float:
+    """Standard deviation of the noise: from differences of pixels a little apart, few of which cross an edge of ink."""
+    reach = [lag for lag in (1, 2, 4, 8) if 4 * lag < min(strength.shape)] or [1]
+    return max(1.05 * float(np.median(np.abs(strength[:, lag:] - strength[:, :-lag]))) for lag in reach)
+
+
 def smooth_ground(sheet: np.ndarray) -> np.ndarray:
     """The light on the sheet as a quadratic in x and y, fitted by least absolute deviations: ink does not move it."""
     small = shrink(sheet, 48)
-    basis, values = quadratic(*small.shape[:2]), small.reshape(-1, small.shape[2])
-    full = quadratic(*sheet.shape[:2])
-    ground = np.empty_like(sheet)
-    for channel in range(sheet.shape[2]):
-        y = values[:, channel]
-        weight = np.ones_like(y)
-        for _ in range(20):
-            a = basis * weight[:, None]
-            fit = np.linalg.lstsq(a.T @ basis, a.T @ y, rcond=None)[0]
-            weight = 1 / np.maximum(np.abs(y - basis @ fit), 1e-3)
-        ground[..., channel] = (full @ fit.astype(np.float32)).reshape(sheet.shape[:2])
-    return ground
+    basis = quadratic(*small.shape[:2]).astype(np.float64)
+    values = small.reshape(len(basis), -1)
+    weight = np.ones_like(values, np.float64)
+    for _ in range(20):
+        squares = np.einsum("ni,nc,nj->cij", basis, weight, basis, optimize=True)
+        fit = np.linalg.solve(squares + 1e-9 * np.eye(6), ((weight * values).T @ basis)[..., None])[..., 0].T
+        weight = 1 / np.maximum(np.abs(values - basis @ fit), 1e-3)
+    return (quadratic(*sheet.shape[:2]) @ fit.astype(np.float32)).reshape(sheet.shape)
 
 
 def quadratic(height: int, width: int) -> np.ndarray:
@@ -131,7 +136,10 @@ def nearby_ground(strength: np.ndarray, ink: np.ndarray) -> np.ndarray:
 
 def otsu(values: np.ndarray) -> float:
     """The threshold that parts values into the two classes whose means differ most, weighted by their sizes."""
-    counts, edges = np.histogram(values, 256)
+    low, high = float(values.min()), float(values.max())
+    if high - low < 1e-3:
+        return (low + high) / 2 - 1e-3
+    counts, edges = np.histogram(values, 256, (low, high))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1]
     above = counts.sum() - below
@@ -143,37 +151,33 @@ def otsu(values: np.ndarray) -> float:
 # --- what is not the digit --------------------------------------------------------------------------------------
 
 
-def inside(mask: np.ndarray) -> tuple[slice, slice] | None:
-    """The sheet inside a frame or on a table, where the picture shows more than the sheet."""
-    small = pool(mask, 128)
-    step = [full / part for full, part in zip(mask.shape, small.shape, strict=True)]
-    labels, count = components(small)
-    border = border_mask(small.shape, 0.25)
+def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
+    """The rows and columns of the paper inside a frame or on a table, where the picture shows more than the paper."""
+    small = shrink(sheet, 128)
+    found = contrast(small, np.broadcast_to(np.median(small, (0, 1)), small.shape))
+    if found is None:
+        return None
+    labels, count = components(found.mask)
     for label in range(1, count + 1):
         part = labels == label
-        if is_frame(part, border):
-            return clear_of(part, step, mask.shape)
-        if is_sheet(part):
-            rows, cols = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
-            return shrunk((rows[0], rows[-1] + 1), (cols[0], cols[-1] + 1), step, mask.shape)
+        if part.sum() > 0.02 * part.size and (is_frame(part, found.strength) or is_paper(part)):
+            return free_of(part if is_frame(part, found.strength) else outside(~part), sheet.shape)
     return None
 
 
-def border_mask(shape: tuple[int, ...], share: float) -> np.ndarray:
-    """True within `share` of the sides from the border."""
-    mask = np.ones(shape, bool)
-    dy, dx = (max(1, round(n * share)) for n in shape)
-    mask[dy:-dy, dx:-dx] = False
-    return mask
-
-
-def is_frame(part: np.ndarray, border: np.ndarray) -> bool:
-    """Whether a component runs along a side of the picture and keeps to its border."""
+def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
+    """Whether a component runs along a side of the picture, keeps to its border and ends sharply, unlike a shadow."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
-    return max(side.mean() for side in sides) > 0.85 and part[border].sum() > 0.95 * part.sum()
+    border = np.ones(part.shape, bool)
+    dy, dx = (max(1, n // 4) for n in part.shape)
+    border[dy:-dy, dx:-dx] = False
+    if max(side.mean() for side in sides) < 0.85 or part[border].sum() < 0.9 * part.sum():
+        return False
+    beyond = grow(part, 3) & ~grow(part, 1)
+    return bool(np.median(strength[beyond]) < 0.4 * np.median(strength[part])) if beyond.any() else False
 
 
-def is_sheet(part: np.ndarray) -> bool:
+def is_paper(part: np.ndarray) -> bool:
     """Whether a component is a filled rectangle with something on it."""
     rows, cols = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
     cut = part[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
@@ -181,8 +185,7 @@ def is_sheet(part: np.ndarray) -> bool:
     return bool(
         cut.size > 0.1 * part.size
         and filled.mean() > 0.82
-        and cut.sum() > 0.7 * filled.sum()
-        and cut.sum() < 0.995 * filled.sum()
+        and 0.7 * filled.sum() < cut.sum() < 0.995 * filled.sum()
     )
 
 
@@ -193,24 +196,22 @@ def outside(free: np.ndarray) -> np.ndarray:
     return np.isin(labels, edge[edge > 0])
 
 
-def clear_of(frame: np.ndarray, step: list[float], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The rows and columns that a frame leaves mostly free."""
-    span = []
-    for axis in (1, 0):
-        free = np.flatnonzero(frame.mean(axis) < 0.5)
-        span.append((int(free[0]), int(free[-1]) + 1) if free.size else (0, frame.shape[1 - axis]))
-    return shrunk(span[0], span[1], step, shape)
-
-
-def shrunk(rows, cols, step: list[float], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """A span of rows and of columns in the sheet's pixels, a little smaller where it does not reach its border."""
-    found = []
-    for (first, last), size, full in zip((rows, cols), step, shape, strict=True):
-        margin = 0.02 * full
-        low = 0 if first == 0 else int(first * size + margin)
-        high = full if last * size >= full - 1 else int(last * size - margin)
-        found.append(slice(low, max(high, low + 4)))
-    return found[0], found[1]
+def free_of(unwanted: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """The rows and columns of the picture that are left when its sides are cut off until none has unwanted pixels."""
+    sides = [0, unwanted.shape[0], 0, unwanted.shape[1]]
+    while sides[1] - sides[0] > 4 and sides[3] - sides[2] > 4:
+        cut = unwanted[sides[0] : sides[1], sides[2] : sides[3]]
+        shares = [cut[0].mean(), cut[-1].mean(), cut[:, 0].mean(), cut[:, -1].mean()]
+        worst = int(np.argmax(shares))
+        if shares[worst] < 0.02:
+            break
+        sides[worst] += 1 if worst in (0, 2) else -1
+    for i, most in enumerate((unwanted.shape[0], unwanted.shape[0], unwanted.shape[1], unwanted.shape[1])):
+        if sides[i] not in (0, most):  # the blurred edge
+            sides[i] += 1 if i in (0, 2) else -1
+    steps = [-(-shape[axis] // unwanted.shape[axis]) for axis in (0, 1)]
+    rows, cols = (slice(max(0, sides[2 * i]) * steps[i], sides[2 * i + 1] * steps[i]) for i in (0, 1))
+    return rows, cols
 
 
 def without_lines(mask: np.ndarray) -> np.ndarray:
@@ -299,11 +300,11 @@ def as_mnist(drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
     width = stroke_width(fine > 0.5) / FINE
     wanted = min(max(width, THINNEST), THICKEST)
     fine = widened(fine, (wanted - width) / 2 * FINE)
-    small = fit(fine, fine > 0.5, BOX - 1)
+    small = fit(fine, fine > 0.5, BOX + 0.3)
     return centred(small)
 
 
-def fit(drawn: np.ndarray, mask: np.ndarray, side: int) -> np.ndarray:
+def fit(drawn: np.ndarray, mask: np.ndarray, side: float) -> np.ndarray:
     """Cut to the mask and scale so that the longer side is `side`, with half a result's pixel around."""
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     height, width = rows[-1] + 1 - rows[0], cols[-1] + 1 - cols[0]

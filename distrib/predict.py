@@ -145,16 +145,16 @@ def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
 def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
     """A picture of 28×28 that is made as MNIST's are, pixel for pixel, or None."""
     pixels = np.round(255 * luminance(light)).astype(np.uint8)
-    border = np.concatenate([pixels[:2].ravel(), pixels[-2:].ravel(), pixels[:, :2].ravel(), pixels[:, -2:].ravel()])
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     dark = bool(np.median(border) > 127)
     drawn = 255 - pixels if dark else pixels
     edge = 255 - border if dark else border
-    if edge.max() > 32 or drawn.max() < 160:
+    if np.percentile(edge, 75) > 32 or drawn.max() < 160:
         return None
     rows, cols = (np.flatnonzero((drawn > 32).any(axis)) for axis in (1, 0))
     mass = [float(drawn.sum(axis) @ np.arange(mnist.SIDE)) / float(drawn.sum()) for axis in (1, 0)]
     size = max(np.ptp(rows), np.ptp(cols)) + 1
-    return (drawn, dark) if 18 <= size <= 22 and all(abs(m - 14) < 1.5 for m in mass) else None
+    return (drawn, dark) if abs(size - 20) <= 1 and all(abs(m - 14) < 0.75 for m in mass) else None
 
 
 def is_paper(alpha: np.ndarray) -> bool:
