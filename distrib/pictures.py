@@ -5,16 +5,19 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from distrib.errors import UserError
+
+T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "DIB", "WEBP", "PPM", "ICO", "AVIF", "JPEG2000", "QOI")
 """What is opened. Others are rare, and EPS would start Ghostscript."""
@@ -34,6 +37,7 @@ KINDS = (
     (4, b"ftyphev", "a HEIC picture: export it as JPEG or PNG"),
     (4, b"ftypmif1", "a HEIF picture: export it as JPEG or PNG"),
     (4, b"ftypmsf1", "a HEIF picture: export it as JPEG or PNG"),
+    (4, b"ftypavif", "an AVIF picture that this Pillow cannot read: export it as PNG"),
     (4, b"ftyp", "a video: save one frame as PNG"),
     (0, b"\x1a\x45\xdf\xa3", "a video: save one frame as PNG"),
     (8, b"AVI ", "a video: save one frame as PNG"),
@@ -66,6 +70,13 @@ KINDS = (
     (0, b"fLaC", "a sound: give pictures"),
 )
 """(offset, bytes, what a file is that has them there, with the remedy)."""
+
+
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, AttributeError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow raises on damaged files."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +113,49 @@ def kind_of(head: bytes) -> str:
     return "a text file: give PNG or other pictures, or IDX files"
 
 
-def read_sheets(path: Path) -> Iterator[Sheet] | None:
-    """The pages of the picture file `path`; None where the file is no picture that Pillow knows."""
+def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:
+    """use(page) for each page of the picture file `path`, one after the other; None of a file that is no picture."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: give the files in it, {path}/*")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file: save the picture in one")
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with _mistakes(path):
+        file = path.open("rb")
+    with file:
+        try:
+            with _mistakes(path):
+                pages = _pages(path, Image.open(file, formats=known), file)
+        except UnidentifiedImageError:
+            return None
+        results: list[T] = []
+        while True:
+            with _mistakes(path):
+                page = next(pages, None)
+            if page is None:
+                return results
+            results.append(use(page))
+
+
+@contextmanager
+def _mistakes(path: Path) -> Iterator[None]:
+    """What Pillow says of a bad file, as a UserError."""
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd metadata; errors stay errors
-            picture = Image.open(file, formats=FORMATS)
-            return list(_pages(path, picture, file))
-    except UnidentifiedImageError:
-        return None
+            yield
+    except (UserError, UnidentifiedImageError):
+        raise
     except Image.DecompressionBombError:
         raise UserError(f"{path}: holds more than {MOST_PIXELS // 10**6} megapixels: scale it down") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give PNG or other pictures, or IDX files") from None
-    except UserError:
-        raise
+    except PermissionError:
+        raise UserError(f"{path}: may not be read: change its permissions") from None
     except MemoryError:
         raise UserError(f"{path}: takes more memory than there is: scale it down") from None
-    except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, struct.error) as error:
+    except BROKEN as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}): save it again as PNG") from None
 
 
@@ -131,19 +167,21 @@ def _pages(path: Path, picture: Any, file: BinaryIO) -> Iterator[Sheet]:
         count = 1  # other pictures in a JPEG or an icon are versions of the first
     if count > MOST_PAGES:
         raise UserError(f"{path}: {count} pages, at most {MOST_PAGES} are taken: split the file")
+    pixels = 0
     for page in range(count):
         if count > 1:
             picture.seek(page)
             if page and picture.tag_v2.get(254, 0) & 1:  # a smaller version of another page
                 continue
+        pixels += picture.size[0] * picture.size[1]
+        if pixels > MOST_PIXELS:
+            raise _too_large(path, picture, MOST_PIXELS)
         yield _sheet(path, picture, file)
 
 
 def _sheet(path: Path, picture: Any, file: BinaryIO) -> Sheet:
     """One page, reduced as it is decoded."""
     width, height = picture.size
-    if width * height > MOST_PIXELS:
-        raise _too_large(path, picture, MOST_PIXELS)
     step = max(1, int(np.sqrt(width * height / WORK_PIXELS)))
     if picture.format == "JPEG" or picture.format == "MPO":
         coefficients = 2 * sum(h * v for _, h, v, _ in picture.layer) if "progressive" in picture.info else 0
