@@ -8,12 +8,12 @@ import numpy as np
 
 from distrib.digit import as_mnist
 from distrib.ink import Contrast, contrast, smooth_ground
-from distrib.raster import components, extremes, grow, outside, pool, run_lengths, shrink
+from distrib.raster import components, grow, outside, pool, run_lengths, shrink
 
-SPECK = 0.015
+SPECK = 0.025
 """Ink smaller than this share of the sheet is a speck."""
-SHARP = 0.5
-"""Share of its strength that ink loses within 3 of 128 pixels at its edge."""
+SHARP = 0.4
+"""Share of its strength that ink may have left within 3 of 128 pixels beyond its edge."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,13 @@ def is_drawn(mask: np.ndarray, found: Contrast) -> bool:
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not rows.size or max(np.ptp(rows), np.ptp(cols)) + 1 < max(5, SPECK * max(mask.shape)):
         return False
-    strength, small = shrink(found.strength, 128), pool(mask, 128)
-    edge = small & grow(~small, 1)
-    most, least = extremes(strength, 3)
-    return not edge.any() or bool(np.median(((most - least) / most.clip(1e-6, None))[edge]) > SHARP)
+    return ends_sharply(pool(mask, 128), shrink(found.strength, 128))
+
+
+def ends_sharply(part: np.ndarray, strength: np.ndarray) -> bool:
+    """Whether little is left of a component's strength 2 or 3 pixels beyond its edge."""
+    beyond = grow(part, 3) & ~grow(part, 1)
+    return not beyond.any() or bool(np.median(strength[beyond]) < SHARP * np.median(strength[part]))
 
 
 def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
@@ -74,8 +77,7 @@ def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
     border[dy:-dy, dx:-dx] = False
     if max(side.mean() for side in sides) < 0.85 or part[border].sum() < 0.9 * part.sum():
         return False
-    beyond = grow(part, 3) & ~grow(part, 1)
-    return bool(np.median(strength[beyond]) < 0.4 * np.median(strength[part])) if beyond.any() else False
+    return not part.all() and ends_sharply(part, strength)
 
 
 def is_paper(part: np.ndarray) -> bool:
@@ -114,9 +116,9 @@ def without_lines(mask: np.ndarray) -> np.ndarray:
     Where a stroke crosses a line, its vertical run is longer than the line is wide, and stays.
     """
     height, width = mask.shape
-    strips = np.array_split(np.arange(width), 16)
     if width < 64:
         return mask
+    strips = np.array_split(np.arange(width), 16)
     profile = np.stack([mask[:, strip].mean(1) for strip in strips])  # (16, H)
     profile = np.maximum(profile, np.maximum(np.roll(profile, 1, 1), np.roll(profile, -1, 1)))
     run = run_lengths(mask)

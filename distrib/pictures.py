@@ -345,8 +345,7 @@ def _png_strips(file: BinaryIO, step: int) -> Iterator[Any]:
                 yield strip
     if left:
         raise OSError("image file is truncated")
-    if orientation:
-        yield int(orientation)
+    yield int(orientation or 1)  # Pillow would unpack the whole picture to look for it
 
 
 def _small_png(header: bytes, about: bytes, rows: bytes) -> Any:

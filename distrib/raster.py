@@ -38,19 +38,6 @@ def grow(mask: np.ndarray, radius: int) -> np.ndarray:
     return mask
 
 
-def extremes(array: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """(greatest, least) over the (2·radius + 1)² pixels around each, of an array (H, W)."""
-    most, least = array, array
-    for axis in (0, 1):
-        padding = [(radius, radius) if i == axis else (0, 0) for i in (0, 1)]
-        windows = [
-            np.lib.stride_tricks.sliding_window_view(np.pad(side, padding, "edge"), 2 * radius + 1, axis)
-            for side in (most, least)
-        ]
-        most, least = windows[0].max(-1), windows[1].min(-1)
-    return most, least
-
-
 def box_sum(array: np.ndarray, radius: int) -> np.ndarray:
     """Sums over (2·radius + 1)² pixels around each, of an array (H, W, C)."""
     for axis in (0, 1):
