@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from distrib import checkpoint as ckpt
-from distrib import mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
+from distrib.prepare import Pictures, read_pictures
 from nn.resnet9 import ResNet9
 
 
@@ -28,18 +27,6 @@ class Loaded:
     @property
     def loss(self) -> str:
         return str(self.about["loss"])
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The images of one file as the network takes them, white on black: uint8 (N, 28, 28)."""
-
-    path: Path
-    pixels: np.ndarray
-    inverted: bool  # the file has dark ink on a bright ground
-
-    def name(self, i: int) -> str:
-        return f"{self.path}[{i}]" if len(self.pixels) > 1 else str(self.path)
 
 
 def load(path: Path) -> Loaded:
@@ -66,28 +53,31 @@ def load(path: Path) -> Loaded:
         ) from None
 
 
-def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
+def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> list[dict[str, Any]]:
     """`predict` for each image of each file."""
-    return [result for path in paths for result in predict(loaded, read_pictures(path))]
+    return [result for path in paths for result in predict(loaded, read_pictures(path, as_is))]
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    """For each image: its name, digit, probability, all ten probabilities, whether it was inverted.
+    """For each image: its name, class, digit, probability, all ten probabilities, whether it was inverted.
 
     Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each digit's by itself,
-    which need not sum to 1. The digit is that of the largest logit, the first of equals.
+    which need not sum to 1. The digit is that of the largest logit, the first of equals. Of an image on which nothing
+    is drawn, class and digit are None and all probabilities 0.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):
         z = logits(loaded.model, pictures.pixels, start, min(start + HOST_BATCH, count)).astype(np.float64)
         for i, (row, p) in enumerate(zip(z, probabilities(z, loaded.loss), strict=True), start):
+            drawn = bool(pictures.drawn[i])
             digit = int(row.argmax())  # large sigmoids round to equal ones
             yield {
                 "image": pictures.name(i),
-                "digit": digit,
-                "probability": float(p[digit]),
-                "probabilities": p.tolist(),
-                "inverted": pictures.inverted,
+                "class": str(digit) if drawn else None,
+                "digit": digit if drawn else None,
+                "probability": float(p[digit]) if drawn else 0.0,
+                "probabilities": p.tolist() if drawn else [0.0] * len(p),
+                "inverted": bool(pictures.inverted[i]),
             }
 
 
@@ -102,23 +92,3 @@ def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
         return np.exp(-np.logaddexp(0, -z))  # 1 / (1 + exp(−z)), which would overflow
     exp = np.exp(z - z.max(1, keepdims=True))
     return exp / exp.sum(1, keepdims=True)
-
-
-def read_pictures(path: Path) -> Pictures:
-    """The images in the picture or IDX file `path`."""
-    try:
-        with Image.open(path) as picture:
-            flat = Image.new("RGBA", picture.size, "white")
-            flat.alpha_composite(picture.convert("RGBA"))
-            pixels = np.asarray(flat.convert("L").resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError:
-        return Pictures(path, mnist.read_idx(path, mnist.IMAGES), False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give PNG pictures or IDX files of images") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files"
-        ) from None
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    inverted = bool(np.median(border) > 127)
-    return Pictures(path, (255 - pixels if inverted else pixels)[None], inverted)
