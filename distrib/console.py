@@ -37,15 +37,11 @@ def on_terminal() -> bool:
 class Unfailing(io.FileIO):
     """Standard output or error whose reader, terminal or disk may go away: what cannot be written is lost."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number, "w", closefd=False)
-        self.lost = False  # whether a write has failed
-
     def write(self, data: Any) -> int:
         try:
             written = super().write(data)
         except OSError:
-            written, self.lost = None, True
+            written = None
         return len(data) if written is None else written
 
 
@@ -62,20 +58,12 @@ def secure_output() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # not where a caller has put another
-            raw = io.BufferedWriter(Unfailing(number))
+            raw = io.BufferedWriter(Unfailing(number, "w", closefd=False))
             lines, encoding = (
                 bool(getattr(stream, "line_buffering", False)),
                 getattr(stream, "encoding", None),
             )
             setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=lines))
-
-
-def unread() -> bool:
-    """Whether something that was printed has been lost."""
-    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", False)
-
-
-Lines = Console
 
 
 class Screen:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distrib.console import Lines, on_terminal
+from distrib.console import on_terminal
 from distrib.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, lim
     pairs: Iterator[tuple[np.ndarray, dict[str, Any]]] = (
         pair for file in files for pair in zip(file.pixels, predict(found, file), strict=True)
     )
-    console = Lines(highlight=False, force_terminal=on_terminal())
+    console = Console(highlight=False, force_terminal=on_terminal())
     if not console.is_terminal:
         console.width = 80
     for pixels, result in islice(pairs, limit or None):

@@ -304,7 +304,7 @@ def test_progress_and_many_ranks(tmp_path: Path) -> None:
     run = Follower(make(tmp_path / "run", *words), 60)
     run.look()
     assert run.progress() == (7 / 20, "epoch 1/2", "7/20  left 0:00:26")
-    console = module.Lines(force_terminal=False, width=120)
+    console = module.Console(force_terminal=False, width=120)
     with console.capture() as captured:
         console.print(view(run, console))
     out = captured.get().splitlines()
