@@ -14,6 +14,8 @@ from distrib.raster import box_sum, grow, shrink
 
 FAINTEST = 0.04
 """Contrast, of the whole range from black to white, below which nothing is taken for ink."""
+AGREED = 0.03
+"""A pixel agrees with a model of the light when it is so near to it."""
 SIGNAL = 5.0
 """Ink differs from the ground by so many standard deviations of the ground's noise."""
 
@@ -37,6 +39,8 @@ def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
 
     Where there is less light, ink differs less from the ground: differences are taken relative to the ground's light.
     """
+    if min(sheet.shape[:2]) < 4:
+        return None
     light = ground.mean(2, keepdims=True).clip(0, None) + 0.1
     strength, axis = along_ink((sheet - ground) * (np.median(light) / light))
     for _ in range(2):
@@ -60,16 +64,33 @@ def noise_of(strength: np.ndarray) -> float:
 
 
 def smooth_ground(sheet: np.ndarray) -> np.ndarray:
-    """The light on the sheet as a quadratic in x and y, fitted by least absolute deviations: ink does not move it."""
+    """The light on the sheet: constant, or a plane or quadratic in x and y, whichever the most pixels agree with.
+
+    Each is fitted by least absolute deviations, which ink does not move where it covers less than about a quarter;
+    a constant bears ink on almost half of the sheet.
+    """
     small = shrink(sheet, 48)
     basis = quadratic(*small.shape[:2]).astype(np.float64)
-    values = small.reshape(len(basis), -1)
-    weight = np.ones_like(values, np.float64)
+    values = small.reshape(len(basis), -1).astype(np.float64)
+    best, agreed = np.zeros((6, values.shape[1])), -1.0
+    for terms in (1, 3, 6):
+        fit = least_deviations(basis[:, :terms], values) if terms > 1 else np.median(values, 0)[None]
+        agree = float((np.abs(values - basis[:, :terms] @ fit).max(1) < AGREED).mean())
+        if agree > agreed + 0.03:
+            best, agreed = np.zeros_like(best), agree
+            best[:terms] = fit
+    return (quadratic(*sheet.shape[:2]) @ best.astype(np.float32)).reshape(sheet.shape)
+
+
+def least_deviations(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Coefficients (terms, C) that make Σ|values − basis·coefficients| least, by weighted least squares, repeated."""
+    weight = np.ones_like(values)
     for _ in range(20):
         squares = np.einsum("ni,nc,nj->cij", basis, weight, basis, optimize=True)
-        fit = np.linalg.solve(squares + 1e-9 * np.eye(6), ((weight * values).T @ basis)[..., None])[..., 0].T
+        right = ((weight * values).T @ basis)[..., None]
+        fit = np.linalg.solve(squares + 1e-9 * np.eye(basis.shape[1]), right)[..., 0].T
         weight = 1 / np.maximum(np.abs(values - basis @ fit), 1e-3)
-    return (quadratic(*sheet.shape[:2]) @ fit.astype(np.float32)).reshape(sheet.shape)
+    return fit
 
 
 def quadratic(height: int, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from distrib.raster import components, grow, outside, pool, run_lengths, shrink
 
 SPECK = 0.025
 """Ink smaller than this share of the sheet is a speck."""
-SHARP = 0.4
+SHARP = 0.33
 """Share of its strength that ink may have left within 3 of 128 pixels beyond its edge."""
 
 
@@ -131,10 +131,10 @@ def without_lines(mask: np.ndarray) -> np.ndarray:
             for strip, dy in zip(strips, shift, strict=True):
                 low, high = max(0, y + dy - 1), y + dy + 2
                 band = (slice(low, high), slice(strip[0], strip[-1] + 1))
-                erased[band] |= run[band] <= thin
+                erased[band] |= mask[band] & (run[band] <= thin)
     if not erased.any():
         return mask
-    wide = int(np.percentile(run[erased & mask], 75)) + 1
+    wide = int(np.percentile(run[erased], 75)) + 1
     erased &= run <= 1.5 * wide + 1
     rest = main_strokes(mask & ~erased)
     if not rest.any():  # paper with lines is empty; a single one may be a digit that fills the picture
