@@ -106,7 +106,7 @@ def _loss(ax: Axes, runs: list[RunData]) -> None:
     most = points_of(runs)
     for run in runs:
         epochs, values = run.curve("loss", most)
-        (line,) = ax.plot(epochs, smooth(values), label=plain(run.name))
+        (line,) = ax.plot(epochs, smooth(values), label=label_of(run, runs))
         if len(runs) == 1:
             pale = np.maximum(values, 1e-7)
             ax.plot(epochs, pale, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
@@ -121,7 +121,7 @@ def _accuracy(ax: Axes, runs: list[RunData]) -> None:
     most = points_of(runs)
     for run in runs:
         epochs, values = run.by_epoch("test_accuracy", most)
-        (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=plain(run.name))
+        (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=label_of(run, runs))
         look: dict[str, Any] = {"linestyle": line.get_linestyle(), "color": line.get_color()}
         epochs, values = run.by_epoch("train_accuracy", most)
         ax.plot(epochs, values, marker=".", alpha=0.4, linewidth=0.9, **look)
@@ -142,13 +142,20 @@ def _throughput(ax: Axes, runs: list[RunData]) -> None:
     ax.set_ylim(bottom=0)
 
 
+def label_of(run: RunData, runs: list[RunData]) -> str:
+    """A run's name, shortened for a legend; numbered where another is shortened to the same."""
+    label = plain(run.name)
+    alike = [each for each in runs if plain(each.name) == label] if len(runs) <= BARS else [run]
+    return label if len(alike) == 1 else f"{alike.index(run) + 1}: {label}"
+
+
 def points_of(runs: list[RunData]) -> int:
     """Points of a run's curve: together at most as many as of LEGEND runs."""
     return max(20, min(2 * POINTS, LEGEND * POINTS // len(runs)))
 
 
 def _time(ax: Axes, runs: list[RunData]) -> None:
-    timed = [(plain(run.name), parts) for run in runs if (parts := run.parts_ms())]
+    timed = [(label_of(run, runs), parts) for run in runs if (parts := run.parts_ms())]
     title = "Where a step's time goes, ms (the first rank's clock)"
     if len(timed) > BARS:
         title = f"Where a step's time goes, ms (the first {BARS} of {len(timed)} runs)"

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from distrib import mnist
 from launch.plots import short
 from launch.records import line_of
-from launch.report import digits, page, points_of, report
+from launch.report import digits, label_of, page, points_of, report
 from launch.runs import POINTS, Curve, Log, RunData, all_test_images, logits_of_test_images, read_run, smooth
 
 OPTIONS = (
@@ -202,6 +202,11 @@ def test_long_names_are_shortened_and_told_in_full(runs: list[Path], tmp_path: P
     for name in names:
         assert f'title="{name}"' in text
         assert f">{short(name, 34)}<" in text  # in a legend
+    alike = [read_run(runs[0]) for _ in range(3)]
+    for i, each in enumerate(alike):
+        each.name = f"{'a' * 40}{i}{'b' * 40}"
+    assert [label_of(each, alike)[:4] for each in alike] == ["1: a", "2: a", "3: a"]
+    assert label_of(alike[0], alike[:1]) == short(alike[0].name, 34)
     assert short("abcdefghij", 10) == "abcdefghij"
     assert short("abcdefghijk", 10) == "abcde…hijk"
 

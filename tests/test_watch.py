@@ -252,6 +252,37 @@ def test_one_that_speaks_is_not_silent_whatever_its_clock(
     assert code == 0, out
 
 
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+    """As with `| head -1`: the exit code is the run's all the same."""
+    word = board.Word(0, "elsewhere", 1, step=5, time=time.time())
+    folder = make(tmp_path / "run", word)
+    watching = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), "--interval", "0.1"],
+        cwd=ROOT,
+        env=environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert watching.stdout.readline().startswith(b"epoch 1/2")
+        watching.stdout.close()
+        epoch = {
+            "step": 10,
+            "epoch": 1,
+            "train_loss": 1,
+            "train_accuracy": 1,
+            "test_loss": 1,
+            "test_accuracy": 1,
+        }
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(epoch) + "\n")  # a line that nobody reads
+        (folder / "half").write_text(json.dumps({"finished": False, "steps": 10, "world_size": 1}))
+        (folder / "half").replace(folder / "summary.json")
+        assert watching.wait(120) == 85
+    finally:
+        watching.kill()
+        watching.wait()
+
+
 def test_max_steps_is_no_stop(call, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", max_steps=7)
     (folder / "summary.json").write_text(json.dumps({"finished": False, "steps": 7, "world_size": 1}))
