@@ -25,7 +25,7 @@ from distrib import __version__, events
 from distrib import checkpoint as ckpt
 from distrib.config import Config
 from distrib.errors import UserError
-from nn.backend import Backend
+from nn.device import Backend
 
 
 def new_folder(config: Config) -> Path:
