@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from distrib.errors import UserError
 from distrib.files import fits, parse_object, reason, shown, write_atomically
 from distrib.formats import memory
-from nn.losses import LOSSES
+from nn.ops.loss import LOSSES
 from nn.resnet9 import VARIANTS, channels
 
 MODEL_NAME = re.compile(r"step-\d+\.safetensors")

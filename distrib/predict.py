@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from distrib import checkpoint as ckpt
+from distrib import mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
 from distrib.prepare import Pictures, read_pictures
-from nn.resnet9 import ResNet9
+from nn.network import Network
+from nn.ops.batch import LABELS
+from nn.resnet9 import MODELS
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Loaded:
     """A model from a checkpoint, ready on the host. `about` is its variant, width, loss and dtype."""
 
     path: Path
-    model: ResNet9
+    model: Network
     about: dict[str, Any]
 
     @property
@@ -44,7 +47,8 @@ def load(path: Path) -> Loaded:
     else:
         tensors, about = ckpt.load_model(path)
     try:
-        model = ResNet9(about["variant"], about["width"], dtype=about["dtype"])
+        options = {"variant": about["variant"], "width": about["width"]}
+        model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=about["dtype"])
         model.load_state_dict(tensors)
         return Loaded(path, model, {name: about[name] for name in ("variant", "width", "loss", "dtype")})
     except (ValueError, KeyError) as error:
@@ -81,9 +85,10 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
             }
 
 
-def logits(model: ResNet9, images: np.ndarray, start: int, stop: int) -> np.ndarray:
+def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Logits (n, 10) of images[start:stop] (uint8), as an array of their own."""
-    return np.array(infer(model, images, np.zeros(len(images), np.uint8), start, stop)[0])
+    images = images.reshape(-1, *model.shape)
+    return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 
 def probabilities(z: np.ndarray, loss: str) -> np.ndarray:

@@ -14,8 +14,8 @@ from distrib import launched_ranks
 from distrib.comm import Communicator, SingleCommunicator, SingleControl
 from distrib.errors import UserError
 from distrib.failure import Agreement, Watchdog, abort_on_crash, bounded
-from nn import backend as backends
-from nn.backend import NUMPY, Backend
+from nn.cuda import backend as backends
+from nn.device import NUMPY, Backend
 
 PATIENCE = 10
 """Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice of plans."""
@@ -143,14 +143,14 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
-    forms = control.allgather(sorted(chosen.forms))
+    forms = control.allgather(sorted(chosen.algorithms))
     if forms != forms[:1] * len(forms):
         odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
         raise UserError(
             f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
             " same libraries for all ranks"
         )
-    if precision == "bf16" and "cudnn" not in chosen.forms:
+    if precision == "bf16" and "cudnn" not in chosen.algorithms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why
 
@@ -199,7 +199,7 @@ def _device_communicator(
         device,
         watchdog,
         lambda: backend.xp.zeros(1, "float32"),
-        backend.branch,
+        backend.side_stream,
     ), ""
 
 

@@ -44,7 +44,7 @@ from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
 from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
 from launch.bench_allreduce import Values
-from nn.backend import cupy_version, import_cupy
+from nn.cuda.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 STATES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}  # from good to bad
@@ -274,7 +274,7 @@ def cudnn(world: World | None) -> Finding:
     frontend = installed("nvidia-cudnn-frontend")
     if not devices():
         return Finding(OK, f"not needed without a GPU ({frontend})")
-    if form := world and world.backend.forms.get("cudnn"):
+    if form := world and world.backend.algorithms.get("cudnn"):
         return Finding(OK, f"{form.version}, {frontend}")
     why = (
         " ".join(world.backend.notes) or world.reason

@@ -162,7 +162,7 @@ def node(model, name: str):
 
 def short_cut(model) -> None:
     """Leave the first residual's addition out."""
-    node(model, "res1.1.relu").input[0] = "res1.1.norm"
+    node(model, "res1.relu").input[0] = "res1.1.norm"
 
 
 def average(model) -> None:

@@ -11,7 +11,7 @@ from distrib.config import Config
 from distrib.failure import Watchdog
 from distrib.trainer import Trainer
 from distrib.world import World
-from nn.backend import NUMPY
+from nn.device import NUMPY
 
 pytestmark = pytest.mark.needs("torch")
 

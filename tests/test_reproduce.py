@@ -263,11 +263,14 @@ def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
 import runpy
 import numpy as np, torch
 from launch import torch_bench
+from distrib import mnist
+from nn.network import Network
 from nn.resnet9 import ResNet9
 plain = torch_bench.TorchSide.__init__
 def init(self, config, kind, threads):
     plain(self, config, kind, threads)
-    state = ResNet9(config.variant, config.width, seed=config.seed).state_dict()
+    options = {"variant": config.variant, "width": config.width}
+    state = Network(ResNet9, mnist.SHAPE, mnist.CLASSES, options, seed=config.seed).state_dict()
     self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
 torch_bench.TorchSide.__init__ = init
 runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
