@@ -1,4 +1,4 @@
-"""Files of a run's folder that a stranger wrote: each is refused in a line, and no link that he planted is followed."""
+"""Files of a run's folder that a stranger wrote: each is refused in a line, no planted link is followed."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_a_folder_that_one_may_not_enter(
 
     def refusing(plain: Callable[..., object]) -> Callable[..., object]:
         def call(path: object = ".", *rest: object, **more: object) -> object:
-            if not isinstance(path, int) and Path(os.fsdecode(path)).is_relative_to(locked):  # type: ignore[arg-type]
+            if not isinstance(path, int) and Path(os.fsdecode(path)).is_relative_to(locked):
                 raise PermissionError(13, "Permission denied", str(path))
             return plain(path, *rest, **more)
 
