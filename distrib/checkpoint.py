@@ -204,7 +204,8 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     _require_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         raise UserError(
             f"{path}: truncated, damaged or no safetensors file ({shown(error, 200)}): use another checkpoint"
@@ -299,8 +300,8 @@ def require_whole(found: Checkpoint) -> None:
     for what, names in (("lacks", POSITION.keys() - has), ("has an unknown", has - POSITION.keys())):
         if names:
             raise UserError(
-                f"{beside}: its position {what} {shown(', '.join(sorted(names)))}: it is of another program or"
-                " version: use another checkpoint"
+                f"{beside}: its position {what} {shown(', '.join(sorted(names)))}: it is of another program"
+                " or version: use another checkpoint"
             )
     for name, tensor in found.optimizer.items():
         like = found.model.get(name.partition("/")[2])

@@ -156,7 +156,8 @@ class Config:
     )
     gradients: str = option(
         "float32",
-        "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16; one rank sends none.",
+        "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16;"
+        " one rank sends none.",
     )
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
@@ -279,7 +280,7 @@ class Config:
 
 
 def require_types(stored: dict[str, Any], where: object) -> None:
-    """UserError where a stored configuration has a value that is of no option's type; `where` names the file."""
+    """UserError where a stored configuration has a value that is not of its option's type."""
     for each in fields(Config):
         if each.name in stored and not fits(str(each.type), stored[each.name]):
             raise UserError(

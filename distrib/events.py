@@ -2,12 +2,12 @@
 
 A file is a sequence of records: length (8 bytes), masked CRC-32C of it, data, masked CRC-32C of that, all
 little-endian (`tensorflow/core/lib/io/record_writer.h`); the data is a protocol-buffer message `Event`
-(`tensorflow/core/util/event.proto`) of which four fields are used. A library for it would import PyTorch wherever
-that is installed, a second for each start.
+(`tensorflow/core/util/event.proto`) of which four fields are used. A library for it would import PyTorch
+wherever that is installed, a second for each start.
 
-Each start of a run writes a file of its own, and no file is touched later: TensorBoard reads the files in the order
-of their names, and one that is open follows the newest. A file begins with the step from which on it counts; what
-earlier ones say of that step and of later ones is dropped by the reader.
+Each start of a run writes a file of its own, and no file is touched later: TensorBoard reads the files in the
+order of their names, and while it is open it follows the newest. A file begins with the step from which on it
+counts; what earlier ones say of that step and of later ones is dropped by the reader.
 """
 
 from __future__ import annotations

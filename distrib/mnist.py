@@ -56,9 +56,9 @@ class Dataset:
 def read_idx(path: Path, magic: int) -> np.ndarray:
     """The array in the IDX file `path`: (N, 28, 28) for IMAGES, (N,) for LABELS, uint8.
 
-    No more is read or inflated than the header says. UserError names the file and what is wrong with it: unreadable,
-    checksum (files of the package), something else than IDX, size of images, more than the machine's memory holds,
-    truncated, over-long, or a label above 9.
+    No more is read or inflated than the header says. UserError names the file and what is wrong with it:
+    unreadable, checksum (files of the package), something else than IDX, size of images, more than the
+    machine's memory holds, truncated, over-long, or a label above 9.
     """
     kind = "images" if magic == IMAGES else "labels"
     with _told(path, kind):
@@ -127,13 +127,13 @@ def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
         )
     if expected > memory():
         raise UserError(
-            f"{path}: {expected / 1e9:.0f} GB of {kind}, and this machine has {memory() / 1e9:.0f} GB of memory:"
-            " give a smaller set"
+            f"{path}: {expected / 1e9:.0f} GB of {kind}, and this machine has {memory() / 1e9:.0f} GB"
+            " of memory: give a smaller set"
         )
 
 
 def _variants(folder: Path, name: str) -> list[Path]:
-    """Files of `folder` that are called `name`, or with other case, dots for dashes, or gzipped; the likeliest first."""
+    """Files of `folder` that are called `name`, in other case, with dots for dashes, gzipped; likeliest first."""
     wanted = name.lower().replace("-", ".")
     found = []
     for entry in sorted(os.listdir(folder)):
@@ -156,7 +156,8 @@ def _find(folder: Path, name: str) -> Path:
     shown = ", ".join(printable(entry, 40) for entry in entries[:5]) or "nothing"
     more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
     raise UserError(
-        f"{folder / name}: no such file, with or without .gz, is there: found {shown}{more}; expected {', '.join(NAMES)}"
+        f"{folder / name}: no such file, with or without .gz, is there: found {shown}{more};"
+        f" expected {', '.join(NAMES)}"
     )
 
 

@@ -1,8 +1,8 @@
 """The program's packages are its own, whatever has their names in the working folder.
 
-`python -m` looks there first. In the folder above a clone named `distrib`, and with an editable install, `distrib` is
-that clone, a namespace package without our `__init__.py`; beside a person's nn.py, `nn` is that file. Import this
-before anything else of `distrib`.
+`python -m` looks there first. In the folder above a clone named `distrib`, and with an editable install,
+`distrib` is that clone, a namespace package without our `__init__.py`; beside a person's nn.py, `nn` is that
+file. Import this before anything else of `distrib`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def import_own(name: str) -> bool:
-    """Import package `name`, which lies beside this one, passing over the working folder; False if there is none."""
+    """Import package `name`, which lies beside this one, passing over the working folder; False if none."""
     before, here = sys.path[:], os.path.realpath(os.curdir)
     sys.path[:] = [place for place in before if os.path.realpath(place or os.curdir) != here]
     for known in [known for known in sys.modules if known.partition(".")[0] == name]:
@@ -46,7 +46,7 @@ def is_own(name: str) -> bool:
 
 
 def require_own_nn() -> None:
-    """Import our `nn`; where another has its name, one line and exit code 2 of a command, else ImportError."""
+    """Import our `nn`. Where another has its name: one line and exit code 2 of a command, or ImportError."""
     as_command = sys.argv[:1] == ["-m"]  # so it is while `python -m distrib…` imports the package
     if is_own("nn") or (as_command and import_own("nn")):
         return

@@ -1,4 +1,4 @@
-"""Wrong data, options and folders: one line with name, value and remedy, exit code 2, nothing saved is harmed."""
+"""Wrong data, options and folders: one line with name, value and remedy, exit code 2, nothing is harmed."""
 
 from __future__ import annotations
 

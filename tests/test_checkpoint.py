@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified before use, and kept through full disks and non-finite numbers."""
+"""Checkpoints: whole or not there, verified before use, kept through full disks and non-finite numbers."""
 
 from __future__ import annotations
 

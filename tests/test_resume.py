@@ -211,7 +211,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     assert (second.returncode, second.stderr) == (
         2,
         (
-            f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there: wait for its end, or give another folder\n"
+            f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there:"
+            " wait for its end, or give another folder\n"
         ),
     )
     (tmp_path / "go on").touch()
@@ -226,7 +227,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}; echo $? > {tmp_path / 'rc'}"
+    train = f"-m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}"
+    command = f"{sys.executable} {train}; echo $? > {tmp_path / 'rc'}"
     subprocess.run(
         ["bash", "-c", f"({command}) | head -1"],
         cwd=ROOT,

@@ -23,7 +23,8 @@ class Finder:  # as setuptools installs it for an editable install: behind the s
         folder = Path({str(ROOT)!r}, *name.split("."))
         if parent in ("distrib", "nn", "launch"):
             return PathFinder.find_spec(name, [str(folder.parent)])
-        return spec_from_file_location(name, folder / "__init__.py") if (folder / "__init__.py").exists() else None
+        file = folder / "__init__.py"
+        return spec_from_file_location(name, file) if file.exists() else None
 
 
 sys.meta_path.insert(sys.meta_path.index(PathFinder) + 1, Finder)
@@ -41,7 +42,7 @@ def editable(tmp_path: Path) -> dict[str, str]:
 def test_in_the_folder_above_a_clone(editable: dict[str, str], tmp_path: Path) -> None:
     """There `distrib` is the clone's folder to Python, without our `__init__.py`."""
     (tmp_path / "distrib" / "distrib").mkdir(parents=True)
-    code = "import distrib.shadow, distrib, nn, distrib.config, sys; print(distrib.__file__, nn.__file__, sys.path[0])"
+    code = "import distrib.shadow, distrib, nn, distrib.config; print(distrib.__file__, nn.__file__)"
     hidden = run("-c", "import distrib; print(distrib.__file__)", cwd=tmp_path, env=editable)
     assert hidden.stdout == "None\n", "the case is not what it should be"
     done = run("-c", code, cwd=tmp_path, env=editable)
