@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from distrib.comm import Communicator
-from distrib.sampler import share
+from distrib.comm.base import Communicator
+from distrib.data.sampler import share
 from nn.array import Array
 from nn.layer import StepContext
 from nn.network import Network

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from distrib import checkpoint as ckpt
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
-from distrib.prepare import Pictures, read_pictures
+from distrib.pictures.prepare import Pictures, read_pictures
+from distrib.run import checkpoint as ckpt
 from nn.network import Network
 from nn.ops.batch import LABELS
 from nn.resnet9 import MODELS

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from distrib import checkpoint as ckpt
-from distrib import mnist, sampler
+from distrib.comm.reducer import Reducer
+from distrib.comm.world import PATIENCE, World
 from distrib.config import Config
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import evaluate
 from distrib.graph import Graphs
-from distrib.laps import Laps
-from distrib.reducer import Reducer
-from distrib.run import Run, environment
-from distrib.world import PATIENCE, World
+from distrib.run import checkpoint as ckpt
+from distrib.run.folder import Run, environment
+from distrib.timing import Laps
 from nn.layer import StepContext
 from nn.network import Network
 from nn.ops.batch import LABELS, Source, gather_batch

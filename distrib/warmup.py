@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from distrib import sampler
-from distrib.comm import SingleCommunicator
+from distrib.comm.base import SingleCommunicator
+from distrib.comm.world import PATIENCE
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate
-from distrib.run import Run
+from distrib.run.folder import Run
 from distrib.trainer import Trainer
-from distrib.world import PATIENCE
 
 
 def counts(trainer: Trainer) -> list[int]:

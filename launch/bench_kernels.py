@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from distrib import mnist
+from distrib.comm.world import connect
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
-from distrib.world import connect
 from launch.measure import AsJson, BatchSize, Width, machine, refuse_launcher
 from nn.device import capture
 

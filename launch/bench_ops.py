@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from distrib import mnist
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from launch.measure import (
     AsJson,

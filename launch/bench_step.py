@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from distrib import mnist, sampler
+from distrib.comm.world import World, connect
 from distrib.config import Config, build
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import infer
-from distrib.laps import PHASES
+from distrib.timing import PHASES
 from distrib.trainer import HISTORY, Trainer, blas_threads
 from distrib.warmup import warm_up
-from distrib.world import World, connect
 from launch.measure import (
     AsJson,
     BatchSize,

@@ -38,11 +38,12 @@ from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_info
 
-from distrib import __version__, launched_rank, launched_ranks, mnist
-from distrib.console import on_terminal
+from distrib import __version__, launched_rank, launched_ranks
+from distrib.comm.world import MULTI_RANK_NCCL, World, connect, import_mpi
+from distrib.data import idx as mnist
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
-from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
+from distrib.run.console import on_terminal
 from launch.bench_allreduce import Values
 from nn.cuda.backend import cupy_version, import_cupy
 

@@ -11,10 +11,10 @@ import numpy as np
 import typer
 
 import distrib
-from distrib import checkpoint as ckpt
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
+from distrib.run import checkpoint as ckpt
 from launch.entry import one_process
 from launch.plots import require, require_place, write
 from launch.records import shown
@@ -170,7 +170,7 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
     """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
-    from distrib import mnist
+    from distrib.data import idx as mnist
 
     test = mnist.load(data, limit_test=limit)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)

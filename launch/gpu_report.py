@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from distrib.run import environment
+    from distrib.run.folder import environment
     from launch.measure import MPI_DEFAULTS, machine
     from nn.cuda.backend import cupy_backend
     from nn.device import NUMPY

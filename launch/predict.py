@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distrib.console import on_terminal
 from distrib.errors import UserError
+from distrib.run.console import on_terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,8 +145,8 @@ def print_json(checkpoint: Path, images: list[Path], as_is: bool) -> None:
 
 def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, limit: int) -> None:
     """A line for each image; with a limit each of the first `limit` is drawn, and the others are left out."""
+    from distrib.pictures.prepare import read_pictures
     from distrib.predict import load, predict
-    from distrib.prepare import read_pictures
 
     found = load(checkpoint)
     files = [read_pictures(path, as_is) for path in images]  # a mistake is told before anything else

@@ -20,8 +20,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from distrib import __version__, mnist
+from distrib import __version__
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.files import MOST_JSON, read_bytes
 from launch import plots

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from distrib.mnist import CLASSES, SHAPE
+from distrib.data.idx import CLASSES, SHAPE
 from nn.layer import Layer, Shape
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
 from nn.resnet9 import ResNet9

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from distrib.command import run_app
+from distrib.train import run_app
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
@@ -97,13 +97,13 @@ def before_each_step(code: str) -> str:
     """A program that trains, and does `code`, one statement in which `self` is the Trainer, before each step."""
     return f"""
 import os, signal, sys, time
-from distrib import train
+from distrib import loop as train
 plain = train.Trainer.step
 def step(self):
     {code}
     plain(self)
 train.Trainer.step = step
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
 

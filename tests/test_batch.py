@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_torch_parity import import_torch
 
-from distrib.sampler import warps
+from distrib.data.sampler import warps
 from nn.ops.batch import LABELS, WARPED_AT_ONCE, Source, check_labels, gather_batch, warp
 
 pytestmark = pytest.mark.quick

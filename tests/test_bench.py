@@ -15,14 +15,14 @@ from conftest import run
 from networks import resnet9
 from test_torch_parity import import_torch
 
-import distrib.train
-from distrib import mnist
-from distrib.comm import SingleControl
+import distrib.loop
+from distrib.comm.base import SingleControl
+from distrib.comm.world import World, connect
 from distrib.config import Config
-from distrib.failure import Watchdog
-from distrib.laps import PHASES
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
+from distrib.timing import PHASES
 from distrib.trainer import Trainer
-from distrib.world import World, connect
 from launch import cli
 from launch.bench_step import ours
 from launch.torch_bench import Worker
@@ -241,10 +241,10 @@ def test_how_many_ranks_to_start(
     cores: int, ranks: int, threads: int, batch: int, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setattr(distrib.train, "blas_threads", lambda: threads)
+    monkeypatch.setattr(distrib.loop, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
     world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"] * ranks)
-    line = distrib.train.advice(world, Config(batch_size=batch))
+    line = distrib.loop.advice(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)
 

@@ -15,9 +15,9 @@ from nccl_double import Cuda, _bound, _Event, _Stream
 from strict_array import StrictModule
 from test_strict import StrictBackend
 
-from distrib.comm import SingleCommunicator, SingleControl
-from distrib.failure import Watchdog
-from distrib.world import World
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.comm.world import World
+from distrib.faults.watchdog import Watchdog
 from launch import bench_allreduce
 from launch.bench_allreduce import GRAPH_CALLS, PART, Values, bandwidths, message_sizes
 from nn.device import NUMPY
@@ -29,7 +29,7 @@ SMALL = (*QUICK, "--min-bytes", "8", "--max-bytes", "5000000", "--factor", "100"
 APP = """
 import sys, typer
 from launch import bench_allreduce as bench
-from distrib.command import run_app
+from distrib.train import run_app
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(bench.allreduce)
 {before}
@@ -182,8 +182,8 @@ def test_a_shift_by_a_power_of_two_shows_everywhere(shift: int) -> None:
 
 
 BROKEN = """
-from distrib.comm import DONE
-from distrib.mpi import MpiCommunicator
+from distrib.comm.base import DONE
+from distrib.comm.mpi import MpiCommunicator
 good = MpiCommunicator.all_reduce
 def all_reduce(self, x, overlap=False):
     {what}
@@ -393,10 +393,10 @@ def strict_backend(cuda: GraphCuda) -> StrictBackend:
 
 DEVICE = """
 from mpi4py import MPI
-from distrib.failure import Watchdog
-from distrib.mpi import StagedCommunicator
-from distrib.nccl import NcclCommunicator
-from distrib.world import World
+from distrib.faults.watchdog import Watchdog
+from distrib.comm.mpi import StagedCommunicator
+from distrib.comm.nccl import NcclCommunicator
+from distrib.comm.world import World
 from nccl_double import Nccl
 from test_bench_allreduce import Graph, GraphCuda, strict_backend
 log, mpi = [], MPI.COMM_WORLD

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, environment, run, summary, train
 from PIL import Image
 
-from distrib import mnist
+from distrib.data import idx as mnist
 from launch import cli
 
 SMALL = (

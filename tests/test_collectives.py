@@ -9,13 +9,13 @@ import pytest
 from conftest import ROOT, run
 from networks import resnet9
 
-from distrib import mnist
-from distrib.comm import DONE, SingleCommunicator, SingleControl
+from distrib.comm.base import DONE, SingleCommunicator, SingleControl
+from distrib.comm.reducer import Reducer
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.failure import Watchdog
-from distrib.reducer import Reducer
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
-from distrib.world import World
 from nn.device import NUMPY
 from nn.params import STEP_METRICS, Parameters, Spec
 
@@ -111,7 +111,7 @@ def test_a_bucket_waits_for_all_its_parameters_and_for_its_turn() -> None:
 
 SUITE = """
 import numpy as np, sys
-from distrib.world import connect
+from distrib.comm.world import connect
 world = connect(comm=sys.argv[1], backend="numpy")
 comm, rank, size = world.comm, world.comm.rank, world.comm.size
 for _ in range(2):  # twice: what works once may leave state behind

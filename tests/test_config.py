@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from distrib.command import parse
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
+from distrib.train import parse
 
 pytestmark = pytest.mark.quick
 

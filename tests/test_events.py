@@ -10,7 +10,7 @@ import pytest
 from conftest import at, metrics, run, train
 from test_resume import BASE, OPTIMIZERS
 
-from distrib import events
+from distrib.run import events
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TensorBoard's own imports
 OPTIONS = (*BASE, *OPTIMIZERS["adam"])

@@ -12,9 +12,10 @@ import pytest
 from conftest import train
 from safetensors import safe_open
 
-from distrib import __version__, mnist
-from distrib import checkpoint as ckpt
+from distrib import __version__
+from distrib.data import idx as mnist
 from distrib.predict import Loaded, load, logits
+from distrib.run import checkpoint as ckpt
 from launch import export as module
 from launch.export import TOLERANCE, export
 from nn.resnet9 import VARIANTS

@@ -182,7 +182,7 @@ if MPI.COMM_WORLD.Get_rank() == 1:
     threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()
 sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
             "--timeout", "10", "--batch-size", "64", "--width", "0.125"]
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, ranks=2, check=False, env=SHARED)

@@ -14,17 +14,17 @@ from strict_array import CaptureError, reset_syncs, sync_count
 from test_nccl import PATH
 from test_strict import apart
 
-import distrib.train
-from distrib import mnist
-from distrib.comm import SingleCommunicator, SingleControl
+import distrib.loop
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.console import Screen
+from distrib.data import idx as mnist
 from distrib.errors import UserError
-from distrib.failure import Watchdog
-from distrib.run import Run
+from distrib.faults.watchdog import Watchdog
+from distrib.run.console import Screen
+from distrib.run.folder import Run
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
-from distrib.world import World
 from nn import layers
 from nn.device import NUMPY, Backend
 from nn.resnet9 import VARIANTS
@@ -204,8 +204,8 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with device("float32") as backend:
             world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
             if name == "device":
-                monkeypatch.setattr(distrib.train, "connect", lambda *_, world=world: world)
-            assert distrib.train.train(options) == 0
+                monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
+            assert distrib.loop.train(options) == 0
             monkeypatch.undo()
         lines.append(
             [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -233,7 +233,7 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
             step()
 
         monkeypatch.setattr(trainer, "step", stop_at_ten)
-        distrib.train.train_epoch(trainer, 0, None, screen)
+        distrib.loop.train_epoch(trainer, 0, None, screen)
         assert trainer.stopped
         assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
         assert trainer.at.images == 8 * trainer.at.step, (
@@ -281,9 +281,9 @@ def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.
         with device("float32") as backend:
             world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
             if name == "device":
-                monkeypatch.setattr(distrib.train, "connect", lambda *_, world=world: world)
+                monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
             with pytest.raises(UserError, match=r"the loss is (nan|inf) at step") as raised:
-                distrib.train.train(options)
+                distrib.loop.train(options)
             messages.append(str(raised.value).split(",")[0].split("at")[1])
             monkeypatch.undo()
         assert not list((tmp_path / name / "checkpoints").glob("*.safetensors"))
@@ -326,12 +326,12 @@ RANKS = """
 import sys
 from mpi4py import MPI
 from device_double import CapturedNccl, device
-from distrib.comm import SingleCommunicator, SingleControl
-from distrib.failure import Watchdog
-from distrib.nccl import NcclCommunicator
-from distrib.reducer import Reducer
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.faults.watchdog import Watchdog
+from distrib.comm.nccl import NcclCommunicator
+from distrib.comm.reducer import Reducer
 from distrib.trainer import Trainer
-from distrib.world import World
+from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 rng = np.random.default_rng(1)
@@ -379,7 +379,7 @@ def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> No
 AGREE = """
 from mpi4py import MPI
 from device_double import CapturedNccl, device
-from distrib.nccl import NcclCommunicator
+from distrib.comm.nccl import NcclCommunicator
 from nn.cuda.cudnn import Convolutions
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
@@ -424,7 +424,7 @@ def test_a_communicator_is_not_closed_under_a_graph() -> None:
 STAGED = """
 from mpi4py import MPI
 from device_double import device
-from distrib.mpi import StagedCommunicator
+from distrib.comm.mpi import StagedCommunicator
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 found = []

@@ -16,9 +16,9 @@ import test_bad_input
 from safetensors.numpy import save
 from test_bad_input import SMALL, assert_one_line, newest, snapshot
 
-from distrib import checkpoint as ckpt
 from distrib.errors import UserError
-from distrib.run import Run
+from distrib.run import checkpoint as ckpt
+from distrib.run.folder import Run
 from distrib.trainer import Position
 
 Call = Callable[..., tuple[int, str]]

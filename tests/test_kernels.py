@@ -15,7 +15,7 @@ from cudnn_double import from_bf16, to_bf16
 from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from test_functional import on_ranks
 
-from distrib import sampler
+from distrib.data import sampler
 from nn.array import OPS
 from nn.buffers import Buffers
 from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from conftest import LIMIT, ROOT, environment, summary, train
 
-from distrib import checkpoint as ckpt
-from distrib.board import read
+from distrib.faults.heartbeat import read
+from distrib.run import checkpoint as ckpt
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (

@@ -15,7 +15,7 @@ from test_bad_input import SMALL, assert_one_line, newest
 
 from distrib import files
 from distrib.errors import UserError
-from distrib.run import Run
+from distrib.run.folder import Run
 from nn.cuda.backend import place_cupy_cache
 
 Call = Callable[..., tuple[int, str]]
@@ -112,7 +112,7 @@ def test_a_line_that_cannot_be_logged(code: str, tmp_path: Path, monkeypatch: py
     def refuse(path: Path, data: bytes) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("distrib.run.append", refuse)
+    monkeypatch.setattr("distrib.run.folder.append", refuse)
     with pytest.raises(UserError) as caught:
         Run(tmp_path).log({"step": 1})
     text = str(caught.value)

@@ -12,9 +12,9 @@ from conftest import write_idx
 from networks import resnet9
 from PIL import Image
 
-from distrib import checkpoint as ckpt
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.predict import probabilities
+from distrib.run import checkpoint as ckpt
 from launch import predict as module
 from launch.predict import SHADES, bars, drawing, line, predict
 

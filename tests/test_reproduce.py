@@ -263,7 +263,7 @@ def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
 import runpy
 import numpy as np, torch
 from launch import torch_bench
-from distrib import mnist
+from distrib.data import idx as mnist
 from nn.network import Network
 from nn.resnet9 import ResNet9
 plain = torch_bench.TorchSide.__init__

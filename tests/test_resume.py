@@ -97,7 +97,7 @@ def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> 
     """Fourteen starts of one step each, in one folder."""
     script = f"""
 import sys
-from distrib.command import main
+from distrib.train import main
 given = list(sys.argv)
 for step in range(1, {STEPS} + 1):
     sys.argv[:] = [*given, "--max-steps", str(step)]
@@ -187,9 +187,9 @@ def test_other_code_is_said(tmp_path: Path) -> None:
     train(tmp_path / "run", *options, "--max-steps", 5)
     script = """
 import sys
-from distrib import run
+from distrib.run import folder as run
 run.code_digest = lambda: "another version"
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *options)

@@ -229,7 +229,7 @@ def test_sums_of_a_real_step_are_as_many_as_the_model_counts(variant: str) -> No
 
 COMMAND = """
 import sys, typer, distrib
-from distrib.command import run_app
+from distrib.train import run_app
 from launch.scale import scale
 app = typer.Typer()
 app.command("scale")(scale)

@@ -15,12 +15,12 @@ from strict_array import (
     synchronisation,
 )
 
-from distrib import mnist
-from distrib.comm import SingleCommunicator, SingleControl
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.failure import Watchdog
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
-from distrib.world import World
 from nn.array import register
 from nn.device import NUMPY, Backend
 from nn.params import Parameters

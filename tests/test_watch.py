@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from distrib import board
+from distrib.faults import heartbeat as board
 from launch import watch as module
 from launch.watch import Follower, sparkline, view, watch
 
@@ -36,7 +36,7 @@ TRAINING = (
 )
 ENDLESS = (*TRAINING, "--epochs", "10000")
 PROGRAM = (
-    "import sys, typer\nfrom distrib.command import run_app\nfrom launch.watch import watch\n"
+    "import sys, typer\nfrom distrib.train import run_app\nfrom launch.watch import watch\n"
     "app = typer.Typer()\napp.command()(watch)\nsys.exit(run_app(app))"
 )
 

@@ -1,4 +1,4 @@
-"""The communicator on host arrays, over MPI: the only place, with `distrib.world`, that knows mpi4py."""
+"""The communicator on host arrays, over MPI: the only place, with `distrib.comm.world`, that knows mpi4py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from distrib.comm import DONE, Handle
-from distrib.failure import Watchdog
+from distrib.comm.base import DONE, Handle
+from distrib.faults.watchdog import Watchdog
 from nn.array import Array
 from nn.device import Backend
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from distrib.comm import DONE, Handle
-from distrib.failure import Watchdog
+from distrib.comm.base import DONE, Handle
+from distrib.faults.watchdog import Watchdog
 from nn.array import Array
 from nn.device import SideStream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from distrib.comm import Communicator, Handle
+from distrib.comm.base import Communicator, Handle
 from nn.array import Array
 from nn.ops.bf16 import from_bf16, to_bf16
 from nn.params import Parameter, Parameters

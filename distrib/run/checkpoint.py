@@ -24,9 +24,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from distrib.data.formats import memory
 from distrib.errors import UserError
 from distrib.files import fits, parse_object, reason, shown, write_atomically
-from distrib.formats import memory
 from nn.ops.loss import LOSSES
 from nn.resnet9 import VARIANTS, channels
 

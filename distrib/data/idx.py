@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from distrib.data.formats import GZIP, SNIFF, Gzip, Plain, memory, what_is
 from distrib.errors import UserError
 from distrib.files import expanded, printable, read_bytes, reason
-from distrib.formats import GZIP, SNIFF, Gzip, Plain, memory, what_is
 
-SHIPPED = Path(__file__).parent / "data" / "mnist"
+SHIPPED = Path(__file__).parent / "mnist"
 SIDE, CLASSES = 28, 10
 SHAPE = (SIDE, SIDE, 1)
 TRAINING_IMAGES = 60_000  # of the set in the package

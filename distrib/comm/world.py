@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distrib import launched_ranks
-from distrib.comm import Communicator, SingleCommunicator, SingleControl
+from distrib.comm.base import Communicator, SingleCommunicator, SingleControl
 from distrib.errors import UserError
-from distrib.failure import Agreement, Watchdog, abort_on_crash, bounded
+from distrib.faults.watchdog import Agreement, Watchdog, abort_on_crash, bounded
 from nn.cuda import backend as backends
 from nn.device import NUMPY, Backend
 
@@ -169,7 +169,7 @@ def _device_communicator(
     name: str, control: Any, backend: Backend, watchdog: Watchdog
 ) -> tuple[Communicator, str]:
     """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not NCCL."""
-    from distrib.mpi import StagedCommunicator
+    from distrib.comm.mpi import StagedCommunicator
 
     device, sharing = _devices(control, backend)
     with warnings.catch_warnings():
@@ -190,7 +190,7 @@ def _device_communicator(
         return StagedCommunicator(control, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
     if missing:
         raise UserError(f"--comm nccl: {missing}")
-    from distrib.nccl import NcclCommunicator
+    from distrib.comm.nccl import NcclCommunicator
 
     return NcclCommunicator(
         control,
@@ -239,7 +239,7 @@ def connect(
         if single:
             communicator = SingleCommunicator()
         elif chosen.on_host:
-            from distrib.mpi import MpiCommunicator
+            from distrib.comm.mpi import MpiCommunicator
 
             communicator = MpiCommunicator(control, watchdog)
         else:

@@ -1,6 +1,6 @@
 """The communicator protocol, and the communicator of a single process.
 
-`distrib.mpi` and `distrib.nccl` implement the same protocol on host and on device arrays.
+`distrib.comm.mpi` and `distrib.comm.nccl` implement the same protocol on host and on device arrays.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ import hashlib
 from collections import Counter
 from dataclasses import asdict
 
-from distrib import mnist
+from distrib.comm.world import World
 from distrib.config import Config
+from distrib.data import idx as mnist
 from distrib.errors import UserError
-from distrib.failure import Failure
-from distrib.run import code_digest
+from distrib.faults.watchdog import Failure
+from distrib.run.folder import code_digest
 from distrib.trainer import Trainer
-from distrib.world import World
 
 
 def guard(world: World, config: Config, data: mnist.Dataset) -> None:

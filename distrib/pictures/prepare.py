@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distrib import mnist
-from distrib.digit import stroke_width
+from distrib.data import idx as mnist
 from distrib.errors import UserError
-from distrib.paper import find_digit
-from distrib.pictures import Sheet, kind_of, read_sheets
+from distrib.pictures.digit import stroke_width
+from distrib.pictures.files import Sheet, kind_of, read_sheets
+from distrib.pictures.paper import find_digit
 
 MOST_IMAGES = 1_000_000
 """Images of an IDX file."""

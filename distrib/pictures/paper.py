@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distrib.digit import as_mnist
-from distrib.ink import Contrast, contrast, smooth_ground
-from distrib.raster import components, grow, outside, pool, run_lengths, shrink
+from distrib.pictures.digit import as_mnist
+from distrib.pictures.ink import Contrast, contrast, smooth_ground
+from distrib.pictures.raster import components, grow, outside, pool, run_lengths, shrink
 
 SPECK = 0.025
 """Ink smaller than this share of the sheet is a speck."""

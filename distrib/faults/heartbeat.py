@@ -2,7 +2,7 @@
 
 Every rank's watchdog publishes a line about its rank, at most once a second. When a job ends otherwise than it should,
 whoever notices reads what the others said last, and names a rank: one that said why it failed, one that fell silent,
-or the one furthest behind. The first verdict stands. `python -m distrib.board RUN` prints it after the fact.
+or the one furthest behind. The first verdict stands. `distrib verdict RUN` prints it after the fact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -213,31 +212,19 @@ def gone(pid: int) -> bool:
     return state in "ZX"
 
 
-def main() -> int:
-    """Print the verdict on a run that did not end well, from failure.json or from what the ranks said last."""
-    if len(sys.argv) != 2:
-        print("usage: python -m distrib.board RUN", file=sys.stderr)
-        return 2
-    folder = Path(sys.argv[1])
+def explain(folder: Path) -> str:
+    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last."""
     if verdict := read_verdict(folder):
-        print(f"distrib: {line(verdict)}")
-        return 0
+        return line(verdict)
     words = read(folder)
     failed = [word for word in words if word.state.startswith(FAILED)]
     alive = [word for word in words if word.running]  # those that were told to stop, or finished, said so
     if alive and not failed:
         time.sleep(SILENT)
         if any(word.time != before.time for word, before in zip(read(folder), words, strict=False)):
-            print(f"distrib: {folder}: the run goes on")
-            return 0
+            return f"{folder}: the run goes on"
     if not failed and not alive:
-        print(f"distrib: {folder} tells of no rank that failed")
-        return 0
+        return f"{folder} tells of no rank that failed"
     word = min(failed or alive, key=lambda word: word.time)
     cause = word.state.removeprefix(FAILED) if failed else "it ended without a word: killed, or out of memory"
-    print(f"distrib: {conclude(folder, word, cause)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return conclude(folder, word, cause)

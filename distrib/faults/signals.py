@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from distrib.board import TOLD_TO_STOP
 from distrib.errors import EXIT_CRASH
-from distrib.failure import tell
+from distrib.faults.heartbeat import TOLD_TO_STOP
+from distrib.faults.watchdog import tell
 from distrib.trainer import Trainer
 
 HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

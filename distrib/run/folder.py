@@ -23,8 +23,7 @@ from threadpoolctl import threadpool_info
 
 import distrib
 import nn
-from distrib import __version__, events
-from distrib import checkpoint as ckpt
+from distrib import __version__
 from distrib.config import Config, require_types
 from distrib.errors import UserError
 from distrib.files import (
@@ -40,6 +39,8 @@ from distrib.files import (
     replace,
     write_atomically,
 )
+from distrib.run import checkpoint as ckpt
+from distrib.run import events
 from nn.device import Backend
 
 LONGEST_LINE = 1 << 20

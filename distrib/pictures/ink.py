@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from distrib.raster import box_sum, grow, shrink
+from distrib.pictures.raster import box_sum, grow, shrink
 
 FAINTEST = 0.04
 """Contrast, of the whole range from black to white, below which nothing is taken for ink."""

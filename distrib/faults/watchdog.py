@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from distrib import LAUNCHERS, parent
-from distrib.board import Board
 from distrib.errors import EXIT_CRASH, UserError
+from distrib.faults.heartbeat import Board
 
 
 class Failure(RuntimeError):
