@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import queue
 import signal
@@ -167,12 +168,12 @@ class Reserve:
     """Memory and file descriptors that the end of a rank needs, where it ends because they have run out."""
 
     def __init__(self) -> None:
-        self._memory: bytearray | None = bytearray(RESERVED_BYTES)  # address space only: nobody writes there
+        self._memory = mmap.mmap(-1, RESERVED_BYTES)  # address space only: nobody writes there
         self._files = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FILES)]
 
     def release(self) -> None:
         """Give them back, once; for the traceback, the verdict and the launcher's end."""
-        self._memory = None
+        self._memory.close()
         while self._files:
             os.close(self._files.pop())
 
