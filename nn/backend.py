@@ -188,8 +188,8 @@ NUMPY = Backend("numpy", np, "HWNC")
 def place_cupy_cache() -> None:
     """Let CuPy keep its compiled kernels in a temporary folder where the home folder cannot be written.
 
-    CuPy makes the folder when it is imported. In a place that all users share, only a folder that belongs to
-    this user alone is taken: kernels that somebody else planted would be run.
+    CuPy makes the folder when it is imported. In a place that all users share, only a folder that belongs to this
+    user alone is taken: kernels that somebody else planted would be run.
     """
     wanted = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     with contextlib.suppress(OSError):
@@ -229,9 +229,9 @@ def import_cupy() -> ModuleType:
 def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
     """CuPy on device `local_rank` modulo the visible ones; RuntimeError where it cannot be had.
 
-    From then on all work goes to a stream of its own: the default one cannot be captured. With precision
-    "tf32" matrix products too round their inputs to 10 bits of mantissa; that must be decided before CuPy is
-    first imported. Where cuDNN is missing, a note says so and convolutions are patches.
+    From then on all work goes to a stream of its own: the default one cannot be captured. With precision "tf32"
+    matrix products too round their inputs to 10 bits of mantissa; that must be decided before CuPy is first
+    imported. Where cuDNN is missing, a note says so and convolutions are patches.
     """
     from nn import cudnn  # here, as they need this module
     from nn.kernels import Kernels
