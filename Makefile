@@ -33,11 +33,11 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run  ## train on two ranks to 99 % test accuracy, in seconds
 	PATH=$(CURDIR)/$(BIN):$$PATH mpirun -n 2 python -m distrib.train --recipe demo
 
-test: lint  ## every test that needs no GPU
+test: lint  ## every test that needs no GPU; the last lines say what was not run, and what it needs
 	$(BIN)/python -m pytest
 
-test-quick: $(VENV)/.dev  ## the tests that start no other process
-	$(BIN)/python -m pytest -x tests/test_conv.py tests/test_functional.py tests/test_gradients.py tests/test_strict.py tests/test_config.py tests/test_layout.py
+test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at most
+	$(BIN)/python -m pytest -x -m "quick and not needs"
 
 test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
 	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)
@@ -64,9 +64,11 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 
-soak: $(VENV)/.dev  ## failures and kills in full numbers: half an hour
-	FAULT_ROUNDS=3 KILL_ROUNDS=50 $(BIN)/python -m pytest -s tests/test_failures.py tests/test_kill.py tests/test_hosts.py
-	DISTRIB_SOAK=1 $(BIN)/python -m pytest tests/test_slurm.py
+soak: export PATH := $(CURDIR)/$(BIN):$(PATH)
+soak: $(VENV)/.dev  ## a campaign of 170 faults, kills and suspensions, also on Slurm: an hour
+	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/test_failures.py tests/test_kill.py \
+		tests/test_hosts.py tests/test_suspend.py tests/test_output.py
+	DISTRIB_SOAK=1 python -m pytest tests/test_slurm.py
 
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel

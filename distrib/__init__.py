@@ -32,6 +32,10 @@ def launched_ranks() -> int:
     return max((int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES), default=1)
 
 
+LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra_pmi_proxy")
+"""Names of processes of mpirun that start ranks. Slurm's own step daemon is not one of them."""
+
+
 def parent() -> tuple[int, str]:
     """(pid, name) of the process that started this one, a shell around each rank left aside; a launcher's, on Linux."""
     pid, name = os.getppid(), ""

@@ -8,15 +8,20 @@ or the one furthest behind. The first verdict stands. `python -m distrib.board R
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from distrib.errors import UserError
+from distrib.files import create, fits, printable, read_json, replace
 
 SILENT = 2.5
 """Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or gone."""
@@ -42,12 +47,24 @@ class Word:
         return self.state == "running"
 
 
+KINDS = {field.name: str(field.type) for field in fields(Word)}
+"""Types of what a rank's file must hold."""
+
+VERDICT = {"rank": "int", "host": "str", "step": "int", "cause": "str"}
+"""Types of what failure.json must hold."""
+
+MOST_BYTES = 1 << 16
+"""Of a rank's file or a verdict; they have a few hundred, and a cause that is cut at MOST_CAUSE."""
+
+MOST_CAUSE = 2000
+
+
 class Board:
     """One rank's place on the board of a run's folder."""
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
+    def __init__(self, folder: Path, rank: int, size: int, step: int = 0) -> None:
         self.folder, self.size = folder, size
-        self.word = Word(rank, socket.gethostname(), os.getpid())
+        self.word = Word(rank, socket.gethostname(), os.getpid(), step)
         self.ranks = folder / "ranks"
         self._published, self._speaking = 0.0, threading.Lock()
         with contextlib.suppress(OSError):
@@ -61,27 +78,35 @@ class Board:
                 setattr(self.word, name, value)
             if now or time.monotonic() - self._published >= 1:
                 self._published, self.word.time = time.monotonic(), time.time()
-                with contextlib.suppress(OSError):
-                    _write(self.ranks / f"{self.word.rank:05}.json", asdict(self.word))
+                self._write(f"{self.word.rank:05}.json", asdict(self.word))
+
+    def _write(self, name: str, value: Any) -> None:
+        with contextlib.suppress(OSError):
+            replace(self.ranks / name, json.dumps(value).encode())
 
     def fail(self, cause: str, rank: int, step: int) -> str:
         """Say that `rank`, this one or another, failed; returns the verdict as a line."""
-        self.publish(
-            now=True, step=step, state=f"{FAILED}{cause}" if rank == self.word.rank else self.word.state
-        )
-        found = [replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank]
+        cause = cause if len(cause) <= MOST_CAUSE else f"{cause[:MOST_CAUSE]}…"
+        state = f"{FAILED}{cause}" if rank == self.word.rank else self.word.state
+        self.publish(now=True, step=step, state=state)
+        found = [
+            dataclasses.replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank
+        ]
         return conclude(self.folder, found[0] if found else self.word, cause)
 
-    def accuse(self, otherwise: str, last: list[str]) -> str:
+    def accuse(self, otherwise: str, last: list[str], publish: Callable[[], None]) -> str:
         """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out.
 
-        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks.
+        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks. Meanwhile
+        `publish` is called: a rank that listens is not silent itself.
         """
         self.publish(now=True)
-        with contextlib.suppress(OSError):
-            _write(self.ranks / f"{self.word.rank:05}-collectives.json", last)
+        self._write(f"{self.word.rank:05}-collectives.json", last)
+        # the clocks of hosts differ: silent is who says nothing new
         before = {word.rank: word.time for word in read(self.folder)}
-        time.sleep(SILENT)  # the clocks of hosts differ: silent is who says nothing new
+        for _ in range(10):  # looks, not seconds: all ranks may be suspended meanwhile
+            time.sleep(SILENT / 10)
+            publish()
         words = read(self.folder)
         silent = {word.rank for word in words if before.get(word.rank) == word.time}
         return conclude(self.folder, *suspect(words, silent, self.size, self.word, otherwise))
@@ -97,12 +122,16 @@ class Board:
 
 
 def read(folder: Path) -> list[Word]:
-    """What all ranks said last, by rank."""
+    """What all ranks said last, by rank. A file that is no rank's word, whoever wrote it, is passed over."""
     words = []
     with contextlib.suppress(OSError):
         for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                words.append(Word(**json.loads(path.read_text())))
+            with contextlib.suppress(UserError):
+                said = read_json(path, MOST_BYTES)
+                if said.keys() == KINDS.keys() and all(
+                    fits(kind, said[name]) for name, kind in KINDS.items()
+                ):
+                    words.append(Word(**said))
     return words
 
 
@@ -120,9 +149,8 @@ def suspect(
         return word, f"not a word for {time.time() - word.time:.0f} s: stopped, killed, or its host is gone"
     missing = sorted(set(range(size)) - heard)
     if missing and len({word.host for word in words}) > 1:  # else the folder is not shared between hosts
-        return Word(
-            missing[0], "an unknown host", 0
-        ), "never said a word: it did not start, or cannot write to the run's folder"
+        unknown = Word(missing[0], "an unknown host", 0, witness.step)
+        return unknown, "never said a word: it did not start, or cannot write to the run's folder"
     behind = min(running, key=lambda word: (word.step, word.collectives, word.rank), default=witness)
     if (behind.step, behind.collectives) < (witness.step, witness.collectives) or behind.doing == "computing":
         return behind, f"behind the others, {behind.doing} at step {behind.step}"
@@ -139,35 +167,36 @@ def conclude(folder: Path, word: Word, cause: str) -> str:
         "cause": cause,
         "time": time.time(),
     }
-    path = folder / "failure.json"
-    temporary = path.with_name(f".failure-{word.host}-{os.getpid()}.tmp")
+    path, text = folder / "failure.json", json.dumps(verdict, indent=2).encode()
+    beside = path.with_name(f".failure-{word.host}-{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(verdict, indent=2))
-        os.link(temporary, path)  # fails where another rank was first
+        create(beside, text)
+        os.link(beside, path)  # fails where another rank was first
     except FileExistsError:
-        with contextlib.suppress(OSError, ValueError):
-            verdict = json.loads(path.read_text())
+        verdict = read_verdict(folder) or verdict
     except OSError:  # no hard links here, or a full or lost disk: the line is still said
         try:
-            with open(path, "x") as file:
-                file.write(json.dumps(verdict, indent=2))
+            create(path, text)
         except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                verdict = json.loads(path.read_text())
+            verdict = read_verdict(folder) or verdict
     with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
     return line(verdict)
+
+
+def read_verdict(folder: Path) -> dict[str, Any] | None:
+    """failure.json; None where there is none, or something else is in its place."""
+    with contextlib.suppress(UserError):
+        found = read_json(folder / "failure.json", MOST_BYTES)
+        if all(fits(kind, found.get(name)) for name, kind in VERDICT.items()):
+            return found
+    return None
 
 
 def line(verdict: dict[str, Any]) -> str:
     """A verdict for people."""
-    return "rank {rank} on {host} failed at step {step}: {cause}".format(**verdict)
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    host, cause = printable(verdict["host"], 100), printable(verdict["cause"], MOST_CAUSE)
+    return f"rank {verdict['rank']} on {host} failed at step {verdict['step']}: {cause}"
 
 
 def gone(pid: int) -> bool:
@@ -190,9 +219,8 @@ def main() -> int:
         print("usage: python -m distrib.board RUN", file=sys.stderr)
         return 2
     folder = Path(sys.argv[1])
-    path = folder / "failure.json"
-    if path.exists():
-        print(f"distrib: {line(json.loads(path.read_text()))}")
+    if verdict := read_verdict(folder):
+        print(f"distrib: {line(verdict)}")
         return 0
     words = read(folder)
     failed = [word for word in words if word.state.startswith(FAILED)]

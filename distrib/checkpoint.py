@@ -7,9 +7,11 @@ last: a checkpoint is valid only if both verify. No file runs code: safetensors 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import queue
 import re
 import stat
 import threading
@@ -25,7 +27,7 @@ from safetensors.numpy import save
 from distrib.errors import UserError
 from distrib.files import fits, parse_object, reason, shown, write_atomically
 from distrib.formats import memory
-from nn.losses import LOSSES
+from nn.ops.loss import LOSSES
 from nn.resnet9 import VARIANTS, channels
 
 MODEL_NAME = re.compile(r"step-\d+\.safetensors")
@@ -123,36 +125,47 @@ def save_checkpoint(
 class Saver:
     """Saves checkpoints in a thread of its own, one after another: training waits for the copies only.
 
-    What goes wrong with one is raised by the next `start` or `wait`.
+    What goes wrong with one is raised by the next `start` or `wait`. The thread exists from the beginning, as none could
+    be started once memory has run out; an ending process lets it finish the save at hand.
     """
 
     def __init__(self) -> None:
         self.used = False
-        self._thread: threading.Thread | None = None
+        self._work = queue.SimpleQueue[tuple[Any, ...] | None]()
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name="checkpoint").start()
+        atexit.register(self._idle.wait)
 
     def start(self, *arguments: Any) -> None:
         """Begin `save_checkpoint(*arguments)`, once the one before is done; the tensors must be copies."""
         self.wait()
         self.used = True
-        # no daemon: an ending process lets it finish
-        self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint")
-        self._thread.start()
+        self._idle.clear()
+        self._work.put(arguments)
 
     def wait(self) -> None:
         """Return when the last one is on disk."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
         if self._error:
             error, self._error = self._error, None
             raise error
 
-    def _save(self, *arguments: Any) -> None:
-        try:
-            save_checkpoint(*arguments)
-        except BaseException as error:
-            self._error = error
+    def close(self) -> None:
+        """Finish the save at hand, then end the thread."""
+        self._idle.wait()
+        self._work.put(None)
+        atexit.unregister(self._idle.wait)
+
+    def _run(self) -> None:
+        while arguments := self._work.get():
+            try:
+                save_checkpoint(*arguments)
+            except BaseException as error:
+                self._error = error
+            del arguments  # the copies
+            self._idle.set()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

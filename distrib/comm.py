@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from nn.backend import Array
+from nn.array import Array
 
 
 class Handle(Protocol):

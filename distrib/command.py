@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import sys
 import time
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from distrib import launched_rank, launched_ranks
 from distrib.config import Config, build, options
+from distrib.console import secure_output
 from distrib.errors import EXIT_USAGE, UserError
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -84,9 +84,7 @@ def parse(arguments: list[str]) -> Config:
 
 def run_app(app: typer.Typer) -> int:
     """Run a typer application; a UserError becomes one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets "?" for what it cannot show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    secure_output()
     try:
         code = app(standalone_mode=False)
         return int(code or 0)

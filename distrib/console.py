@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from distrib import launched_ranks, parent
+from distrib import LAUNCHERS, parent
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines of progress where the output is a file."""
@@ -22,27 +23,54 @@ PLAIN_SECONDS = 10.0
 
 def on_terminal() -> bool:
     """Whether a person reads along. mpirun gives its ranks a terminal of their own, even into a log file."""
-    if not sys.stdout.isatty() or launched_ranks() == 1:
-        return sys.stdout.isatty()
+    if not sys.stdout.isatty():
+        return False
+    pid, name = parent()
+    if name not in LAUNCHERS:
+        return True
     try:
-        return os.readlink(f"/proc/{parent()[0]}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+        return os.readlink(f"/proc/{pid}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
     except OSError:
         return False
 
 
-class Lines(Console):
-    """A console whose reader may go away: the training goes on in silence."""
+class Unfailing(io.FileIO):
+    """Standard output or error whose reader, terminal or disk may go away: what cannot be written is lost."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # also what Python flushes at its end
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def secure_output() -> None:
+    """From here on printing never fails, and no file of the run takes the number of a standard stream that is closed.
+
+    A terminal without UTF-8 gets "?" for what it cannot show.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # not where a caller has put another
+            raw = io.BufferedWriter(Unfailing(number, "w", closefd=False))
+            lines, encoding = (
+                bool(getattr(stream, "line_buffering", False)),
+                getattr(stream, "encoding", None),
+            )
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=lines))
 
 
 class Screen:
     """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
 
     def __init__(self, active: bool) -> None:
-        self._console = Lines(quiet=not active, highlight=False, force_terminal=on_terminal())
+        self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
         if not self._console.is_terminal:  # a log file has no width to wrap at
             self._console.width = 200
         self._bar: Progress | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
+import math
 import os
+import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -13,10 +15,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from distrib import parent
+from distrib import LAUNCHERS, parent
 from distrib.board import Board
 from distrib.errors import EXIT_CRASH, UserError
 
@@ -29,12 +32,29 @@ class Failure(RuntimeError):
         self.rank, self.cause = rank, cause
 
 
+TICK = 0.5
+"""Seconds between two looks of a watchdog."""
+
+
+@dataclass
+class Wait:
+    """A wait for other ranks or a device: what for, how long it may take, how long it has taken."""
+
+    what: str
+    limit: float  # seconds
+    seconds: float = 0.0
+
+
 class Watchdog:
     """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check fails.
 
     A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are calls
     that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous errors.
-    On `board`, once there is one, it publishes what this rank does, and finds out which rank keeps the others waiting.
+    A second thread writes to `board`, once there is one, and asks it which rank keeps the others waiting, so that
+    a file system that hangs cannot stop the clock.
+
+    Time in which the watchdog itself did not run is no waiting time: a job that is suspended and continued
+    (Slurm's gang scheduling, Ctrl-Z, a laptop's lid) waits no longer than it ran.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
@@ -42,14 +62,13 @@ class Watchdog:
         self.board: Board | None = None
         self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
         self._begun = 0
-        self._wait: tuple[str, float, float] | None = None
+        self._wait: Wait | None = None
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
-        for name, work in (
-            ("watchdog", self._run),
-            ("board", self._speak),
-        ):  # a file system that hangs must not stop the clock
+        self._questions = queue.SimpleQueue[Callable[[], None]]()
+        self.reserve = Reserve()
+        for name, work in (("watchdog", self._run), ("board", self._speak)):
             threading.Thread(target=work, daemon=True, name=name).start()
 
     @contextmanager
@@ -58,7 +77,7 @@ class Watchdog:
         outer = self._wait
         self._begun += 1
         self.collectives.append(f"{self._begun}: {what}, step {self.step}")
-        self._wait = (what, time.monotonic(), patience * self.timeout)
+        self._wait = Wait(what, patience * self.timeout)
         try:
             yield
         finally:
@@ -70,43 +89,54 @@ class Watchdog:
             self.checks.clear()
 
     def publish(self, now: bool = False, **news: str) -> None:
-        """Say on the board, where there is one, what this rank does."""
+        """Write to the board, where there is one, what this rank does."""
         wait = self._wait
         if self.board:
-            doing = f"waiting in {wait[0]}" if wait else "computing"
+            doing = f"waiting in {wait.what}" if wait else "computing"
             self.board.publish(now, step=self.step, doing=doing, collectives=self._begun, **news)
 
     def _speak(self) -> None:
         while True:
-            time.sleep(0.5)
-            self.publish()
+            with suppress(queue.Empty):
+                self._questions.get(timeout=TICK)()
+            with suppress(MemoryError):
+                self.publish()
 
     def ask(self, question: Callable[[Board], Any]) -> Any:
         """What the board answers, within a few seconds; None where there is none, or its files cannot be had."""
-        board, answers = self.board, list[Any]()
+        board, answers, done = self.board, list[Any](), threading.Event()
         if board is None:
             return None
 
         def put(board: Board = board) -> None:
             with suppress(Exception):  # whatever is wrong with the disk, the job must end
                 answers.append(question(board))
+            done.set()
 
-        thread = threading.Thread(target=put, daemon=True)
-        thread.start()
-        thread.join(6)
+        self._questions.put(put)  # a thread of its own could not be started where memory has run out
+        done.wait(6)
         return answers[0] if answers else None
 
     def _run(self) -> None:
+        before = time.monotonic()
         while True:
-            time.sleep(0.5)
-            wait = self._wait
-            if wait and time.monotonic() - wait[1] > wait[2]:
-                self._expire(
-                    f"waited {wait[2]:.0f} s in {wait[0]} at step {self.step}: another rank has stopped or is"
-                    " too slow; see its log, or raise --timeout"
-                )
+            time.sleep(TICK)
+            now = time.monotonic()
+            if wait := self._wait:
+                wait.seconds += min(now - before, 2 * TICK)
+                if wait.seconds > wait.limit and self._lasts(wait):
+                    self._expire(
+                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has stopped or"
+                        " is too slow; see its log, or raise --timeout"
+                    )
+            before = now
             with self._checking:
                 self._check()
+
+    def _lasts(self, wait: Wait) -> bool:
+        """Look again: whether the main thread, given the time to run, is still in the same wait."""
+        time.sleep(TICK)
+        return self._wait is wait
 
     def _check(self) -> None:
         for check in self.checks:
@@ -119,20 +149,46 @@ class Watchdog:
                 )
 
     def _expire(self, what: str) -> None:
-        print(f"distrib: rank {self.rank} on {socket.gethostname()} {what}", file=sys.stderr, flush=True)
-        if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives))):
-            print(f"distrib: {verdict}", file=sys.stderr, flush=True)
+        self.reserve.release()
+        tell(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
+        if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives), self.publish)):
+            tell(f"distrib: {verdict}")
         for callback in self.on_expiry:
-            threading.Thread(target=callback, daemon=True).start()
+            with suppress(
+                RuntimeError, MemoryError
+            ):  # no thread can be started: the end of the process must do
+                threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
         end_launcher(LAUNCHER_GRACE)
         os._exit(EXIT_CRASH)
 
 
+class Reserve:
+    """Memory and file descriptors that the end of a rank needs, where it ends because they have run out."""
+
+    def __init__(self) -> None:
+        self._memory: bytearray | None = bytearray(RESERVED_BYTES)  # address space only: nobody writes there
+        self._files = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FILES)]
+
+    def release(self) -> None:
+        """Give them back, once; for the traceback, the verdict and the launcher's end."""
+        self._memory = None
+        while self._files:
+            os.close(self._files.pop())
+
+
+RESERVED_BYTES, RESERVED_FILES = 32 << 20, 8
+"""A thread's stack is 8 MiB of address space; a verdict has four files open, and a child process three."""
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, whatever has become of it and of the memory."""
+    with suppress(OSError, ValueError, MemoryError, RuntimeError):
+        print(text, file=sys.stderr, flush=True)
+
+
 LAUNCHER_GRACE = 8
 """Seconds that mpirun has to end the job after a rank has given up."""
-
-LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra_pmi_proxy")
 
 
 def end_launcher(seconds: int) -> None:
@@ -142,7 +198,7 @@ def end_launcher(seconds: int) -> None:
     """
     pid, name = parent()
     if name in LAUNCHERS:
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             subprocess.Popen(
                 ["/bin/sh", "-c", f"sleep {seconds}; kill -9 {pid} 2>/dev/null"],
                 start_new_session=True,
@@ -152,11 +208,36 @@ def end_launcher(seconds: int) -> None:
             )
 
 
+@contextmanager
+def bounded(seconds: float, what: str) -> Iterator[None]:
+    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python run.
+
+    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are free.
+    """
+    pid = os.getpid()
+    script = (
+        f"left={math.ceil(seconds)}; while [ $left -gt 0 ]; do sleep 1; read -r _ _ state _ </proc/{pid}/stat || exit;"
+        f" [ $state = T ] || left=$((left - 1)); done; echo 'distrib: process {pid} on {socket.gethostname()}"
+        f" spent {seconds:.0f} s in {what}: another rank or the launcher is gone' >&2; kill -9 {pid}"
+    )
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", script], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(guard.pid, signal.SIGKILL)
+        guard.wait()
+
+
 def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
     """An uncaught exception in this rank prints its traceback and a verdict, and ends the whole job."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        traceback.print_exception(kind, error, trace)
+        watchdog.reserve.release()
+        with suppress(Exception):  # where memory has run out, the verdict is what counts
+            traceback.print_exception(kind, error, trace)
         give_up(watchdog, error, abort)
 
     sys.excepthook = hook
@@ -164,6 +245,7 @@ def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
 
 def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
     """Say why this rank cannot go on, on its last line and in failure.json, and end the job."""
+    watchdog.reserve.release()
     rank, cause = watchdog.rank, f"{type(error).__name__}: {error}"
     if isinstance(error, Failure):
         rank, cause = error.rank, error.cause
@@ -171,14 +253,12 @@ def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None])
         cause = f"it called sys.exit({error.code!r})"
     line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
     line = watchdog.ask(lambda board: board.fail(cause, rank, watchdog.step)) or line
-    print(f"distrib: {line}", file=sys.stderr, flush=True)
+    tell(f"distrib: {line}")
     time.sleep(0.2)  # for the launcher to pass the line on
     end_launcher(LAUNCHER_GRACE)
-    faulthandler.dump_traceback_later(
-        5, exit=True, file=2
-    )  # where abort cannot reach the launcher: it lets no thread run
-    abort()
-    os._exit(EXIT_CRASH)  # where there is nobody to abort
+    with suppress(OSError, MemoryError), bounded(5, "MPI_Abort"):  # without a bound it is not tried
+        abort()
+    os._exit(EXIT_CRASH)  # where there is nobody to abort, or no way to
 
 
 class Agreement:

@@ -41,7 +41,7 @@ def guard_layout(trainer: Trainer) -> None:
     params, buckets = trainer.params, trainer.reducer.buckets
     mine = (
         str(params.dtype),
-        params.wire.size,
+        params.comm_buffer.size,
         tuple((b.start, b.stop) for b in buckets),
         trainer.steps,
         trainer.limit,

@@ -19,6 +19,7 @@ from distrib.formats import GZIP, SNIFF, Gzip, Plain, memory, what_is
 
 SHIPPED = Path(__file__).parent / "data" / "mnist"
 SIDE, CLASSES = 28, 10
+SHAPE = (SIDE, SIDE, 1)
 TRAINING_IMAGES = 60_000  # of the set in the package
 IMAGES, LABELS = 0x00000803, 0x00000801  # magic: two zero bytes, unsigned byte, number of dimensions
 

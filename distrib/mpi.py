@@ -8,7 +8,8 @@ import numpy as np
 
 from distrib.comm import DONE, Handle
 from distrib.failure import Watchdog
-from nn.backend import Array, Backend
+from nn.array import Array
+from nn.device import Backend
 
 
 class _Request:
@@ -70,8 +71,8 @@ class StagedCommunicator(MpiCommunicator):
         self._backend = backend
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
-        if self._backend.branch:  # gradients of weights come from there
-            self._backend.branch.join(self._backend.stream)
+        if self._backend.side_stream:  # gradients of weights come from there
+            self._backend.side_stream.join(self._backend.stream)
         host = np.array(self._backend.to_host(x))
         super().all_reduce(host)
         x[...] = self._backend.asarray(host)

@@ -11,7 +11,8 @@ from typing import Any
 
 from distrib.comm import DONE, Handle
 from distrib.failure import Watchdog
-from nn.backend import Array, Branch
+from nn.array import Array
+from nn.device import SideStream
 
 DTYPE_CODES = {
     "int32": "NCCL_INT32",
@@ -51,7 +52,7 @@ class NcclCommunicator:
         device: int,
         watchdog: Watchdog,
         new_zero: Callable[[], Array],
-        branch: Branch | None = None,
+        branch: SideStream | None = None,
     ) -> None:
         """Join `control`'s ranks (mpi4py) into one NCCL communicator.
 

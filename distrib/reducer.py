@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from distrib.comm import Communicator, Handle
-from nn.backend import Array
-from nn.params import Parameter, Parameters, narrow, widen
+from nn.array import Array
+from nn.ops.bf16 import from_bf16, to_bf16
+from nn.params import Parameter, Parameters
 
 BUCKET_BYTES = 1 << 20
 """Large enough that latency does not count, small enough that batch norm's sums never wait long behind one."""
@@ -15,8 +16,8 @@ BUCKET_BYTES = 1 << 20
 class Reducer:
     """Sums the flat gradient over ranks, bucket by bucket, while the backward still runs.
 
-    Buckets are slices of `params.wire` in the order in which the backward completes them, from the end of
-    the vector; the first takes the TAIL scalars along. They are issued in that order on every rank.
+    Buckets are slices of `params.comm_buffer` in the order in which the backward completes them, from the end of
+    the vector; the first takes the STEP_METRICS scalars along. They are issued in that order on every rank.
 
     With `kind` "bf16" gradients travel and are summed as bfloat16, half as many bytes, and the scalars on their own.
     """
@@ -24,13 +25,13 @@ class Reducer:
     def __init__(
         self, params: Parameters, comm: Communicator, kind: str = "float32", bucket_bytes: int = BUCKET_BYTES
     ) -> None:
-        self._wire, self._tail, self._comm = params.wire, params.tail, comm
-        self._branch = params.backend.branch
+        self._wire, self._tail, self._comm = params.comm_buffer, params.step_metrics, comm
+        self._branch = params.backend.side_stream
         self._narrow = params.backend.xp.zeros(params.grads.size, "uint16") if kind == "bf16" else None
         self.buckets: list[slice] = []
         self._bucket_of: dict[str, int] = {}
         self._members: list[int] = []
-        stop, members = params.wire.size, 0
+        stop, members = params.comm_buffer.size, 0
         for parameter in reversed(list(params)):
             self._bucket_of[parameter.name] = len(self.buckets)
             members += 1
@@ -57,7 +58,7 @@ class Reducer:
         with (
             self._branch.fork() if self._branch else nullcontext()
         ):  # where the gradients of weights come from
-            narrow(self._wire[part], self._narrow[part])
+            to_bf16(self._wire[part], self._narrow[part])
         return self._narrow[part]
 
     def wait(self) -> None:
@@ -67,5 +68,5 @@ class Reducer:
             handle.wait()
         if self._narrow is not None:
             self._comm.all_reduce(self._tail, overlap=True).wait()
-            widen(self._narrow, self._wire[: self._narrow.size])
+            from_bf16(self._narrow, self._wire[: self._narrow.size])
         self._missing, self._handles = self._members.copy(), []

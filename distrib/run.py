@@ -40,7 +40,7 @@ from distrib.files import (
     replace,
     write_atomically,
 )
-from nn.backend import Backend
+from nn.device import Backend
 
 LONGEST_LINE = 1 << 20
 """Bytes of a line of metrics.jsonl that is kept; ours have a few hundred."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,32 +11,35 @@ from contextlib import contextmanager
 
 from distrib.board import TOLD_TO_STOP
 from distrib.errors import EXIT_CRASH
+from distrib.failure import tell
 from distrib.trainer import Trainer
 
-HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
 def listening(trainer: Trainer) -> Iterator[None]:
-    """SIGUSR1, SIGTERM and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same step.
+    """SIGUSR1, SIGTERM, SIGHUP and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same step.
 
     The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks SIGTERM
     may also be the launcher's, after a rank has died: if one of this host has, that is said, and nothing is waited for.
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once. SIGHUP stays ignored where it was, as nohup wants it.
+
+    Afterwards all of them stay ignored, for the process ends: a late one must not change its exit code.
     """
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in HEARD}
+    for number in HEARD:
+        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, lambda *_: None)
     before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
     threading.Thread(target=_hear, args=(ear, trainer), daemon=True, name="signals").start()
     try:
         yield
     finally:
+        for number in HEARD:  # first: none may find Python's default
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(
-                number, signal.SIG_IGN if number == signal.SIGUSR1 else handler
-            )  # a late one must not kill
         os.close(mouth)  # ends the thread
 
 
@@ -59,6 +61,6 @@ def _look_for_the_dead(trainer: Trainer) -> None:
     watchdog = trainer.world.watchdog
     watchdog.publish(now=True, state=TOLD_TO_STOP)
     if verdict := watchdog.ask(lambda board: board.dead_neighbour()):
-        print(f"distrib: {verdict}", file=sys.stderr, flush=True)
+        tell(f"distrib: {verdict}")
         time.sleep(0.1)
         os._exit(EXIT_CRASH)

@@ -101,7 +101,7 @@ class Meter:
     """Images and seconds of training, without the time of checkpoints, since the last reading."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._images, self._seconds = trainer, 0, 0.0
+        self._trainer, self._images, self._seconds, self._rate = trainer, 0, 0.0, 0.0
         self._laps = trainer.laps.seconds.copy()
         self.resume()
 
@@ -119,7 +119,9 @@ class Meter:
         self._begin = now
 
     def rate(self) -> float:
-        """Images per second since the last reading."""
+        """Images per second since the last reading, or right after one of what was read."""
+        if not self._images:
+            return self._rate
         return self._images / max(self._seconds + time.perf_counter() - self._begin, 1e-9)
 
     def take(self) -> int:
@@ -138,11 +140,11 @@ class Meter:
             "communication_seconds": waited,
             "data_seconds": passed["data"],
         }
-        rate = images / max(self._seconds, 1e-9)
+        self._rate = images / max(self._seconds, 1e-9)
         self._seconds, self._laps = 0.0, laps.copy()
         on_host = self._trainer.world.backend.on_host
         return {
-            "images_per_second": rate,
+            "images_per_second": self._rate,
             **{name: value if on_host else None for name, value in parts.items()},
         }
 
@@ -244,8 +246,12 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
     guard_layout(trainer)
+    world.watchdog.step = trainer.at.step
     world.watchdog.board = Board(
-        Path(world.broadcast(str(run.path) if run else "", "the run's folder")), world.rank, world.size
+        Path(world.broadcast(str(run.path) if run else "", "the run's folder")),
+        world.rank,
+        world.size,
+        trainer.at.step,
     )
     with listening(trainer), verdict_of(world):
         warm_up(trainer, run)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import os
 import socket
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 from distrib import launched_ranks
 from distrib.comm import Communicator, SingleCommunicator, SingleControl
 from distrib.errors import UserError
-from distrib.failure import Agreement, Watchdog, abort_on_crash
-from nn import backend as backends
-from nn.backend import NUMPY, Backend
+from distrib.failure import Agreement, Watchdog, abort_on_crash, bounded
+from nn.cuda import backend as backends
+from nn.device import NUMPY, Backend
 
 PATIENCE = 10
 """Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice of plans."""
@@ -68,38 +68,37 @@ MPI_INIT_SECONDS = 300
 
 
 def import_mpi() -> Any:
-    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing.
-
-    The import calls MPI_Init, which keeps Python's threads from running: what ends one that hangs is a thread in C.
-    """
+    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing. The import calls MPI_Init."""
     os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # a second less in MPI_Init
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
-    faulthandler.dump_traceback_later(MPI_INIT_SECONDS, exit=True, file=2)
+    if "mpi4py.MPI" in sys.modules:
+        return sys.modules["mpi4py.MPI"]
     try:
-        from mpi4py import MPI
+        with bounded(MPI_INIT_SECONDS, "MPI_Init"):
+            from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
     except RuntimeError as error:  # mpi4py without a library says so in many lines
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     return MPI
 
 
 def end_mpi(mpi: Any, seconds: float) -> None:
-    """MPI_Finalize, which waits for all ranks and lets no thread run: the process ends after `seconds` all the same."""
+    """MPI_Finalize, which waits for all ranks: the process ends after `seconds` all the same."""
     if not mpi.Is_finalized():
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
-        mpi.Finalize()
-        faulthandler.cancel_dump_traceback_later()
+        with bounded(seconds, "MPI_Finalize"):
+            mpi.Finalize()
 
 
 def _control(comm: str) -> tuple[Any, str]:
     """The communicator for control traffic, and why: MPI_COMM_WORLD where there is more than this process."""
     launched = launched_ranks()
-    if comm == "none" and launched > 1:
-        raise UserError(f"--comm none with {launched} ranks: leave it out, or start one process")
+    if comm == "none" and launched > 1:  # a shell inside srun -n 4 --pty, say
+        return (
+            SingleControl(),
+            f"one process, as --comm none asks, though the launcher counts {launched} ranks",
+        )
     if comm in ("auto", "none") and launched == 1:
         return SingleControl(), "one process: no mpirun or srun started more"
     try:
@@ -110,7 +109,7 @@ def _control(comm: str) -> tuple[Any, str]:
     if world.Get_size() == 1 and launched > 1:
         raise UserError(
             f"{launched} ranks were started but MPI sees 1 in each: launcher and MPI library do not match;"
-            " use the mpirun of this MPI library, or srun --mpi=pmix"
+            " use the mpirun of this MPI library, or srun --mpi=pmix; for one process alone give --comm none"
         )
     return world, f"{world.Get_size()} ranks over MPI"
 
@@ -144,14 +143,14 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
-    forms = control.allgather(sorted(chosen.forms))
+    forms = control.allgather(sorted(chosen.algorithms))
     if forms != forms[:1] * len(forms):
         odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
         raise UserError(
             f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
             " same libraries for all ranks"
         )
-    if precision == "bf16" and "cudnn" not in chosen.forms:
+    if precision == "bf16" and "cudnn" not in chosen.algorithms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why
 
@@ -200,7 +199,7 @@ def _device_communicator(
         device,
         watchdog,
         lambda: backend.xp.zeros(1, "float32"),
-        backend.branch,
+        backend.side_stream,
     ), ""
 
 

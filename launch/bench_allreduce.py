@@ -24,7 +24,7 @@ from rich.console import Console
 from distrib.errors import EXIT_CRASH, UserError
 from distrib.world import World, connect
 from launch.measure import AsJson, Repeats, machine, spread
-from nn.backend import Array
+from nn.array import Array
 
 CHOICES = {
     "comm": ("auto", "mpi", "nccl"),

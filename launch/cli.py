@@ -11,6 +11,7 @@ import typer
 
 import distrib  # first: it sets the number of BLAS threads before NumPy is imported
 from distrib.command import run_app, train_command
+from launch.entry import one_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,6 +70,7 @@ def options(
 
 
 @app.command()
+@one_process
 def evaluate(
     checkpoint: Model,
     data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
@@ -83,11 +85,12 @@ def evaluate(
     from distrib.comm import SingleCommunicator
     from distrib.errors import UserError
     from distrib.evaluate import evaluate as run
-    from distrib.predict import load
+    from launch.records import shown
+    from launch.runs import load_model
 
     if limit_test is not None and limit_test < 1:
         raise UserError(f"--limit-test {limit_test}: give 1 or more")
-    found = load(checkpoint)
+    found = load_model(checkpoint)
     test = mnist.load(data, limit_test=limit_test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {
@@ -101,7 +104,8 @@ def evaluate(
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"{found.path}: test accuracy {accuracy:.2f} %, loss {loss:.4f} on {result['images']} images of {test.name}"
+            f"{shown(str(found.path))}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+            f" on {result['images']} images of {shown(test.name)}"
         )
 
 
@@ -116,7 +120,7 @@ def _add_commands() -> None:
     from launch.submit import submit
     from launch.watch import watch
 
-    for command in (predict, watch, report, export, reproduce, scale, doctor, submit):
+    for command in (one_process(predict), watch, report, export, reproduce, scale, doctor, submit):
         app.command()(command)
     app.add_typer(bench.app, name="bench")
 

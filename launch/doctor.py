@@ -1,7 +1,8 @@
 """`distrib doctor`: what this machine offers the trainer, what is wrong with it, and the remedy.
 
-MPI, CUDA and file systems may hang, and the first two may end the process that they are in. So a rank does nothing but
-listen to a child of its own (`probe`), which tells before each check what it has found and what comes next.
+MPI, CUDA and file systems may hang, and the first two may end the process that they are in. So a rank does
+nothing but listen to a child of its own (`probe`), which tells before each check what it has found and what
+comes next.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from threadpoolctl import threadpool_info
 from distrib import __version__, launched_rank, launched_ranks, mnist
 from distrib.console import on_terminal
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.files import expanded, printable
 from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
 from launch.bench_allreduce import Values
-from nn.backend import cupy_version, import_cupy
+from nn.cuda.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 STATES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}  # from good to bad
@@ -52,8 +54,12 @@ DIFFERING = dict.fromkeys(("Python", "BLAS", "CuPy", "NCCL", "cuDNN", "MPI libra
 """State of what the ranks should find alike and do not."""
 ELEMENTS, REPEATS = 1 << 14, 20
 LITTLE, TOO_LITTLE = 1 << 30, 100 << 20
-"""Bytes of free disk. A checkpoint of the whole network with Adam takes 30 MB; while it is written, one more is there."""
+"""Bytes of free disk. A checkpoint of the whole network with Adam takes 30 MB; to write it, as much again."""
+ANSWER = 30.0
+"""Seconds that `mpirun --version` may take: a busy machine is no broken one."""
 MARK = "distrib-doctor "
+MOST_SAID = 2000
+"""Letters of a finding that are shown."""
 
 
 class Finding(NamedTuple):
@@ -116,10 +122,8 @@ def blas_pool() -> dict[str, Any]:
 
 def blas() -> Finding:
     if pool := blas_pool():
-        return Finding(
-            OK,
-            f"NumPy {np.__version__}, {pool['internal_api']} {pool.get('version')}, {pool['num_threads']} thread(s) a rank",
-        )
+        library = f"{pool['internal_api']} {pool.get('version')}"
+        return Finding(OK, f"NumPy {np.__version__}, {library}, {pool['num_threads']} thread(s) a rank")
     return Finding(
         WARNING,
         f"NumPy {np.__version__}, its BLAS is not known",
@@ -137,26 +141,20 @@ def data(folder: str | None) -> Finding:
             "copy the four files again, or leave --data out" if folder else "install the package again",
         )
     how = "not known to us" if folder else "as shipped"
-    return Finding(
-        OK,
-        f"{found.name}: {len(found.train_images)} + {len(found.test_images)} images, SHA-256 {found.digest()[:12]}…, {how}",
-    )
+    images = f"{len(found.train_images)} + {len(found.test_images)} images"
+    return Finding(OK, f"{found.name}: {images}, SHA-256 {found.digest()[:12]}…, {how}")
 
 
 def disk(run_dir: str) -> Finding:
-    place = next(
-        path for path in (Path(run_dir).absolute(), *Path(run_dir).absolute().parents) if path.exists()
-    )
+    place = Path(run_dir).absolute()
     try:
+        place = next(path for path in (place, *place.parents) if path.exists())
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(1 << 16))
         free = shutil.disk_usage(place).free
     except OSError as error:
-        return Finding(
-            FAILURE,
-            f"{place}: cannot be written ({error.strerror})",
-            "give --run-dir in a folder of yours on a disk with space",
-        )
+        said = f"{place}: cannot be written ({error.strerror})"
+        return Finding(FAILURE, said, "give --run-dir in a folder of yours on a disk with space")
     state = FAILURE if free < TOO_LITTLE else WARNING if free < LITTLE else OK
     return Finding(
         state, f"{free / 1e9:.1f} GB free at {place}", "free some, or give --run-dir on another disk"
@@ -259,7 +257,7 @@ def launcher() -> Finding:
             "put your MPI's bin folder there, or pip install 'distrib[mpi]'",
         )
     said = subprocess.run(
-        [mpirun, "--version"], capture_output=True, text=True, timeout=10, errors="replace"
+        [mpirun, "--version"], capture_output=True, text=True, timeout=ANSWER, errors="replace"
     ).stdout
     found += f"; {mpirun} is of {family(said)} {version(said)}"
     library = mpi.Get_library_version() if mpi else said
@@ -276,7 +274,7 @@ def cudnn(world: World | None) -> Finding:
     frontend = installed("nvidia-cudnn-frontend")
     if not devices():
         return Finding(OK, f"not needed without a GPU ({frontend})")
-    if form := world and world.backend.forms.get("cudnn"):
+    if form := world and world.backend.algorithms.get("cudnn"):
         return Finding(OK, f"{form.version}, {frontend}")
     why = (
         " ".join(world.backend.notes) or world.reason
@@ -323,9 +321,8 @@ def threads(facts: list[Facts]) -> Finding:
     for host in dict.fromkeys(fact.host for fact in facts):
         own = [fact for fact in facts if fact.host == host]
         cores = len({core for fact in own for core in fact.cores})
-        found.append(
-            f"{len(own)} rank(s) × {max(fact.threads for fact in own)} BLAS thread(s) on {cores} core(s) of {host}"
-        )
+        most_threads = max(fact.threads for fact in own)
+        found.append(f"{len(own)} rank(s) × {most_threads} BLAS thread(s) on {cores} core(s) of {host}")
         if sum(fact.threads for fact in own) > cores or any(fact.threads > len(fact.cores) for fact in own):
             most = min(most, cores // len(own), *(len(fact.cores) for fact in own))
     remedy = f"set OMP_NUM_THREADS={most}" if most else "start a rank per core, or fewer"
@@ -388,10 +385,8 @@ def all_reduce(world: World) -> Finding:
             f"of {ELEMENTS} sums are wrong: {', '.join(bad)} ({how})",
             "find the broken link or library; until then --comm mpi",
         )
-    return Finding(
-        OK,
-        f"{ELEMENTS} sums over {world.size} rank(s) right, {max(s for _, s in everyone) * 1e6:.0f} µs, with {how}",
-    )
+    slowest = max(seconds for _, seconds in everyone)
+    return Finding(OK, f"{ELEMENTS} sums over {world.size} rank(s) right, {slowest * 1e6:.0f} µs, with {how}")
 
 
 def merge(everyone: list[list[Finding]]) -> list[Finding]:
@@ -480,9 +475,17 @@ def probe(timeout: float, folder: str | None, run_dir: str) -> None:
 
 def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
     """What a child of this process finds, and whether it lived to say so."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from launch.doctor import probe; probe({timeout!r}, {folder!r}, {run_dir!r})"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, errors="replace", close_fds=False)  # fmt: skip  # a launcher may have left us an open socket
+    arguments = f"{timeout!r}, {folder!r}, {run_dir!r}"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from launch.doctor import probe; probe({arguments})"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        close_fds=False,  # a launcher may have left us an open socket
+    )
     doing, found, said, why = "the start of Python", [], "", ""
 
     def listen() -> None:
@@ -513,15 +516,11 @@ def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
     child.kill()
     if not why:
         return found
-    return [
-        *found,
-        Finding(
-            FAILURE,
-            f"{doing}: {why}" + (f": {said}" if said else ""),
-            "read what other ranks say; all need one MPI library; under srun --mpi=pmix is for Open MPI, --mpi=pmi2 for MPICH",
-            "outcome",
-        ),
-    ]
+    remedy = (
+        "read what other ranks say; all need one MPI library; under srun --mpi=pmix is for Open MPI,"
+        " --mpi=pmi2 for MPICH"
+    )
+    return [*found, Finding(FAILURE, f"{doing}: {why}" + (f": {said}" if said else ""), remedy, "outcome")]
 
 
 def show(findings: list[Finding]) -> None:
@@ -531,7 +530,8 @@ def show(findings: list[Finding]) -> None:
     )  # a log file has no width
     table = Table(show_header=False, box=None, pad_edge=False)
     for state, found, remedy, name in findings:
-        table.add_row(Text(state, STATES[state]), name, Text(found + (f"\n→ {remedy}" if remedy else "")))
+        said = printable(found, MOST_SAID) + (f"\n→ {printable(remedy)}" if remedy else "")
+        table.add_row(Text(state, STATES[state]), name, Text(said))
     with console.capture() as text:
         console.print(table)
     print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
@@ -543,30 +543,26 @@ def doctor(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Seconds after which a wait for another rank is given up; all together take at most twice as long."
+            help="Seconds to wait for another rank before giving up; all checks take at most twice as long."
         ),
     ] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check this machine for the trainer: alone, or on all ranks that mpirun or srun started. Exit code 2 if a check failed.
+    """Check this machine for the trainer: alone, or on all ranks that mpirun or srun started.
 
-    Example: mpirun -n 2 distrib doctor
+    Exit code 2 if a check failed. Example: mpirun -n 2 distrib doctor
     """
     if not 0 < timeout < math.inf:
         raise UserError(f"--timeout {timeout:g}: give a finite number above 0")
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # with it mpirun ends the job; there is time for the report
-    findings = ask(timeout, data, str(run_dir))
-    if (
-        launched_rank() > 0
-    ):  # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
+    # with SIGTERM mpirun ends the job; there is time for the report
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    findings = ask(timeout, data, str(expanded(str(run_dir), "--run-dir")))
+    # rank 0 speaks for all, and its exit code is the job's: one of ours would end the job before it spoke
+    if launched_rank() > 0:
         if findings[-1].state == FAILURE:
-            print(
-                f"distrib doctor: rank {launched_rank()} on {socket.gethostname()}: {findings[-1].found}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = printable(findings[-1].found, MOST_SAID)
+            rank = f"rank {launched_rank()} on {socket.gethostname()}"
+            print(f"distrib doctor: {rank}: {said}", file=sys.stderr, flush=True)
         return
     if as_json:
         print(

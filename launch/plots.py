@@ -1,4 +1,4 @@
-"""How figures and pages look, and how figures leave: as SVG in a page, or as PNG files. Needs the extra `report`."""
+"""How figures and pages look, and how they leave: SVG in a page, or PNG files. Needs the extra `report`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import distrib
-from distrib.checkpoint import write_atomically
 from distrib.errors import UserError
+from distrib.files import printable, reason, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito (2008): told apart by the colour-blind; dashes tell what comes after the last."""
+
+MOST_LETTERS = 34
+"""Letters of a name in a legend: two such columns fit below a plot."""
 
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -56,6 +59,7 @@ def render(template: str, **values: Any) -> str:
 
     loader = jinja2.PackageLoader("launch", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["short"] = short
     return environment.get_template(template).render(
         version=distrib.__version__, made=time.strftime("%Y-%m-%d %H:%M"), **values
     )
@@ -87,27 +91,42 @@ def svg(made: Figure, title: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A name for a legend: no mathematics, nothing that cannot be shown."""
-    return shown(name).replace("$", r"\$")
+    """A name for a legend: short, no mathematics, nothing that cannot be shown."""
+    return short(printable(name), MOST_LETTERS).replace("$", r"\$")
 
 
-def shown(name: str) -> str:
-    """A name, of a folder say, with what cannot be shown replaced."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+def short(name: str, most: int) -> str:
+    """`name` in at most `most` letters, its middle left out: names of runs differ at their ends."""
+    head = most // 2
+    return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+
+
+def require_place(path: Path) -> None:
+    """UserError where no file can be at `path`: no folder for it, or a folder, device or FIFO is there."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: make it, or give another place")
+    if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: give a file's name")
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """`path` holds all of a result, or what it held before."""
-    try:
-        write_atomically(path, content.encode(errors="replace") if isinstance(content, str) else content)
-    except UserError as error:  # whose remedy is a run's
-        raise UserError(f"{str(error).partition(';')[0]}; nothing was written") from None
+    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
+    require_place(path)
+    data = content.encode(errors="replace") if isinstance(content, str) else content
+    write_atomically(path, data, "; nothing was written")
 
 
 def save(made: Figure, path: Path) -> None:
     """The figure as a PNG file."""
+    make_folder(path.parent)
+    file = io.BytesIO()
+    made.savefig(file, format="png", metadata={"Software": None})
+    write(path, file.getvalue())
+
+
+def make_folder(path: Path) -> None:
+    """`path` is a folder; UserError where it cannot be made."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.savefig(path, format="png", metadata={"Software": None})
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): give another place") from None
+        raise UserError(f"{path}: cannot be made {reason(error, path)}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
+from rich.markup import escape
 from rich.progress import Progress
 
 from distrib.console import on_terminal
 from distrib.errors import UserError
+from distrib.files import printable
 from distrib.predict import probabilities
-from launch.plots import figure, plain, render, save, shown, svg, write
-from launch.runs import RunData, logits_of_test_images, read_run, smooth
+from launch.entry import one_process
+from launch.plots import figure, plain, render, save, svg, write
+from launch.records import shown
+from launch.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WORST = 24
 """Wrongly classified digits that a page shows of each run."""
+
+COLUMNS, COMPUTED, LEGEND, BARS = 4, 8, 21, 30
+"""Most runs with a column each; whose models are run for digits; with a line in a legend; with a bar."""
 
 UNLIKE = ("label_smoothing", "shift", "rotate", "average")
 """Options with which training and test loss are not of the same kind."""
@@ -62,13 +70,13 @@ class Digits:
         ]
 
 
-def digits(run: RunData) -> Digits | str:
-    """Confusion matrix and mistakes of the run's last checkpoint; why not, where it has none or its data is gone."""
+def digits(run: RunData, compute: bool = True) -> Digits | str:
+    """Confusion matrix and mistakes of the last checkpoint, or why not: there is none, or no data."""
     try:
-        logits, data, step = logits_of_test_images(run)
-    except UserError as error:
-        return str(error)
-    labels, said = data.test_labels, logits.argmax(1)
+        logits, images, labels, step = logits_of_test_images(run, compute)
+    except (UserError, OSError) as error:
+        return printable(str(error))
+    said = logits.argmax(1)
     confusion = np.zeros((10, 10), int)
     np.add.at(confusion, (labels, said), 1)
     probability = probabilities(logits.astype("float64"), run.config["loss"]).max(1)
@@ -80,7 +88,7 @@ def digits(run: RunData) -> Digits | str:
             "label": int(labels[i]),
             "said": int(said[i]),
             "probability": 100 * float(probability[i]),
-            "picture": _picture(data.test_images[i]),
+            "picture": _picture(images[i]),
         }
         for i in surest
     ]
@@ -95,69 +103,74 @@ def _picture(image: np.ndarray) -> str:
 
 
 def _loss(ax: Axes, runs: list[RunData]) -> None:
+    most = points_of(runs)
     for run in runs:
-        epochs, values = run.curve("loss")
-        (line,) = ax.plot(epochs, smooth(values), label=plain(run.name))
+        epochs, values = run.curve("loss", most)
+        (line,) = ax.plot(epochs, smooth(values), label=label_of(run, runs))
         if len(runs) == 1:
-            ax.plot(
-                epochs, np.maximum(values, 1e-7), color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1
-            )
-        epochs, values = run.by_epoch("test_loss")
-        ax.plot(
-            epochs,
-            values,
-            "o",
-            color=line.get_color(),
-            markersize=4,
-            label="test" if len(runs) == 1 else None,
-        )
+            pale = np.maximum(values, 1e-7)
+            ax.plot(epochs, pale, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
+        epochs, values = run.by_epoch("test_loss", most)
+        label = "test" if len(runs) == 1 else None
+        ax.plot(epochs, values, "o", color=line.get_color(), markersize=4, label=label)
     ax.set_yscale("log")
     ax.set(title="Loss (lines: training, smoothed; points: test)", xlabel="epoch")
 
 
 def _accuracy(ax: Axes, runs: list[RunData]) -> None:
+    most = points_of(runs)
     for run in runs:
-        epochs, values = run.by_epoch("test_accuracy")
-        (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=plain(run.name))
-        epochs, values = run.by_epoch("train_accuracy")
-        ax.plot(
-            epochs,
-            values,
-            marker=".",
-            linestyle=line.get_linestyle(),
-            color=line.get_color(),
-            alpha=0.4,
-            linewidth=0.9,
-        )
+        epochs, values = run.by_epoch("test_accuracy", most)
+        (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=label_of(run, runs))
+        look: dict[str, Any] = {"linestyle": line.get_linestyle(), "color": line.get_color()}
+        epochs, values = run.by_epoch("train_accuracy", most)
+        ax.plot(epochs, values, marker=".", alpha=0.4, linewidth=0.9, **look)
     ax.set(title="Accuracy, % (strong: test; pale: training)", xlabel="epoch")
 
 
 def _rate(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
-        ax.plot(*run.curve("lr"))
+        ax.plot(*run.curve("lr", points_of(runs)))
     ax.set(title="Learning rate", xlabel="epoch")
     ax.set_ylim(bottom=0)
 
 
 def _throughput(ax: Axes, runs: list[RunData]) -> None:
     for run in runs:
-        ax.plot(*run.curve("images_per_second"))
+        ax.plot(*run.curve("images_per_second", points_of(runs)))
     ax.set(title="Images/s", xlabel="epoch")
     ax.set_ylim(bottom=0)
 
 
+def label_of(run: RunData, runs: list[RunData]) -> str:
+    """A run's name, shortened for a legend; numbered where another is shortened to the same."""
+    label = plain(run.name)
+    alike = [each for each in runs if plain(each.name) == label] if len(runs) <= BARS else [run]
+    return label if len(alike) == 1 else f"{alike.index(run) + 1}: {label}"
+
+
+def points_of(runs: list[RunData]) -> int:
+    """Points of a run's curve: together at most as many as of LEGEND runs."""
+    return max(20, min(2 * POINTS, LEGEND * POINTS // len(runs)))
+
+
 def _time(ax: Axes, runs: list[RunData]) -> None:
-    timed = [(plain(run.name), parts) for run in runs if (parts := run.parts_ms())]
-    left = np.zeros(len(timed))
-    for part in ("compute", "communication", "data"):
+    timed = [(label_of(run, runs), parts) for run in runs if (parts := run.parts_ms())]
+    title = "Where a step's time goes, ms (the first rank's clock)"
+    if len(timed) > BARS:
+        title = f"Where a step's time goes, ms (the first {BARS} of {len(timed)} runs)"
+    timed = timed[:BARS]
+    left, places = np.zeros(len(timed)), np.arange(len(timed))
+    for part in PARTS:
         width = np.array([parts[part] for _, parts in timed])
-        ax.barh([name for name, _ in timed], width, left=left, label=part)
+        ax.barh(places, width, left=left, label=part)
         left += width
+    ax.set_yticks(places, [name for name, _ in timed], fontsize=7)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     made: Any = ax.get_figure()
     made.legend(ncols=3, loc="outside lower center")
-    ax.set(title="Where a step's time goes, ms (the first rank's clock)")
+    made.suptitle(title, x=0.01, ha="left", fontsize=10)  # above the names too: they may be long
 
 
 PLOTS: dict[str, tuple[str, Callable[[Any, list[RunData]], None]]] = {
@@ -171,59 +184,99 @@ PLOTS: dict[str, tuple[str, Callable[[Any, list[RunData]], None]]] = {
 
 def draw(runs: list[RunData], use: Callable[[Any, str, str], None]) -> None:
     """Make each plot and hand it to `use(figure, name, title)`."""
+    timed = sum(run.parts_ms() is not None for run in runs)
+    named = 1 < len(runs) <= LEGEND
     for name, (title, plot) in PLOTS.items():
-        if name == "time" and not any(run.parts_ms() for run in runs):
+        if name == "time" and not timed:
             continue
-        height = max(2.2, 1.2 + 0.3 * len(runs)) if name == "time" else 3.0
-        with figure(6.0, height) as (made, (ax,)):
+        legend = named and name in ("loss", "accuracy")
+        height = max(2.2, 1.2 + 0.3 * min(timed, BARS)) if name == "time" else 3.0
+        with figure(6.0, height + (0.2 + 0.16 * -(-len(runs) // 2) if legend else 0)) as (made, (ax,)):
             plot(ax, runs)
-            if len(runs) > 1 and name in ("loss", "accuracy"):
-                ax.legend(fontsize=7, ncols=2)
+            if legend:  # below, where names of any length cover no curve
+                made.legend(fontsize=7, ncols=2, loc="outside lower center")
             use(made, name, title)
 
 
-def rows(
-    runs: list[RunData], part: Callable[[RunData], dict[str, Any]], differing: bool
-) -> list[tuple[str, list[str]]]:
-    """(name, value of each run), all of them or only those that differ between runs."""
+Rows = list[tuple[str, list[str]]]
+
+
+def rows(runs: list[RunData], part: Callable[[RunData], dict[str, Any]]) -> Rows:
+    """(name, value of each run) of whatever any of them has."""
     names = list(dict.fromkeys(name for run in runs for name in part(run)))
-    found = [
-        (name, ["–" if (value := part(run).get(name)) is None else str(value) for run in runs])
-        for name in names
+    values = [[part(run).get(name) for run in runs] for name in names]
+    return [
+        (name, ["–" if value is None else printable(str(value), 100) for value in each])
+        for name, each in zip(names, values, strict=True)
     ]
-    return [row for row in found if not differing or len(set(row[1])) > 1]
+
+
+@dataclass
+class Table:
+    """A table of a page: a column for each run, or of more than COLUMNS runs a line for each."""
+
+    first: str
+    heads: list[str]
+    rows: Rows
+
+    @classmethod
+    def of(cls, runs: list[RunData], found: Rows, first: str = "") -> Table:
+        names = [run.name for run in runs]
+        if len(runs) <= COLUMNS:
+            return cls(first, names, found)
+        turned = [(name, [values[i] for _, values in found]) for i, name in enumerate(names)]
+        return cls("run", [name for name, _ in found], turned)
+
+
+def same_and_other(runs: list[RunData], found: Rows, first: str) -> list[Table]:
+    """What is the same in all runs, in one column, and what is not; of a single run all in one."""
+    if len(runs) == 1:
+        return [Table.of(runs, found, first)]
+    same = [(name, values[:1]) for name, values in found if len(set(values)) == 1]
+    other = [row for row in found if len(set(row[1])) > 1]
+    return [
+        *([Table(first, ["all runs"], same)] if same else []),
+        *([Table.of(runs, other, first)] if other else []),
+    ]
+
+
+def figure_of(run: RunData, field: str, form: str) -> str:
+    """A figure of the result, or of the last lines while there is none."""
+    value = run.summary.get(field)
+    value = run.last.get(field) if value is None else value
+    return "–" if value is None else shown(form.format(value))
 
 
 def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) -> str:
     """The whole page, self-contained."""
-
-    def figure_of(run: RunData, field: str, form: str) -> str:
-        value = run.summary.get(field)
-        value = run.last.get(field) if value is None else value
-        return "–" if value is None else form.format(value)
-
     plots: list[str] = []
     draw(runs, lambda made, _, title: plots.append(svg(made, title)))
     details = []
     for run in runs:
         progress(run.name)
-        details.append((run, digits(run)))
+        details.append((run, digits(run, len(runs) <= COMPUTED)))
+    summary = [(label, [figure_of(run, *what) for run in runs]) for label, what in SUMMARY.items()]
+    options = rows(runs, lambda run: run.config)
+    differing = [(name, each) for name, each in options if name != "run_dir" and len(set(each)) > 1]
+    folders = " ".join(shlex.quote(shown(str(run.path))) for run in runs[:COMPUTED])
     return render(
         "report.html.j2",
         runs=runs,
         plots=plots,
+        named=len(runs) <= LEGEND,
         details=details,
-        summary=[(label, [figure_of(run, *what) for run in runs]) for label, what in SUMMARY.items()],
+        accuracy=summary[0][1][0],
+        results=Table.of(runs, [("state", [run.state for run in runs]), *summary]),
         parts=[(run.name, run.parts_ms()) for run in runs],
-        config=rows(runs, lambda run: run.config, differing=False),
         unlike=[run.name for run in runs if any(run.config[name] for name in UNLIKE)],
-        differences=rows(
-            runs, lambda run: {k: v for k, v in run.config.items() if k != "run_dir"}, differing=True
-        ),
-        environment=rows(runs, lambda run: run.environment, differing=False),
+        differences=Table.of(runs, differing, "option") if differing else None,
+        config=same_and_other(runs, options, "option"),
+        environment=same_and_other(runs, rows(runs, lambda run: run.environment), ""),
+        command=f"distrib report {folders}{' …' if len(runs) > COMPUTED else ''}",
     )
 
 
+@one_process
 def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="RUN…", help="Folders of runs; several are compared.")
@@ -237,7 +290,7 @@ def report(
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write the plots alone, as PNG files.")] = False,
 ) -> None:
-    """A page for one run, or for a comparison of several: curves, tables, and the digits that were taken for others.
+    """A page for one run, or a comparison of several: curves, tables, and digits that were taken for others.
 
     Self-contained, without JavaScript, fit for a phone and for print; also of a run that is still going on.
 
@@ -248,7 +301,7 @@ def report(
       distrib report runs/a runs/b --out comparison.html
     """
     runs = [read_run(folder) for folder in folders]
-    if not any(run.steps or run.epochs for run in runs):
+    if not any(run.log.steps or run.log.epochs for run in runs):
         raise UserError(f"{folders[0]}: nothing was logged yet (metrics.jsonl): wait for its first steps")
     names = [run.name for run in runs]
     for run in runs:  # of runs in folders of one name, the whole path tells
@@ -258,13 +311,11 @@ def report(
     if png:
         folder = out or home / "plots"
         draw(runs, lambda made, name, _: save(made, folder / f"{name}.png"))
-        print(f"{folder}: {len(list(folder.glob('*.png')))} plots")
+        print(f"{shown(str(folder))}: {len(list(folder.glob('*.png')))} plots")
         return
     with Progress(disable=not on_terminal(), transient=True) as bar:
         task = bar.add_task("looking at digits", total=len(runs))
-        text = page(
-            runs, lambda name: bar.update(task, advance=1, description=f"looking at digits of {name}")
-        )
+        text = page(runs, lambda name: bar.update(task, advance=1, description=f"digits of {escape(name)}"))
     path = out or home / "report.html"
     write(path, text)
-    print(f"{path}: {len(runs)} run(s), {len(text) / 1e6:.1f} MB")
+    print(f"{shown(str(path))}: {len(runs)} run(s), {len(text) / 1e6:.1f} MB")

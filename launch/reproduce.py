@@ -1,8 +1,8 @@
 """`distrib reproduce`: all that the reference reports, run here, in one report beside its own figures.
 
-The reference is a CuPy and NumPy implementation of the same network; its figures are those of single runs on an
-H800 GPU, its NumPy one with loops on an 11th-generation i9. Each run has a folder, named after its options: what is there
-is not run again, what was stopped is gone on with.
+The reference is a CuPy and NumPy implementation of the same network; its figures are those of single runs on
+an H800 GPU, its NumPy one with loops on an 11th-generation i9. Each run has a folder, named after its
+options: what is there is not run again, what was stopped is resumed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +25,16 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distrib import mnist, sampler
-from distrib.checkpoint import write_atomically
 from distrib.command import parse
 from distrib.console import on_terminal
 from distrib.errors import EXIT_REQUEUE, UserError
+from distrib.files import fits, open_to_read, read_json, write_atomically
 from launch.bench_run import mpirun
 from launch.doctor import devices
-from launch.measure import child_environment, machine, refuse_launcher, require_torch
-from launch.plots import figure, render, save, svg, write
+from launch.entry import one_process
+from launch.measure import child_environment, machine, require_torch
+from launch.plots import figure, make_folder, render, save, svg, write
+from launch.records import brief, is_figure, line_of, read_summary, shown
 from launch.runs import RunData, read_run, smooth
 
 PARTS = ("accuracy", "ablation", "curves", "time")
@@ -115,7 +118,8 @@ class Settings:
         """For people."""
         images = f"{self.limit_train or mnist.TRAINING_IMAGES:,} training images"
         few = f", {self.limit_test:,} test images" if self.limit_test else ""
-        return f"{self.epochs} epoch(s) of {images}{few}, batch {BATCH}, rate {RATE:g}, width {self.width:g}, {self.seeds} seed(s)"
+        how = f"batch {BATCH}, rate {RATE:g}, width {self.width:g}, {self.seeds} seed(s)"
+        return f"{self.epochs} epoch(s) of {images}{few}, {how}"
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,14 @@ class Job:
     def finished(self) -> bool:
         """Whether it has its result."""
         path = self.folder / "summary.json"
-        return path.exists() and bool(json.loads(path.read_text()).get("finished"))
+        return path.exists() and bool(read_summary(path)["finished"])
 
     def step(self) -> int:
-        """Steps done, by its last line of metrics.jsonl."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
-                return int(json.loads(file.read().splitlines()[-1])["step"])
-        except (OSError, ValueError, IndexError, KeyError):
-            return 0
+        """Steps done, by the last line of metrics.jsonl."""
+        with suppress(OSError, IndexError), open_to_read(self.folder / "metrics.jsonl") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+            return (line_of(file.read(1000).splitlines()[-1]) or {}).get("step", 0)
+        return 0
 
 
 def all_threads() -> int:
@@ -154,7 +156,7 @@ def key(values: Any) -> str:
 
 
 def jobs(part: str, settings: Settings, out: Path) -> list[Job]:
-    """The runs of a part. The number of ranks changes nothing but the speed, so it is no part of a run's name."""
+    """The runs of a part. The number of ranks changes only the speed, so it is no part of a run's name."""
     found = []
     for row in ROWS[part]:
         for seed in range(settings.seeds):
@@ -185,8 +187,8 @@ def jobs(part: str, settings: Settings, out: Path) -> list[Job]:
 
 
 def execute(job: Job, show: Callable[[int], None]) -> None:
-    """Run a job to its end; a Ctrl-C stops it with a checkpoint first. UserError with its last words where it fails."""
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    """Run a job to its end; Ctrl-C stops it with a checkpoint. UserError with its last words if it fails."""
+    make_folder(job.folder.parent)
     log = job.folder.with_suffix(".log")
     threads = all_threads() if job.row.torch else 1
     with open(log, "ab") as file:
@@ -214,8 +216,8 @@ def execute(job: Job, show: Callable[[int], None]) -> None:
         said = log.read_bytes()[earlier:].decode(errors="replace")
         words = [line for line in said.splitlines() if line.startswith("distrib")]
         raise UserError(
-            f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'}; see {log};"
-            " the same command goes on once the cause is gone"
+            f"{job.folder.name} ended with code {child.returncode}: {words[-1] if words else 'no word'};"
+            f" see {log}; give the same command to resume once the cause is gone"
         )
 
 
@@ -295,8 +297,10 @@ def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
                 for job in jobs(part, stored[part], out)
                 if job.row.name == row.name and job.finished()
             ]
-            test = spread([run.summary["test_accuracy"] for run in runs])
-            train = spread([run.summary["train_accuracy"] for run in runs])
+            test, train = (
+                spread([value for run in runs if (value := run.summary.get(name)) is not None])
+                for name in ("test_accuracy", "train_accuracy")
+            )
             rows.append(
                 (
                     row.label,
@@ -315,7 +319,39 @@ def tables(stored: dict[str, Settings], out: Path) -> list[dict[str, Any]]:
         )
         found.append({"title": title, "note": note, "heads": heads, "rows": rows})
     if "time" in stored and (path := times_path(stored["time"], out)).exists():
-        found.append(time_table(stored["time"], json.loads(path.read_text())))
+        found.append(time_table(stored["time"], read_times(path)))
+    return found
+
+
+def read_times(path: Path) -> dict[str, Any]:
+    """What `measure_times` wrote; UserError where it is something else."""
+    found = read_json(path, remedy="remove it, to measure again")
+    rates, commands = found.get("images_per_second"), found.get("commands")
+    sound = isinstance(rates, dict) and isinstance(commands, dict) and isinstance(found.get("machine"), str)
+    sound = sound and all(isinstance(text, str) for text in dict(commands or {}).values())
+    for each in dict(rates or {}).values() if sound else ():
+        sound = sound and isinstance(each, list) and bool(each) and all(is_figure(x) and x > 0 for x in each)
+    if not sound:
+        raise UserError(f"{path}: holds no times of this program: remove it, to measure again")
+    rates, commands = dict(rates or {}), dict(commands or {})
+    return {
+        "machine": shown(found["machine"]),
+        "images_per_second": {shown(way): each for way, each in rates.items()},
+        "commands": {way: shown(text) for way, text in commands.items()},
+    }
+
+
+def read_settings(path: Path) -> dict[str, Settings]:
+    """The parts that were asked for before, with their settings; UserError where somebody damaged them."""
+    kinds = {each.name: str(each.type) for each in fields(Settings)}
+    found = {}
+    for part, values in read_json(path, remedy="restore it, or give another --out").items():
+        sound = part in PARTS and isinstance(values, dict) and values.keys() == kinds.keys()
+        if not (sound and all(fits(kinds[name], value) for name, value in values.items())):
+            raise UserError(f"{path}: holds no settings of {brief(part)}: restore it, or give another --out")
+        found[part] = Settings(**values)
+        if min(found[part].epochs, found[part].seeds, found[part].ranks) < 1:
+            raise UserError(f"{path}: a number of {part} is below 1: restore it, or give another --out")
     return found
 
 
@@ -342,8 +378,9 @@ def time_table(settings: Settings, measured: dict[str, Any]) -> dict[str, Any]:
             )
         )
     note = (
-        f"{settings.epochs} epoch(s), {images:,} images in all, batch {BATCH}, extrapolated from a few steps (of the plain loops"
-        f" one at a time); median (least–most); {measured['machine']}; by {'; '.join(measured['commands'].values())}"
+        f"{settings.epochs} epoch(s), {images:,} images in all, batch {BATCH}, extrapolated from a few"
+        f" steps (of the plain loops one at a time); median (least–most); {measured['machine']};"
+        f" by {'; '.join(measured['commands'].values())}"
     )
     return {
         "title": "Seconds of training",
@@ -400,6 +437,7 @@ def write_report(stored: dict[str, Settings], out: Path) -> None:
     write(out / "report.html", render("reproduce.html.j2", tables=found, plots=plots, machine=machine()))
 
 
+@one_process
 def reproduce(
     only: Annotated[
         str | None, typer.Option(help="A part alone: accuracy, ablation, curves or time.")
@@ -422,15 +460,14 @@ def reproduce(
         bool, typer.Option("--report", help="Run nothing: write the report of what is there.")
     ] = False,
 ) -> None:
-    """All that the reference reports: accuracies, the ablation, loss curves, the table of times, beside its figures.
+    """All that the reference reports: accuracies, ablation, loss curves, times, beside its own figures.
 
-    With the reference's settings that is six runs, each more than half an hour on two cores. It can be stopped (Ctrl-C) and taken up
-    again by the same command, and run in parts; the report, OUT/report.html and OUT/report.md, holds the parts that were run, each
-    with the settings it was last asked for with.
+    With the reference's settings that is six runs, each more than half an hour on two cores. It can be
+    stopped (Ctrl-C) and resumed by the same command, and run in parts. The report, OUT/report.html and
+    OUT/report.md, holds the parts that were run, each with the settings it was last asked for with.
 
     Example: distrib reproduce --only ablation --epochs 1 --limit-train 10000
     """
-    refuse_launcher("distrib reproduce")
     if only not in (None, *PARTS):
         raise UserError(f"--only {only}: choose one of {', '.join(PARTS)}")
     if min(seeds, ranks or 1) < 1:
@@ -441,16 +478,12 @@ def reproduce(
     config = parse(settings.options(0))
     config.resolve(best, mnist.TRAINING_IMAGES, 10_000)  # a mistake is told before anything runs
     path = out / "settings.json"
-    stored = (
-        {part: Settings(**values) for part, values in json.loads(path.read_text()).items()}
-        if path.exists()
-        else {}
-    )
+    stored = read_settings(path) if path.exists() else {}
     wanted = [only] if only else list(PARTS)
     if not report_only:
         if set(wanted) - {"ablation"}:
             require_torch("distrib reproduce, but for --only ablation")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         stored |= dict.fromkeys(wanted, settings)
         write_atomically(
             path, json.dumps({part: asdict(each) for part, each in stored.items()}, indent=2).encode()
@@ -461,9 +494,8 @@ def reproduce(
     if not stored:
         raise UserError(f"{out}: holds nothing yet: leave out --report")
     write_report(stored, out)
-    print(
-        f"{out / 'report.html'} and {out / 'report.md'}: {', '.join(part for part in PARTS if part in stored)}"
-    )
+    parts = ", ".join(part for part in PARTS if part in stored)
+    print(f"{shown(str(out / 'report.html'))} and {shown(str(out / 'report.md'))}: {parts}")
 
 
 def work(parts: list[str], settings: Settings, out: Path) -> int:
@@ -488,16 +520,14 @@ def work(parts: list[str], settings: Settings, out: Path) -> int:
                     bar.console.print(f"{name}: there already") if bar.disable else None
                     continue
                 if bar.disable:
-                    print(
-                        f"{name}: {settings.steps()} steps, from {job.step()}; distrib watch {job.folder} shows it",
-                        flush=True,
-                    )
+                    steps = f"{settings.steps()} steps, from {job.step()}"
+                    print(f"{name}: {steps}; distrib watch {shown(str(job.folder))} shows it", flush=True)
                 task = bar.add_task(name, total=settings.steps(), completed=job.step())
                 execute(job, lambda step, task=task: bar.update(task, completed=step))  # type: ignore[misc]
             if "time" in parts:
                 task = bar.add_task("times", total=None)
                 measure_times(settings, out, lambda way: bar.update(task, description=f"times: {way}"))
     except KeyboardInterrupt:
-        print("distrib: stopped; the same command goes on", file=sys.stderr)
+        print("distrib: stopped; the same command resumes it", file=sys.stderr)
         return EXIT_REQUEUE
     return 0

@@ -1,27 +1,127 @@
-"""A run's folder, read for those who want to look at it: what happened, and what the model says of the test images."""
+"""A run's folder, read for those who want to look at it.
+
+What happened: its options, its logged steps and epochs, its result. And what its model says of the test
+images. A metrics.jsonl of any length is read line by line and kept in bounded memory.
+"""
 
 from __future__ import annotations
 
+import functools
 import gzip
-import json
+import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from distrib import mnist
+from distrib import mnist, predict
 from distrib.config import Config
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.predict import load
+from distrib.files import open_to_read, printable
+from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
-from launch.plots import shown
+from launch.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
 
 POINTS = 600
-"""Most points of a curve: more are averaged, as no screen shows them."""
+"""Points of a curve that are kept at least, and at most twice as many: no screen shows more."""
+
+PARTS = ("compute", "communication", "data")
+
+
+class Curve:
+    """Points (x, y) of any number, in order: neighbours are averaged, so that at most 2·POINTS are kept."""
+
+    def __init__(self) -> None:
+        self._each, self._bins = 1, list[list[float]]()  # [sum of x, sum of y, points]
+
+    def add(self, x: float, y: float) -> None:
+        bins = self._bins
+        if not bins or bins[-1][2] == self._each:
+            if len(bins) == 2 * POINTS:
+                pairs = zip(bins[::2], bins[1::2], strict=True)
+                self._bins = bins = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
+                self._each *= 2
+            bins.append([0.0, 0.0, 0])
+        last = bins[-1]
+        last[0] += x
+        last[1] += y
+        last[2] += 1
+
+    def points(self, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
+        """(x, y), averaged to at most `most`."""
+        if not self._bins:
+            return np.empty(0), np.empty(0)
+        bins = np.array(self._bins)
+        starts = np.arange(0, len(bins), -(-len(bins) // most))
+        x, y, count = np.add.reduceat(bins, starts).T
+        return x / count, y / count
+
+
+@dataclass
+class Log:
+    """What metrics.jsonl tells, taken in line by line."""
+
+    steps: int = 0  # lines
+    epochs: int = 0
+    last_step: int = 0
+    first_epoch: dict[str, Any] = field(default_factory=dict)
+    last_epoch: dict[str, Any] = field(default_factory=dict)
+    of_steps: dict[str, Curve] = field(default_factory=dict)
+    of_epochs: dict[str, Curve] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    timed: int = 0  # steps that `seconds` are of
+    _before: int = 0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take in a line of `line_of`."""
+        self.last_step = max(self.last_step, line["step"])
+        if "loss" not in line:
+            self.epochs += 1
+            self.first_epoch = self.first_epoch or line
+            self.last_epoch = line
+            for name in ("test_loss", "test_accuracy", "train_accuracy"):
+                self._point(self.of_epochs, name, line["epoch"], line)
+            return
+        self.steps += 1
+        for name in ("loss", "lr", "images_per_second"):
+            self._point(self.of_steps, name, line["step"], line)
+        spent = [line.get(f"{part}_seconds", -1) for part in PARTS]
+        if min(spent) >= 0 and line["step"] > self._before:
+            self.timed += line["step"] - self._before
+            for part, more in zip(PARTS, spent, strict=True):
+                self.seconds[part] += more
+        self._before = line["step"]
+
+    @staticmethod
+    def _point(curves: dict[str, Curve], name: str, x: float, line: dict[str, Any]) -> None:
+        y = line.get(name)
+        if y is None or y != y:
+            return
+        if name not in curves:
+            curves[name] = Curve()
+        curves[name].add(x, y)
+
+
+def read_log(path: Path) -> Log:
+    """metrics.jsonl; an empty Log where there is none. UserError where it cannot be read."""
+    log = Log()
+    try:
+        with open_to_read(path) as file:
+            for text, _ in whole_lines(file):
+                if line := line_of(text):
+                    log.add(line)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
+    return log
+
+
+# ---- a run
 
 
 @dataclass
@@ -32,8 +132,7 @@ class RunData:
     name: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    steps: list[dict[str, Any]]
-    epochs: list[dict[str, Any]]
+    log: Log
     summary: dict[str, Any]
 
     @property
@@ -41,45 +140,36 @@ class RunData:
         """finished, stopped, or unfinished: running, or ended without a word."""
         return "unfinished" if not self.summary else "finished" if self.summary["finished"] else "stopped"
 
-    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, values) of a number of the logged steps, averaged where there are many; epochs may be fractions."""
-        found = [(line["step"], line[name]) for line in self.steps if line.get(name) is not None]
-        if not found:
-            return np.empty(0), np.empty(0)
-        parts = np.array_split(np.array(found, float), min(len(found), POINTS))
-        steps, values = np.array([part.mean(0) for part in parts]).T
+    def curve(self, name: str, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, values) of a number of the logged steps, in at most `most` means; epochs in fractions."""
+        steps, values = self.log.of_steps.get(name, Curve()).points(most)
         return steps / self.steps_per_epoch, values
 
-    def by_epoch(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def by_epoch(self, name: str, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, values) of a number of the epochs' lines."""
-        found = [(line["epoch"], line[name]) for line in self.epochs if name in line]
-        epochs, values = np.array(found, float).reshape(-1, 2).T
-        return epochs, values
+        return self.log.of_epochs.get(name, Curve()).points(most)
 
     @property
     def steps_per_epoch(self) -> float:
         """Of the first whole epoch; before its end, by the options."""
-        if self.epochs:
-            return float(self.epochs[0]["step"] / self.epochs[0]["epoch"])
+        if first := self.log.first_epoch:
+            return float(first["step"] / first["epoch"])
         images = self.config["limit_train"] or training_images(self.config["data"]) or mnist.TRAINING_IMAGES
         return float(-(-images // self.config["batch_size"]))
 
     @property
     def last(self) -> dict[str, Any]:
         """The figures of the last lines, named as in summary.json, of a run that has none yet."""
-        last = {**(self.epochs[-1] if self.epochs else {}), "epochs": len(self.epochs)}
-        return {**last, "steps": max((line["step"] for line in (*self.steps, *self.epochs)), default=0)}
+        return {**self.log.last_epoch, "epochs": self.log.epochs, "steps": self.log.last_step}
 
     def parts_ms(self) -> dict[str, float] | None:
-        """Milliseconds of a step that go to compute, communication and data; None where a GPU's graph hides them."""
-        names, steps = ("compute", "communication", "data"), 0
-        sums = dict.fromkeys(names, 0.0)
-        for before, line in zip([{"step": 0}, *self.steps], self.steps, strict=False):
-            if line.get("compute_seconds") is not None:
-                steps += line["step"] - before["step"]
-                for name in names:
-                    sums[name] += line[f"{name}_seconds"]
-        return {name: 1e3 * total / steps for name, total in sums.items()} if steps else None
+        """Milliseconds of a step for compute, communication and data; None where a GPU's graph hides them."""
+        seconds, steps = self.log.seconds, self.log.timed
+        return (
+            {part: 1e3 * seconds[part] / steps for part in PARTS}
+            if steps and sum(seconds.values()) > 0
+            else None
+        )
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -92,65 +182,96 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def read_run(path: Path) -> RunData:
-    """The run in a folder; UserError where it holds none."""
-    if not (path / "config.json").is_file():
+    """The run in a folder; UserError where it holds none, or names the file that cannot be read."""
+    if not (path / "config.json").exists():
         raise UserError(f"{path}: holds no run (it has no config.json): give a run's folder")
-    config = _json(path / "config.json")
-    environment = config.pop("environment", {})
-    lines = []
-    if (path / "metrics.jsonl").exists():
-        for text in (path / "metrics.jsonl").read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # the last line of a run that is going on, or was killed
-                continue
-    summary = _json(path / "summary.json") if (path / "summary.json").exists() else {}
+    config, environment = read_config(path / "config.json")
+    summary = path / "summary.json"
     return RunData(
         path,
         shown(path.resolve().name),
         {**asdict(Config()), **config},
         environment,
-        [line for line in lines if "loss" in line],
-        [line for line in lines if "loss" not in line],
-        summary,
+        read_log(path / "metrics.jsonl"),
+        read_summary(summary) if summary.exists() else {},
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): restore it, or leave this run out") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: cannot be read (no JSON object): restore it, or leave this run out")
-    return value
+# ---- what the model says
 
 
 def training_images(data: str | None) -> int | None:
     """Images of the training set by the head of its file; None where it cannot be read."""
-    for path in (Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}" for ending in (".gz", "")):
-        with suppress(OSError, EOFError), (gzip.open if path.suffix else open)(path, "rb") as file:
-            return int.from_bytes(file.read(8)[4:], "big") or None
+    for ending in (".gz", ""):
+        path = Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}"
+        with suppress(OSError, EOFError, ValueError, zlib.error), open_to_read(path) as file:
+            head = gzip.GzipFile(fileobj=file).read(8) if ending else file.read(8)
+            return int.from_bytes(head[4:], "big") or None
     return None
 
 
-def logits_of_test_images(run: RunData) -> tuple[np.ndarray, mnist.Dataset, int]:
-    """(logits (images, 10), data, step) of the test images after the run's last step, or at its newest checkpoint.
-
-    The first are read from logits.safetensors, the second computed. UserError where the run has no checkpoint yet, or
-    its data cannot be had.
-    """
-    data = mnist.load(run.config["data"], 1, run.config["limit_test"])
+def load_model(path: Path) -> Loaded:
+    """`distrib.predict.load`, where whatever a file says of its model is a UserError at worst."""
     try:
-        with safe_open(run.path / "logits.safetensors", framework="numpy") as file:
-            logits, step = file.get_tensor("logits"), int(file.metadata()["step"])
-        if logits.shape == (len(data.test_images), 10) and step == run.summary.get("steps"):
-            return logits, data, step
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        pass  # a run that goes on, or was stopped
-    model, images = load(run.path).model, data.test_images
+        return predict.load(path)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: its description of the model is damaged ({printable(said, 100)}):"
+            " use another checkpoint"
+        ) from None
+
+
+@functools.lru_cache(maxsize=2)
+def all_test_images(data: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a data set's test set, remembered for the next run of a report."""
+    found = mnist.load(data)
+    return found.test_images, found.test_labels
+
+
+def logits_of_test_images(
+    run: RunData, compute: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(logits (n, 10), images, labels, step) of the test images, after the last step or at a checkpoint.
+
+    The first are read from logits.safetensors, the second computed, where `compute` allows it. UserError
+    where the run has no checkpoint yet, its data cannot be had, or nothing is kept and nothing may be
+    computed.
+    """
+    limit = run.config["limit_test"]
+    images, labels = (part[:limit] for part in all_test_images(run.config["data"]))
+    kept = kept_logits(run, len(images))
+    if kept:
+        return kept[0], images, labels, kept[1]
+    if not compute:
+        raise UserError(f"not computed here, as many runs are compared: distrib report {run.path} shows them")
+    model = load_model(run.path).model
     found = [
         logits_of(model, images, start, min(start + HOST_BATCH, len(images)))
         for start in range(0, len(images), HOST_BATCH)
     ]
-    return np.concatenate(found), data, model.batches_tracked
+    return np.concatenate(found), images, labels, model.batches_tracked
+
+
+def kept_logits(run: RunData, images: int) -> tuple[np.ndarray, int] | None:
+    """(logits, step) in the run's logits.safetensors, where they are those of its last step."""
+    path = run.path / "logits.safetensors"
+    with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        if not path.is_file():  # safe_open would wait for a FIFO's writer
+            return None
+        with safe_open(path, framework="numpy") as file:
+            step = int(file.metadata()["step"])
+            if file.get_slice("logits").get_shape() == [images, 10] and step == run.summary.get("steps"):
+                logits = np.asarray(file.get_tensor("logits"), np.float64)
+                return (logits, step) if np.isfinite(logits).all() else None
+    return None  # a run that goes on, or was stopped

@@ -1,4 +1,4 @@
-"""`distrib scale`: strong and weak scaling measured on the ranks at hand, and what the model of `launch.scale_model` predicts."""
+"""`distrib scale`: strong and weak scaling, measured here, predicted by `launch.scale_model`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from distrib import __version__, launched_ranks
+from distrib import __version__, mnist
 from distrib.config import build
 from distrib.errors import UserError
+from distrib.files import MOST_JSON, read_bytes
 from launch import plots
 from launch.bench_run import mpirun
 from launch.doctor import devices
+from launch.entry import one_process
 from launch.measure import AsJson, Width, child_environment, machine, spread
 from launch.scale_model import MOST_RANKS, NET, Model, Point, fit, left_out, levels, predict
-from nn.resnet9 import ResNet9
+from nn.network import Network
+from nn.resnet9 import MODELS
 
 MPIRUN = "mpirun -n {ranks}"
 
 
 def child(command: list[str], seconds: float) -> dict[str, Any]:
-    """The JSON that a command prints, with one BLAS thread a rank; UserError where none comes. It does not outlive this."""
+    """The JSON that a command prints, with one BLAS thread a rank; UserError where none comes."""
     shown, pipe = shlex.join(command), subprocess.PIPE
     if shutil.which(command[0]) is None:
         raise UserError(f"--launch: {command[0]} is not on PATH: give this machine's launcher")
@@ -61,10 +64,8 @@ def child(command: list[str], seconds: float) -> dict[str, Any]:
     said = next(
         (line.removeprefix("distrib: error: ") for line in lines if line.startswith("distrib: error: ")), None
     )
-    raise UserError(
-        said
-        or f"no figures, code {process.returncode} ({lines[-1]}) from {shown}: try it alone, or give another --launch"
-    )
+    why = f"no figures, code {process.returncode} ({lines[-1]}) from {shown}"
+    raise UserError(said or f"{why}: try it alone, or give another --launch")
 
 
 def command_of(kind: str, ranks: int, batch: int, s: dict[str, Any]) -> list[str]:
@@ -99,13 +100,24 @@ def command_of(kind: str, ranks: int, batch: int, s: dict[str, Any]) -> list[str
     ]
 
 
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of points.jsonl; none where it is not there."""
+    try:
+        data = read_bytes(path, MOST_JSON)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}): give another --out") from None
+    return data.splitlines()
+
+
 def measure(
     tasks: list[tuple[str, int, int]], settings: dict[str, Any], path: Path, timeout: float
 ) -> list[dict[str, Any]]:
-    """A line of points.jsonl for each (kind, ranks, batch): measured, and stored at once, where it is not there yet."""
+    """A line of points.jsonl for each (kind, ranks, batch): measured and stored, unless it is there."""
     stored, found, load = [], [], os.getloadavg()[0]
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a torn line is none
+    for text in lines_of(path):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a torn line is none
             stored.append({name: json.loads(text)[name] for name in ("key", "load", "result")})
     console = Console(stderr=True, highlight=False)
     for i, (kind, ranks, batch) in enumerate(
@@ -120,7 +132,8 @@ def measure(
             "version": __version__,
         }
         line = next((line for line in stored if line["key"] == key), None)
-        what = f"{kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}{': measured before' if line else ''}"
+        what = f"{kind}, {ranks} rank(s){f', batch {batch}' if batch else ''}"
+        what += ": measured before" if line else ""
         console.print(f"{i}/{len(tasks)}  bench {what}", soft_wrap=True)
         if line is None:
             line = {
@@ -138,7 +151,8 @@ def point_of(r: dict[str, Any], hosts: int, crowded: bool) -> Point:
     """The step in a result of `bench step`."""
     if r["backend"] == "numpy" and r["threads"] != r["ranks"]:
         raise UserError(
-            f"{r['ranks']} rank(s) had {r['threads']} BLAS threads: have --launch pass on OMP_NUM_THREADS=1, and give another --out"
+            f"{r['ranks']} rank(s) had {r['threads']} BLAS threads: have --launch pass on OMP_NUM_THREADS=1,"
+            " and give another --out"
         )
     phases = {
         name: r["phases_ms"][name] / 1e3 for name in ("sums", "gradients", "backward") if r["phases_ms"]
@@ -154,7 +168,10 @@ def report(
     bare: Model,
     told: dict[str, float],
 ) -> dict[str, Any]:
-    """All that is measured, fitted and predicted, for (strong or weak, ranks, batch) in `series`; `told` of the network."""
+    """All that is measured, fitted and predicted, for (strong or weak, ranks, batch) in `series`.
+
+    `told` is what the person says of the network.
+    """
     results = [(line["key"]["kind"], line["result"]) for line in lines]
     hosts = {1: 1, **{r["ranks"]: r["hosts"] for kind, r in results if kind == "allreduce"}}
     crowded = {
@@ -201,18 +218,16 @@ def report(
     predicted = {name: list(predict(model, q.batch, name == "weak")) for name, q in one.items()}
     last, load = predicted["strong"][-1]["ranks"], max(line["load"] for line in lines)
     notes = {
-        f"5 parameters of a step (a, b, κ, ω, e) are fitted to {len(used)} measured point(s). With so few the fit is weak: errors near 0"
-        " are its making and prove nothing; the error of a point left out of the fit says more.": len(used)
-        < 12,
+        f"5 parameters of a step (a, b, κ, ω, e) are fitted to {len(used)} measured point(s). With so few"
+        " the fit is weak: errors near 0 are its making and prove nothing; the error of a point left"
+        " out of the fit says more.": len(used) < 12,
         "No point has several ranks with a core or GPU each: κ and ω are taken as 0, e as 100 %.": all(
             q.ranks == 1 for q in used
         ),
-        f"* more ranks than the {bare.full} core(s) or GPU(s) of a host: measured, but left out of the fit.": len(
-            used
-        )
-        < len(every),
-        f"Others used this machine (load {load:.1f} before the measurement): points are slower and scatter more, and the model,"
-        " which carries that on, predicts a machine as busy.": load > 0.25 * bare.full,
+        f"* more ranks than the {bare.full} core(s) or GPU(s) of a host: measured, but left out of the"
+        " fit.": len(used) < len(every),
+        f"Others used this machine (load {load:.1f} before the measurement): points are slower and scatter"
+        " more, and the model, which carries that on, predicts a machine as busy.": load > 0.25 * bare.full,
         f"Strong scaling ends at {last} ranks: with more, some have no image of {one['strong'].batch}.": last
         < MOST_RANKS,
     }
@@ -336,6 +351,7 @@ def publish(r: dict[str, Any], out: Path, png: bool) -> str:
     return "\n".join([*lines, "", *r["notes"], f"model and assumptions: {out / 'scale.html'}"])
 
 
+@one_process
 def scale(
     ranks: Annotated[
         int | None,
@@ -385,14 +401,10 @@ def scale(
 ) -> None:
     """Strong and weak scaling on the ranks at hand, and a model fitted to it that predicts up to 4,096 ranks.
 
-    One BLAS thread a rank throughout, so that one rank is a fair baseline. An interrupted measurement goes on where it was.
-    Example: distrib scale --width 0.25
+    One BLAS thread a rank throughout, so that one rank is a fair baseline. An interrupted measurement resumes
+    where it was. Example: distrib scale --width 0.25
     """
     plots.require("matplotlib", "jinja2")
-    if launched_ranks() > 1:
-        raise UserError(
-            "distrib scale is one process, which starts ranks itself: start it without mpirun or srun"
-        )
     config = build(
         {
             "batch_size": batch_size,
@@ -433,11 +445,11 @@ def scale(
     tasks = list(
         dict.fromkeys([("step", p, b) for _, p, b in series] + [("allreduce", p, 0) for p in counts if p > 1])
     )
-    network = ResNet9(
-        variant, width, dtype=config.dtype
-    )  # a layer sums means, squares and, backward, two at once, in float64
-    sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.c_out for conv in network.convs())
-    bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.wire.nbytes)
+    options = {"variant": variant, "width": width}
+    network = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=config.dtype)
+    # a layer sums means, squares and, backward, two at once, in float64
+    sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.out for conv in network.convs())
+    bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.comm_buffer.nbytes)
     told = {
         name: x
         for name, x in (
@@ -446,12 +458,14 @@ def scale(
         )
         if x is not None
     }
+    plots.make_folder(out)
+    found = measure(tasks, settings, out / "points.jsonl", timeout)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        result = report(settings, series, measure(tasks, settings, out / "points.jsonl", timeout), bare, told)
-        text = publish(result, out, png)
-    except OSError as error:
+        result = report(settings, series, found, bare, told)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # a line that somebody else wrote
+        said = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"--out {out}: {error.strerror or error}: give a folder that can be written"
+            f"{out / 'points.jsonl'}: holds no points of this program ({said}): remove it"
         ) from None
+    text = publish(result, out, png)
     print(json.dumps(result, indent=2) if as_json else text)

@@ -14,6 +14,9 @@ import typer
 
 from distrib.command import parse
 from distrib.errors import UserError
+from distrib.files import printable
+from launch.entry import one_process
+from launch.records import shown
 
 LAUNCHERS = ("pmix", "pmi2", "mpirun")
 
@@ -76,16 +79,17 @@ def how_to_follow(job: str, run_dir: str | None, array: str | None) -> str:
     notes = [
         ("state", f"squeue --job {job}"),
         ("log", f"tail -F {log}"),
-        ("results", shlex.quote(run_dir or f"runs/slurm-{job}")),
+        ("results", shown(shlex.quote(run_dir or f"runs/slurm-{job}"))),
         ("stop with a checkpoint, requeue, go on", f"scancel --signal=USR1 --batch {job}"),
         ("stop for good", f"scancel {job}"),
     ]
     if array:
         notes[1] = ("logs", f"tail -F slurm-*.log, whose names scontrol show job {job} tells as StdOut")
-        notes[2] = ("results", f"{shlex.quote(run_dir)}/TASK" if run_dir else f"runs/slurm-{job}_TASK")
+        notes[2] = ("results", f"{shown(shlex.quote(run_dir))}/TASK" if run_dir else f"runs/slurm-{job}_TASK")
     return "\n".join([f"job {job} submitted", *(f"  {what + ':':<41}{text}" for what, text in notes)])
 
 
+@one_process
 def submit(
     training: Annotated[
         list[str] | None,
@@ -156,7 +160,8 @@ def submit(
     )
     variables = {"PYTHON": os.environ.get("PYTHON") or sys.executable, "LAUNCHER": launcher}
     if dry_run:
-        print(shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command]))
+        line = shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command])
+        print(printable(line, len(line)))
         print(f"\n# {script}\n{script.read_text()}", end="")
         return
     print(how_to_follow(_send(command, variables), run_dir, array))

@@ -1,7 +1,8 @@
-"""The same training run in PyTorch, in one process: `python -m launch.torch_train --run-dir R`, with the options of distrib.train.
+"""The same training run in PyTorch, in one process.
 
-Its folder is that of a run of ours, checkpoints too, so reports and comparisons read both. The data order is ours, the initial
-weights PyTorch's. It is taken up again where it was stopped. PyTorch is optional.
+`python -m launch.torch_train --run-dir R`, with the options of distrib.train. Its folder is that of a run of
+ours, checkpoints too, so reports and comparisons read both. The data order is ours, the initial weights
+PyTorch's. A stopped run is resumed. PyTorch is optional.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from distrib.config import Config, build
 from distrib.console import Screen
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.run import Run
+from launch.entry import one_process
 from launch.measure import machine, require_torch
 from launch.torch_bench import LAYOUTS, TorchSide
 
@@ -44,7 +46,8 @@ class TorchRun:
         self.side = TorchSide(
             config, LAYOUTS[0], int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         )
-        # of this epoch so far: loss_sum, correct, images; of the whole run: seconds, those of training alone, trained images
+        # of this epoch so far: loss_sum, correct, images;
+        # of the whole run: seconds, those of training alone, trained images
         self.at: dict[str, Any] = {
             "step": 0,
             "loss_sum": 0.0,
@@ -220,6 +223,7 @@ def train(config: Config) -> int:
     return 0
 
 
+@one_process
 def _command(**given: Any) -> None:
     raise typer.Exit(train(build(given)))
 

@@ -1,9 +1,11 @@
-"""`distrib watch`: follows a run from another terminal by what it writes into its folder; nothing is written there."""
+"""`distrib watch`: follows a run from another terminal by what it writes into its folder.
+
+Nothing is written there. What cannot be read is waited for, as a file that is half written, or passed over.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import socket
@@ -23,12 +25,25 @@ from rich.text import Text
 
 from distrib import board
 from distrib.board import SILENT, TOLD_TO_STOP, Word
-from distrib.console import PLAIN_SECONDS, Lines, on_terminal
+from distrib.console import PLAIN_SECONDS, on_terminal
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
+from distrib.files import open_to_read
+from launch.entry import one_process
+from launch.records import (
+    line_of,
+    read_config,
+    read_summary,
+    read_words,
+    shown,
+    whole_lines,
+)
 from launch.runs import training_images
 
 KEPT, AVERAGED, SHOWN_EPOCHS, SHOWN_RANKS = 60, 20, 6, 16
 """Logged steps of the sparkline and of the running accuracy; epochs and ranks with a line of their own."""
+
+LONGEST = 1e9
+"""Seconds, thirty years, of a time left that is told."""
 
 
 class Follower:
@@ -40,86 +55,86 @@ class Follower:
         self.summary: dict[str, Any] = {}
         self.words: list[Word] = []
         self.steps: deque[dict[str, Any]] = deque(maxlen=KEPT)  # lines of logged steps
-        self.epochs: list[dict[str, Any]] = []
+        self.epochs: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self.ended = 0  # epochs, those that are kept no more included
         self.end: tuple[int, str] | None = None  # exit code and verdict
+        self.doubt: float | None = None  # since when the run seems to be over without a last file
+        self.fault = ""  # why config.json cannot be read
         self._inode = self._offset = 0
         self._heard: dict[
             int, tuple[float, float]
         ] = {}  # by rank: its last word's time, when it was seen here
         self._news = time.monotonic()  # when any rank's word was new, or was first looked for
-        self.doubt: float | None = None  # since when the run seems to be over without a last file
 
     def look(self) -> None:
         """Read the folder again."""
-        config = self._json("config.json") or {}
-        self.config = (
-            config if {"epochs", "batch_size"} <= config.keys() else self.config
-        )  # else no run's, or half written
-        self.words = board.read(
-            self.folder
-        )  # before the summary, which a rank that says "finished" has written
+        self._read_config()
+        self.words = read_words(self.folder)  # before the summary: a rank that says "finished" has written it
         for word in self.words:
             told, _ = self._heard.get(word.rank, (None, 0))
             if told != word.time:  # the clocks of hosts differ: they count for the first word only
                 age = max(0.0, time.time() - word.time) if told is None else 0.0
                 self._news = time.monotonic()
                 self._heard[word.rank] = word.time, self._news - age
-        self._read_metrics()
-        self.summary = self._json("summary.json") or {}
+        with contextlib.suppress(OSError):
+            self._read_metrics()
+        self.summary = {}
+        with contextlib.suppress(OSError, UserError):
+            self.summary = read_summary(self.folder / "summary.json")
         self.end = self._end()
 
-    def _json(self, name: str) -> dict[str, Any] | None:
-        with contextlib.suppress(OSError, ValueError):
-            value = json.loads((self.folder / name).read_text())
-            return value if isinstance(value, dict) else None
-        return None
+    def _read_config(self) -> None:
+        """Take in config.json where it is a run's; else what was read before stands."""
+        path = self.folder / "config.json"
+        try:
+            found, _ = read_config(path) if path.exists() else ({}, {})
+            self.fault = ""
+        except (OSError, UserError) as error:  # half written, damaged, or its disk does not answer
+            found, self.fault = {}, str(error)
+        if None not in (found.get("epochs"), found.get("batch_size")):
+            self.config = found
 
     def _read_metrics(self) -> None:
-        """Take in the whole lines that are new."""
-        with contextlib.suppress(OSError), open(self.folder / "metrics.jsonl", "rb") as file:
+        """Take in the whole lines that are new, of which the last are kept."""
+        with open_to_read(self.folder / "metrics.jsonl") as file:
             about = os.fstat(file.fileno())
-            if (
-                about.st_ino != self._inode or about.st_size < self._offset
-            ):  # a run that was gone on with writes it anew
-                self._inode, self._offset = about.st_ino, 0
+            if about.st_ino != self._inode or about.st_size < self._offset:  # a resumed run writes it anew
+                self._inode, self._offset, self.ended = about.st_ino, 0, 0
                 self.steps.clear()
                 self.epochs.clear()
             file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-            self._offset += len(whole + end)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    values = json.loads(line)
-                    if values["step"] and ("loss" in values or "test_loss" in values):
-                        (self.steps if "loss" in values else self.epochs).append(values)
+            last = deque[bytes](maxlen=2 * KEPT)  # lines of steps as they are: few of many are shown
+            begin = self._offset
+            for text, read in whole_lines(file):
+                self._offset = begin + read
+                if b'"loss"' in text:
+                    last.append(text)
+                elif line := line_of(text):
+                    self.epochs.append(line)
+                    self.ended += 1
+            self.steps.extend(line for text in last if (line := line_of(text)) and "loss" in line)
 
     def progress(self) -> tuple[float, str, str]:
         """(share of all steps done, "epoch 4/8", "25000/60000  left 0:31:20").
 
-        All steps are those to --max-steps where the run ends there, unknown where its data cannot be found. The time
-        left is at the speed of the last logged steps, evaluations apart.
+        All steps are those to --max-steps where the run ends there, unknown where its data cannot be found.
+        The time left is at the speed of the last logged steps, evaluations apart.
         """
-        epochs, batch, working = (
-            self.config["epochs"],
-            self.config["batch_size"],
-            [word for word in self.words if word.running],
-        )
-        logged = max((lines[-1]["step"] for lines in (self.steps, self.epochs) if lines), default=0)
-        done = self.summary.get("steps") or max(logged, min((word.step for word in working), default=0) - 1)
+        epochs, batch, ended = self.config["epochs"], self.config["batch_size"], self.epochs
+        logged = max((lines[-1]["step"] for lines in (self.steps, ended) if lines), default=0)
+        slowest = min((word.step for word in self.words if word.running), default=0) - 1
+        done = self.summary.get("steps") or max(logged, slowest)
         images = self.config.get("limit_train") or training_images(self.config.get("data")) or 0
-        per_epoch = (
-            self.epochs[-1]["step"] // self.epochs[-1]["epoch"] if self.epochs else -(-images // batch)
-        )
+        per_epoch = ended[-1]["step"] // ended[-1]["epoch"] if ended else -(-images // batch)
         total = min(per_epoch * epochs, self.config.get("max_steps") or per_epoch * epochs)
-        rates = [line["images_per_second"] for line in list(self.steps)[-5:] if line.get("images_per_second")]
+        rates = [line.get("images_per_second", 0) for line in list(self.steps)[-5:]]
+        rates = [rate for rate in rates if rate > 0]
         text = f"{done}/{total or '?'}"
         if total and rates and not self.end:
-            text += f"  left {timedelta(seconds=round((total - done) * batch * len(rates) / sum(rates)))}"
-        return (
-            done / total if total else 0.0,
-            f"epoch {min(done // per_epoch + 1, epochs) if per_epoch else '?'}/{epochs}",
-            text,
-        )
+            seconds = max(0, total - done) * batch * len(rates) / sum(rates)
+            text += f"  left {timedelta(seconds=round(seconds))}" if seconds < LONGEST else "  left ?"
+        number = min(done // per_epoch + 1, epochs) if per_epoch else "?"
+        return max(0.0, min(1.0, done / total)) if total else 0.0, f"epoch {number}/{epochs}", text
 
     def silence(self, word: Word) -> float:
         """Seconds since a rank's last word."""
@@ -129,17 +144,13 @@ class Follower:
         """(exit code, verdict) of a run that goes on no more."""
         if self.summary:
             return verdict_of(self.summary, self.config.get("max_steps"))
-        with contextlib.suppress(KeyError):
-            if failure := self._json("failure.json"):
-                return EXIT_CRASH, board.line(failure)
+        if failure := board.read_verdict(self.folder):
+            return EXIT_CRASH, board.line(failure)
         alive = [word for word in self.words if word.running or word.state == TOLD_TO_STOP]
         here = socket.gethostname()
         quiet = min((self.silence(word) for word in alive), default=time.monotonic() - self._news)
-        gone = (
-            bool(self.words)
-            and quiet > SILENT
-            and all(word.host == here and board.gone(word.pid) for word in alive)
-        )
+        lost = all(word.host == here and board.gone(word.pid) for word in alive)
+        gone = bool(self.words) and quiet > SILENT and lost
         if not self.config or not (gone or quiet > self.patience):
             self.doubt = None
             return None
@@ -155,7 +166,8 @@ def accuse(words: list[Word], alive: list[Word], gone: bool, quiet: str) -> str:
         return f"{quiet}: it did not start, or ended without a word; see its log"
     failed = any(word.state.startswith(board.FAILED) for word in words)
     if not alive and not failed:
-        return f"it ended with a message and without a result at step {max(word.step for word in words)}: see its log"
+        step = max(word.step for word in words)
+        return f"it ended with a message and without a result at step {step}: see its log"
     word, cause = board.suspect(words, {word.rank for word in alive}, len(words), words[0], quiet)
     if gone and not failed:
         cause = "its process is gone without a word: killed, or out of memory"
@@ -168,26 +180,21 @@ def verdict_of(summary: dict[str, Any], max_steps: int | None) -> tuple[int, str
     steps, accuracy, finished = (
         summary.get("steps") or 0,
         summary.get("test_accuracy"),
-        bool(summary.get("finished")),
+        summary.get("finished"),
     )
     asked = max_steps is not None and steps >= max_steps
-    state = (
-        "finished"
-        if finished
-        else "ended as --max-steps asked"
-        if asked
-        else "stopped, with a checkpoint to go on from,"
-    )
+    state = "ended as --max-steps asked" if asked else "stopped, with a checkpoint to go on from,"
     test = "" if accuracy is None else f"test accuracy {accuracy:.2f} %, "
     text = (
-        f"{state} at step {steps}: {test}{summary.get('wall_seconds') or 0:.1f} s,"
-        f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size')} rank(s)"
+        f"{'finished' if finished else state} at step {steps}:"
+        f" {test}{summary.get('wall_seconds') or 0:.1f} s,"
+        f" {summary.get('images_per_second') or 0:.0f} images/s on {summary.get('world_size') or '?'} rank(s)"
     )
     return (0 if finished or asked else EXIT_REQUEUE), text
 
 
 def sparkline(values: Iterable[float]) -> str:
-    """A block for each value, as high as it lies between the lowest and the highest; of logarithms where all are above 0."""
+    """A block for each value, as high as it lies between lowest and highest; of logarithms if all are > 0."""
     found = [value for value in values if math.isfinite(value)]
     found = [math.log(value) for value in found] if found and min(found) > 0 else found
     low, high = min(found, default=0.0), max(found, default=0.0)
@@ -202,21 +209,25 @@ def figures(run: Follower) -> dict[str, str]:
     return {
         "loss": f"{last['loss']:.4f}",
         "accuracy": f"{sum(hits) / len(hits):.2f} %",
-        "speed": f"{last.get('images_per_second') or 0:.0f} images/s",
+        "speed": f"{last.get('images_per_second', 0):.0f} images/s",
         "learning rate": f"{last.get('lr', 0):.3g}",
     }
 
 
 def epoch_line(line: dict[str, Any], epochs: int) -> str:
     """As the run itself says it."""
+    (train, own), (test, accuracy) = (
+        (line.get(f"{part}_loss", math.nan), line.get(f"{part}_accuracy", math.nan))
+        for part in ("train", "test")
+    )
     return (
-        f"epoch {line['epoch']}/{epochs}: train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2f} %;"
-        f" test loss {line['test_loss']:.4f}, accuracy {line['test_accuracy']:.2f} %"
+        f"epoch {line['epoch']}/{epochs}: train loss {train:.4f}, accuracy {own:.2f} %;"
+        f" test loss {test:.4f}, accuracy {accuracy:.2f} %"
     )
 
 
 def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
-    """A line for each rank; of more than `most` those that stand out: not running, silent, furthest behind."""
+    """A line for each rank; of more than `most` those that stand out: ended, silent, furthest behind."""
     order = sorted(
         run.words, key=lambda word: (word.running and run.silence(word) < 2 * SILENT, word.step, word.rank)
     )
@@ -234,9 +245,10 @@ def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
         table.add_row(*(cropped(str(cell)) for cell in cells), style="red" if bad else "")
     yield table
     if rest:
+        steps, silent = [word.step for word in rest], max(run.silence(word) for word in rest)
         yield Text(
-            f"and {len(rest)} more at steps {min(word.step for word in rest)} to {max(word.step for word in rest)}, the last"
-            f" word of each at most {max(run.silence(word) for word in rest):.0f} s ago"
+            f"and {len(rest)} more at steps {min(steps)} to {max(steps)}, the last word of each at most"
+            f" {silent:.0f} s ago"
         )
 
 
@@ -246,26 +258,24 @@ def cropped(text: str, style: str = "") -> Text:
 
 def view(run: Follower, console: Console) -> Group:
     """The whole state, for a terminal or, once, for a file."""
-    c, shown, (share, epoch, step) = run.config, figures(run), run.progress()
-    names = (
-        f"{c.get('variant')}, width {c.get('width')}",
-        c.get("optimizer"),
-        f"batch {c['batch_size']}",
-        c.get("precision"),
-    )
-    losses = [line["loss"] for line in run.steps][-max(8, console.width - 60) :]
+    c, said, (share, epoch, step) = run.config, figures(run), run.progress()
+    names = [c.get("variant"), f"width {c.get('width')}", c.get("optimizer")]
+    names += [f"batch {c['batch_size']}", c.get("precision")]
+    losses = [line["loss"] for line in run.steps if math.isfinite(line["loss"])][
+        -max(8, console.width - 60) :
+    ]
     if losses and console.encoding.startswith("utf"):
-        shown["loss"] += (
+        said["loss"] += (
             f"  {sparkline(losses)}  {min(losses):.2g} to {max(losses):.2g} in {len(losses)} logged steps"
         )
     grid = Table.grid(padding=(0, 2))
     grid.add_row(epoch, ProgressBar(1.0, share, width=max(10, min(60, console.width - 20))))
-    for name, text in {"step": step, **shown}.items():
+    for name, text in {"step": step, **said}.items():
         grid.add_row(name, cropped(text))
-    epochs = [cropped(epoch_line(line, c["epochs"])) for line in run.epochs[-SHOWN_EPOCHS:]]
+    epochs = [cropped(epoch_line(line, c["epochs"])) for line in list(run.epochs)[-SHOWN_EPOCHS:]]
     most = min(SHOWN_RANKS, max(3, console.height - 10 - len(epochs))) if console.is_terminal else SHOWN_RANKS
     return Group(
-        cropped(f"{run.folder}  {', '.join(map(str, names))}", "bold"),
+        cropped(f"{shown_path(run)}  {shown(', '.join(map(str, names)))}", "bold"),
         grid,
         *epochs,
         *(ranks(run, most) if run.words else [Text("no rank has said a word yet")]),
@@ -282,42 +292,53 @@ def plain(run: Follower) -> str:
     return "  ".join(parts)
 
 
+def shown_path(run: Follower) -> str:
+    """The folder, for a terminal."""
+    return shown(str(run.folder))
+
+
 def wait_for(run: Follower, console: Console, seconds: float) -> None:
     """Return when the folder holds a run; UserError where it does not within `seconds`."""
     begin = time.monotonic()
+    (run.folder / "config.json").exists()  # what the system refuses of the path is told at once
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"{run.folder}: is a file: give a run's folder")
     run.look()
     if not run.config and seconds:
-        console.out(f"waiting up to {seconds:g} s for {run.folder}", highlight=False)
+        console.out(f"waiting up to {seconds:g} s for {shown_path(run)}", highlight=False)
     while not run.config:
         if time.monotonic() - begin >= seconds:
+            if run.fault:
+                raise UserError(run.fault)
             state = "holds no run (config.json)" if run.folder.is_dir() else "no such folder"
-            raise UserError(
-                f"{run.folder}: {state}{f' after {seconds:g} s' if seconds else ''}: give a run's folder"
-            )
+            after = f" after {seconds:g} s" if seconds else ""
+            raise UserError(f"{run.folder}: {state}{after}: give a run's folder")
         time.sleep(0.2)
         run.look()
 
 
 def follow(run: Follower, console: Console, interval: float) -> None:
-    """Show the run until it ends, or nobody reads any more."""
-    said, epochs = -math.inf, len(run.epochs)
+    """Show the run until it ends, in silence where nobody reads any more: the exit code still tells."""
+    said, told = -math.inf, run.ended
     show = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
     with show if console.is_terminal and not console.is_dumb_terminal else contextlib.nullcontext() as live:
         while True:
             if live:
                 live.update(view(run, console), refresh=True)
-            for line in [] if live else run.epochs[epochs:]:
+            new = min(run.ended - told, len(run.epochs)) if run.ended > told and not live else 0
+            for line in list(run.epochs)[-new:] if new else []:
                 console.out(epoch_line(line, run.config["epochs"]), highlight=False)
-            epochs = len(run.epochs)
+            told = run.ended
             if not live and time.monotonic() - said >= PLAIN_SECONDS:
                 console.out(plain(run), highlight=False)
                 said = time.monotonic()
-            if run.end or console.quiet:
+            if run.end:
                 return
             time.sleep(interval)
             run.look()
 
 
+@one_process
 def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, which may not be there yet.")],
     once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
@@ -328,13 +349,14 @@ def watch(
 ) -> None:
     """Follow a running job from another terminal: progress, loss, accuracy, speed, and what each rank does.
 
-    It ends with the run: exit code 0 where it has finished, 85 where it was stopped, 1 with the verdict where it
-    failed or its ranks fell silent. Ctrl-C leaves the run alone. In a file: a line for each epoch and every ten seconds.
+    It ends with the run: exit code 0 where it has finished, 85 where it was stopped, 1 with the verdict where
+    it failed or its ranks fell silent. Ctrl-C leaves the run alone. In a file: a line for each epoch, and
+    every ten seconds.
     """
     for name, seconds in (("interval", interval), ("timeout", timeout)):
         if not 0 < seconds < math.inf:
             raise UserError(f"--{name} {seconds}: give a finite number of seconds above 0")
-    found, console = Follower(run, timeout), Lines(highlight=False, force_terminal=on_terminal())
+    found, console = Follower(run, timeout), Console(highlight=False, force_terminal=on_terminal())
     if not console.is_terminal:
         console.width = 200
     try:

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import typer
@@ -18,7 +20,7 @@ from distrib.command import run_app
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
-LIMIT = 300  # seconds; no test may hang
+LIMIT = 600  # seconds; no test may hang, nor fail because the machine is busy
 NOT_STARTED = "The PMIx server's listener thread failed to start"
 """What mpirun said once before it had started anything."""
 
@@ -28,6 +30,37 @@ MPI_ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
+    config.addinivalue_line("markers", "quick: starts no other process")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        needs.require(*mark.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := needs.not_run(terminalreporter.getreports("skipped")):
+        terminalreporter.section("not run", yellow=True)
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(autouse=True)
+def starts_no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold a test that is marked `quick` to its word."""
+    if not request.node.get_closest_marker("quick"):
+        return
+
+    class Refused(subprocess.Popen):
+        def __init__(self, command: object, *more: object, **options: object) -> None:
+            assert command[0] == "/sbin/ldconfig", f"a quick test starts {command}"  # as find_library does
+            super().__init__(command, *more, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Refused)
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
@@ -80,6 +113,22 @@ def at(rank: int, step: int, code: str) -> str:
     return before_each_step(f"if self.world.rank == {rank} and self.at.step == {step}: {code}")
 
 
+def pause(path: Path) -> str:
+    """The statement that waits until a file is there, for `at` and `before_each_step`."""
+    return f"any(os.path.exists({str(path)!r}) or time.sleep(0.02) for _ in iter(int, 1))"
+
+
+def wait_for(condition: Callable[[], object], what: str, process: subprocess.Popen | None = None) -> None:
+    """Come back once `condition` holds; AssertionError where `process` ends before, or after LIMIT seconds."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {LIMIT} s: {what}"
+        assert process is None or process.poll() is None or condition(), (
+            f"ended with {process.returncode}: {what}"
+        )
+        time.sleep(0.02)
+
+
 def train(
     folder: Path, *arguments: object, ranks: int = 1, check: bool = True, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -111,14 +160,18 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Call a command's function as the command line does, within this process: (exit code, standard output, standard error)."""
+    """Call a command's function, or a whole app, as the command line does, within this process.
 
-    def call(function: Callable[..., None], *arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(function)
-        monkeypatch.setattr(sys, "argv", [function.__name__, *map(str, arguments)])
-        code = run_app(app)
-        return code, *capsys.readouterr()
+    Gives exit code, standard output and standard error.
+    """
+
+    def call(command: Callable[..., None] | typer.Typer, *arguments: object) -> tuple[int, str, str]:
+        app = command if isinstance(command, typer.Typer) else typer.Typer(add_completion=False)
+        if app is not command:
+            app.command()(command)
+        monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])
+        capsys.readouterr()
+        return run_app(app), *capsys.readouterr()
 
     return call
 

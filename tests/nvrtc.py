@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from cupy.cuda import nvrtc
-
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200; the last needs NVRTC 12.8
 
 
@@ -22,6 +20,8 @@ class Usage(NamedTuple):
 
 def compile_cuda(code: str, architecture: str) -> dict[str, Usage]:
     """Usage of each kernel of a CUDA text; RuntimeError with the compiler's log where it fails."""
+    from cupy.cuda import nvrtc
+
     program = nvrtc.createProgram(code, "kernels.cu", (), ())
     try:
         nvrtc.compileProgram(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on one machine, as root, from Debian's packages, without systemd: slurm_cluster.sh up [NODES] | down | crash NODE | env
+# A real Slurm on one machine, as root, from Debian's packages, without systemd: slurm_cluster.sh install | up [NODES] | down | crash NODE | env
 #
 # Each node is a slurmd in a network namespace with a host name of its own (node1, node2, ...) on the bridge
 # 10.79.0.0/24, where this machine is 10.79.0.1. Its GPUs are device files that nobody opens. Munge has its own key
@@ -14,14 +14,19 @@ export SLURM_CONF=$D/slurm.conf
 
 fail() { echo "slurm_cluster.sh: $*" >&2; exit 1; }
 
-install() {
-    local tool missing=
-    for tool in slurmctld slurmd munged srun sbatch ip; do command -v "$tool" >/dev/null || missing+=" $tool"; done
-    if [ -n "$missing" ]; then
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-            slurmctld slurmd slurm-client munge libpmix2 iproute2; } >"$D/apt.log" 2>&1 ||
-            fail "missing:$missing, and apt-get cannot install them: $(tail -n 1 "$D/apt.log")"
-    fi
+lacking() { # the programs that are not there
+    local tool
+    for tool in slurmctld slurmd munged srun sbatch ip; do command -v "$tool" >/dev/null || echo -n " $tool"; done
+}
+
+install() { # Debian's packages, where a program is missing
+    [ -n "$(lacking)" ] || return 0
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurmctld slurmd slurm-client munge libpmix2 iproute2
+}
+
+link_pmix() {
     local pmix
     for pmix in /usr/lib/*/pmix2/lib/libpmix.so.2; do # Slurm's plugin opens a name that only libpmix-dev has
         [ -e "${pmix%.2}" ] || ln -s libpmix.so.2 "${pmix%.2}"
@@ -115,7 +120,8 @@ up() { # NODES
     [ "$(id -u)" = 0 ] || fail "needs root, for network namespaces and packages"
     [ ! -s "$D/pids" ] || fail "is already up in $D"
     mkdir -p "$D"/{state,log,spool,tmp,munge}
-    install
+    [ -z "$(lacking)" ] || fail "missing:$(lacking): $0 install brings them"
+    link_pmix
     local i
     for i in $(seq "$1"); do mkdir -p "$D/tmp/node$i" "$D/spool/node$i"; done
     head -c 1024 /dev/urandom >"$D/munge/key"
@@ -125,15 +131,15 @@ up() { # NODES
     namespaces "$1" 2>"$D/log/ip.out" || fail "cannot make network namespaces: $(tail -n 1 "$D/log/ip.out")"
     start munged munged --foreground --force --key-file="$D/munge/key" --socket="$D/munge/socket" \
         --pid-file="$D/munge/pid" --log-file="$D/log/munged.log" --seed-file="$D/munge/seed"
-    for i in $(seq 100); do [ ! -S "$D/munge/socket" ] || break; sleep 0.1; done
+    for i in $(seq 600); do [ ! -S "$D/munge/socket" ] || break; sleep 0.1; done
     start slurmctld slurmctld -c -D
-    for i in $(seq 100); do ! scontrol ping 2>/dev/null | grep -q 'is UP' || break; sleep 0.1; done # else slurmd asks again late
+    for i in $(seq 600); do ! scontrol ping 2>/dev/null | grep -q 'is UP' || break; sleep 0.1; done # else slurmd asks again late
     for i in $(seq "$1"); do node "$i"; done
-    for i in $(seq 300); do
+    for i in $(seq 1200); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" != "$1" ] || return 0
         sleep 0.1
     done
-    fail "nodes are not idle after 30 s: $(sinfo -h -N -o '%N %T %E' | tr '\n' ' ') $(grep -h error "$D"/log/*.log | tail -n 1)"
+    fail "nodes are not idle after 120 s: $(sinfo -h -N -o '%N %T %E' | tr '\n' ' ') $(grep -h error "$D"/log/*.log | tail -n 1)"
 }
 
 down() {
@@ -158,9 +164,10 @@ down() {
 }
 
 case ${1:-} in
+    install) install ;;
     up) up "${2:-1}" ;;
     down) down ;;
     crash) crash "$2" "${3:-}" ;;
     env) echo "export SLURM_CONF=$SLURM_CONF" ;;
-    *) echo "usage: $0 up [NODES] | down | crash NODE [SECONDS] | env" >&2; exit 2 ;;
+    *) echo "usage: $0 install | up [NODES] | down | crash NODE [SECONDS] | env" >&2; exit 2 ;;
 esac

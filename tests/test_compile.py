@@ -6,7 +6,9 @@ import pytest
 from cuda_double import signatures
 from nvrtc import ARCHITECTURES, compile_cuda
 
-from nn import kernels
+from nn.cuda import kernels
+
+pytestmark = pytest.mark.needs("cupy")
 
 ELEMENTS = ("float32", "float64", "bfloat16")
 PRESSED = r"""
@@ -29,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(1024) pressed(float* x, int n) {
 """
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_kernels_compile_without_spills(element: str, architecture: str) -> None:

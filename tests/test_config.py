@@ -12,6 +12,8 @@ from distrib.command import parse
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 AT_LEAST_1 = (
     "epochs",
     "batch_size",

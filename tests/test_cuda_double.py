@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import strict_array
-from conftest import environment
+from conftest import LIMIT, environment
 from cuda_double import ORDERS, HostModule, build, signatures
+
+pytestmark = pytest.mark.needs("g++")
 
 TOYS = r"""
 #define ELEM float      // macros, typedefs and structs name types
@@ -351,7 +353,7 @@ def test_processes_that_build_at_once_share_the_library(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    paths = {process.communicate(timeout=100)[0].strip() for process in running}
+    paths = {process.communicate(timeout=LIMIT)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0] * 3
     assert paths == {str(path) for path in tmp_path.glob("cuda_on_cpu-*/*.so")}
     assert len(paths) == 1

@@ -1,4 +1,4 @@
-"""`distrib doctor`: alone, under mpirun, and what it says of a machine where something is missing or broken."""
+"""`distrib doctor`: alone, under mpirun, and what it says where something is missing or broken."""
 
 from __future__ import annotations
 

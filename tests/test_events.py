@@ -52,6 +52,7 @@ def expected(folder: Path) -> dict[tuple[str, int], tuple[float, float]]:
     }
 
 
+@pytest.mark.needs("tensorboard")
 def test_events_say_what_the_metrics_say_after_resumes_too(tmp_path: Path) -> None:
     for step in (3, 8, 14):
         train(tmp_path / "run", *OPTIONS, "--max-steps", step, ranks=1 + step % 2)
@@ -61,6 +62,7 @@ def test_events_say_what_the_metrics_say_after_resumes_too(tmp_path: Path) -> No
     assert ("train/lr", 2) in found
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_tensorboard_that_is_open_follows_a_resume(tmp_path: Path) -> None:
     """Of a run that was killed at step 12 and whose newest checkpoint is that of step 7."""
     folder = tmp_path / "run"
@@ -81,6 +83,7 @@ def test_a_tensorboard_that_is_open_follows_a_resume(tmp_path: Path) -> None:
     assert reader.read() == read(folder) == expected(folder)
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_file_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     lines = [{"time": float(step), "step": step, "loss": step / 4} for step in range(1, 6)]
     first = events.head(1.0) + events.start(1.0, 1) + b"".join(map(events.scalars, lines))
@@ -93,6 +96,7 @@ def test_a_file_torn_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path) == reader.read()
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_new_start_voids_all(tmp_path: Path) -> None:
     line = {"time": 1.0, "step": 1, "loss": 1.0}
     for number, loss in ((1, 1.0), (2, 2.0)):
@@ -119,12 +123,14 @@ def test_the_check_value_of_crc32c() -> None:
     ) & 0xFFFFFFFF == 0xE3069283  # RFC 3720, appendix B.4, of the same polynomial
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_loss_beyond_float32_is_infinite(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.0000000001.here"
     path.write_bytes(events.head(1.0) + events.scalars({"time": 1.0, "step": 1, "loss": -1e300}))
     assert read(tmp_path) == {("train/loss", 1): (1.0, -np.inf)}
 
 
+@pytest.mark.needs("tensorboard")
 def test_null_is_left_out_and_large_steps_fit(tmp_path: Path) -> None:
     path = tmp_path / "events.out.tfevents.0000000001.here"
     line = {"time": 1.5, "step": 1 << 40, "loss": float(np.float32(0.1)), "compute_seconds": None}

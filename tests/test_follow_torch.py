@@ -11,10 +11,9 @@ from distrib.config import Config
 from distrib.failure import Watchdog
 from distrib.trainer import Trainer
 from distrib.world import World
-from nn.backend import NUMPY
+from nn.device import NUMPY
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from launch.torch_resnet9 import TorchResNet9  # noqa: E402
+pytestmark = pytest.mark.needs("torch")
 
 STEPS, WIDTH = 200, 0.125
 
@@ -33,7 +32,12 @@ def ours(dtype: str, data: mnist.Dataset, order: np.ndarray) -> tuple[np.ndarray
     return np.array(found), initial
 
 
-def theirs(dtype: torch.dtype, initial: dict, data: mnist.Dataset, order: np.ndarray) -> np.ndarray:
+def theirs(name: str, initial: dict, data: mnist.Dataset, order: np.ndarray) -> np.ndarray:
+    import torch
+
+    from launch.torch_resnet9 import TorchResNet9
+
+    dtype = getattr(torch, name)
     torch.set_num_threads(1)
     model = TorchResNet9(width=WIDTH).to(dtype)
     model.load_state_dict({name: torch.tensor(value) for name, value in initial.items()})
@@ -55,9 +59,9 @@ def test_two_hundred_steps_of_the_default_run() -> None:
     data = mnist.load(limit_train=STEPS * 8, limit_test=1)
     order = sampler.permutation(0, 0, STEPS * 8)
     exact, initial = ours("float64", data, order)
-    np.testing.assert_allclose(exact, theirs(torch.float64, initial, data, order), rtol=1e-7)
+    np.testing.assert_allclose(exact, theirs("float64", initial, data, order), rtol=1e-7)
     found, initial32 = ours("float32", data, order)
-    reference = theirs(torch.float32, initial32, data, order)
+    reference = theirs("float32", initial32, data, order)
     # Rounding is amplified from step to step, in PyTorch as in ours: against the float64 run, our error must
     # be of the size of PyTorch's own, and both begin at the rounding of a single step.
     own, other = np.abs(found - exact), np.abs(reference - exact)

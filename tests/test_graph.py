@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run
-from device_double import REAL, DoubleBackend, device, double_only
+from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
 from test_nccl import PATH
 from test_strict import apart
@@ -25,9 +25,11 @@ from distrib.run import Run
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from distrib.world import World
-from nn import functional as F
-from nn.backend import NUMPY, Backend
+from nn import layers
+from nn.device import NUMPY, Backend
 from nn.resnet9 import VARIANTS
+
+pytestmark = needs_device
 
 OPTIONS: dict[str, Any] = {
     "batch_size": 8,
@@ -150,14 +152,14 @@ def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
             steps(trainer, 2)
             if warm:
                 warm_up(trainer, run_folder)
-                held, built = trainer.model.ws.nbytes(), len(getattr(backend, "launched", ()))
+                held, built = trainer.model.buffers.nbytes(), len(getattr(backend, "launched", ()))
             found.append(
                 (steps(trainer, 4), trainer.test(), trainer.model.state_dict(), trainer.optimizer.steps)
             )
             if warm and precision != "float64":
                 assert trainer.graphs is not None
                 assert trainer.graphs.replays == 1 + 4, "one before the warm-up, and every step after it"
-                assert trainer.model.ws.nbytes() == held, "a buffer grew after the warm-up"
+                assert trainer.model.buffers.nbytes() == held, "a buffer grew after the warm-up"
                 assert REAL or "adam" not in backend.launched[built:], (
                     "a step was queued by Python after the warm-up"
                 )
@@ -297,7 +299,7 @@ def test_no_order_of_threads_changes_a_bit(order: str) -> None:
         with device("float32") as backend:
             trainer = a_trainer(backend)
             trainer.step()  # compiles
-            backend.forms["stem"].kernels._modules["float32"].module.order = run_in
+            backend.algorithms["stem"].kernels._modules["float32"].module.order = run_in
             found.append((steps(trainer, 3), backend.to_host(trainer.params.values)))
     assert found[0][0] == found[1][0]
     assert (found[0][1] == found[1][1]).all()
@@ -305,16 +307,16 @@ def test_no_order_of_threads_changes_a_bit(order: str) -> None:
 
 @double_only
 def test_number_of_kernels() -> None:
-    """At batch 8 a step of the baseline is 51 launches; every convolution of cuDNN's counts as one here."""
+    """At batch 8 a step of the baseline is 53 launches; every convolution of cuDNN's counts as one here."""
     with device("float32") as backend:
-        assert len(captured(backend)) == 51
+        assert len(captured(backend)) == 53
 
 
 @double_only
 def test_an_operation_outside_the_kernels_cannot_hide_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     with device("float32") as backend:
         trainer = a_trainer(backend, images=64)
-        monkeypatch.setattr(F, "add", F.add.plain)
+        monkeypatch.setattr(layers, "add", layers.add.plain)
         with pytest.raises(CaptureError):
             trainer.step()  # eagerly, then captured
         assert backend.cuda.captured is None
@@ -341,7 +343,7 @@ def train(alone, graph):
             comm, control = SingleCommunicator(), SingleControl()
         else:
             nccl = CapturedNccl(world, backend.cuda, [])
-            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"), BRANCH and backend.branch), world
+            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"), BRANCH and backend.side_stream), world
         options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
         trainer = Trainer(Config(**options, cuda_graph=graph), World(comm, control, backend, "", watchdog, [""] * comm.size), data)
         trainer.reducer = Reducer(trainer.params, comm, trainer.config.gradients, bucket_bytes=1 << 12)
@@ -378,12 +380,12 @@ AGREE = """
 from mpi4py import MPI
 from device_double import CapturedNccl, device
 from distrib.nccl import NcclCommunicator
-from nn.cudnn import Convolutions
+from nn.cuda.cudnn import Convolutions
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 with device("float32") as backend:
     comm = NcclCommunicator(world, backend.cuda, CapturedNccl(world, backend.cuda, []), 0, watchdog,
-                            lambda: backend.xp.zeros(1, "float32"), backend.branch)
+                            lambda: backend.xp.zeros(1, "float32"), backend.side_stream)
     config = Config(**OPTIONS | {"lr": 1e-3, "batch_norm": "local"})
     trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), random_data(18))
     plain = trainer.reducer.ready
@@ -467,8 +469,8 @@ def test_kernels_are_listed_and_timed(
         bench_kernels.kernels(batch_size=2, width=1 / 16, precision="tf32", as_json=True)
     result = json.loads(capsys.readouterr().out)
     names = [row["name"] for row in result["kernels"]]
-    assert result["launches"] == len(names) == 47
-    assert names[0] == "take_batch"
-    assert names[-2:] == ["adam", "end_step"]
+    assert result["launches"] == len(names) == 49
+    assert names[0] == "gather_batch"
+    assert names[-2:] == ["adam", "record_step"]
     assert sum(name.startswith("cuDNN weight gradient") for name in names) == 7
     assert result["step_microseconds"] > 0

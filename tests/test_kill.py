@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT, environment, summary, train
+from conftest import LIMIT, ROOT, environment, summary, train
 
 from distrib import checkpoint as ckpt
 from distrib.board import read
@@ -81,7 +81,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     folder, dice, steps, inside = tmp_path / "run", random.Random(0), [], 0
     for round_ in range(ROUNDS):
         process = start(folder)
-        before, deadline = (steps[-1] if steps else 0), time.monotonic() + 60
+        before, deadline = (steps[-1] if steps else 0), time.monotonic() + LIMIT
         # into the steps of this process, then a random moment, in every other round one inside a save
         while (found := ckpt.list_checkpoints(folder / "checkpoints")[:1]) == [] or int(
             found[0].stem.split("-")[1]

@@ -16,6 +16,8 @@ from conftest import write_idx
 from distrib import mnist
 from distrib.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"  # as small_data has them
 TRAIN_LABELS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_LABELS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 
-import pytest
 from conftest import ROOT, run
+from needs import require
 
 PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 
@@ -114,18 +113,16 @@ except OrderError:
 
 def test_an_asynchronous_error_ends_the_job() -> None:
     """NCCL reports it to nobody who does not ask: the watchdog does, while the main thread is busy elsewhere."""
-    begin = time.monotonic()
     done = with_ranks(
         """
 import time
 if rank == 1:
     nccl.async_status = 6
-time.sleep(60)
+time.sleep(3600)
 """,
         ranks=2,
         check=False,
     )
-    assert time.monotonic() - begin < 30
     assert done.returncode not in (0, 2, 85)
     assert "distrib: rank 1 on" in done.stderr
     assert "found at step 0: NCCL_ERROR_REMOTE_ERROR" in done.stderr
@@ -171,14 +168,10 @@ def test_training_over_the_double_equals_one_rank() -> None:
 
 
 def real_nccl():
-    """`cupy.cuda.nccl` with its library, or a visible skip."""
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        from cupy.cuda import nccl
+    """`cupy.cuda.nccl` with its library."""
+    require("nccl")
+    from cupy.cuda import nccl
 
-        nccl.get_version()
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"no NCCL library: {error}")
     return nccl
 
 

@@ -161,7 +161,7 @@ def test_a_crash_of_one_rank_ends_the_job(tmp_path: Path) -> None:
 
 def test_a_silent_rank_ends_the_job(tmp_path: Path) -> None:
     script = at(1, 3, "time.sleep(3600)")
-    done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, "--timeout", 3, ranks=2, check=False)
+    done = run("-c", script, "--run-dir", tmp_path / "run", *SAME, "--timeout", 8, ranks=2, check=False)
     assert done.returncode not in (0, 2, 85)
     assert "rank 0 on" in done.stderr
     assert "at step 4" in done.stderr

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, train
+from conftest import LIMIT, run, train
+from needs import chromium
 from PIL import Image
 from safetensors.numpy import load_file
 
-from launch.report import digits, page
-from launch.runs import RunData, logits_of_test_images, read_run, smooth
+from distrib import mnist
+from launch.plots import short
+from launch.records import line_of
+from launch.report import digits, label_of, page, points_of, report
+from launch.runs import POINTS, Curve, Log, RunData, all_test_images, logits_of_test_images, read_run, smooth
 
 OPTIONS = (
     "--epochs",
@@ -66,9 +70,9 @@ class Tables(HTMLParser):
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])
-        self.inside = tag in ("td", "th")
-        if self.inside:
+        elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
+            self.inside = True
 
     def handle_data(self, data: str) -> None:
         if self.inside:
@@ -164,16 +168,61 @@ def test_what_is_no_run(tmp_path: Path, make, words: str) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_ten_runs_take_seconds(runs: list[Path], tmp_path: Path) -> None:
-    """No bound in time: ten pages' worth of figures is drawn once, and no model is run."""
-    copies = [shutil.copytree(runs[0], tmp_path / f"run {i} <&> $\\frac$ {chr(27)}") for i in range(10)]
+def test_many_runs(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bound in time: the data is read once, no model is run, and curves are thinned as they get many."""
+    names = [f"run {i} <&> $\\frac$ {chr(27)}" for i in range(30)]
+    copies = [shutil.copytree(runs[0], tmp_path / name) for name in names]
     for copy in copies:
         shutil.rmtree(copy / "checkpoints")
-    text = page([read_run(copy) for copy in copies])
+    (copies[3] / "logits.safetensors").unlink()
+    loads, plain = [], mnist.load
+    monkeypatch.setattr(mnist, "load", lambda *given: loads.append(given) or plain(*given))
+    all_test_images.cache_clear()
+    found = [read_run(copy) for copy in copies]
+    text = page(found)
+    assert len(loads) == 1
     assert text.count("<svg") == 5
     assert "run 3 &lt;&amp;&gt; $\\frac$ ?" in text
-    assert "No module" not in text
+    assert "not computed here, as many runs are compared: distrib report" in text
     assert "<&>" not in text
+    table = Tables(text).tables[0]
+    assert table[0][:3] == ["run", "state", "test accuracy"]  # a line for each run
+    assert [row[0] for row in table[1:]] == [run.name for run in found]
+    assert len(table[1]) == len(table[0])
+    assert points_of(found) == 21 * 600 // 30
+    assert points_of(found[:1]) == 1200
+
+
+def test_long_names_are_shortened_and_told_in_full(runs: list[Path], tmp_path: Path) -> None:
+    names = [f"{'a' * 40}-{i}-{'b' * 60}-{i}" for i in range(2)]
+    text = page([read_run(shutil.copytree(runs[0], tmp_path / name)) for name in names])
+    heads = Tables(text).tables[0][0][1:]
+    assert all(len(head) == 60 and "…" in head for head in heads)
+    assert len(set(heads)) == 2
+    for name in names:
+        assert f'title="{name}"' in text
+        assert f">{short(name, 34)}<" in text  # in a legend
+    alike = [read_run(runs[0]) for _ in range(3)]
+    for i, each in enumerate(alike):
+        each.name = f"{'a' * 40}{i}{'b' * 40}"
+    assert [label_of(each, alike)[:4] for each in alike] == ["1: a", "2: a", "3: a"]
+    assert label_of(alike[0], alike[:1]) == short(alike[0].name, 34)
+    assert short("abcdefghij", 10) == "abcdefghij"
+    assert short("abcdefghijk", 10) == "abcde…hijk"
+
+
+def test_a_log_of_any_length_is_kept_in_bounded_memory(runs: list[Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(runs[0], tmp_path / "copy")
+    line = {"loss": 1.0, "epoch": 1, "lr": 0.1, "images_per_second": 10.0}
+    with open(copy / "metrics.jsonl", "w") as file:
+        for step in range(1, 20_001):
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        file.write('{"step": 20001, "loss": "' + "x" * 200_000 + '", "epoch": 1}\n')  # longer than any line
+        file.write(json.dumps({"step": 20_002, **line}) + "\n")
+        file.write(json.dumps({"step": 20_003, **line}))  # half written
+    log = read_run(copy).log
+    assert (log.steps, log.last_step) == (20_001, 20_002)
+    assert all(len(curve._bins) <= 2 * POINTS for curve in log.of_steps.values())
 
 
 def test_data_that_is_gone_is_said_on_the_page(runs: list[Path], tmp_path: Path) -> None:
@@ -193,27 +242,42 @@ def test_a_run_of_an_older_version(runs: list[Path], tmp_path: Path) -> None:
     assert "All options are the same." in page([read_run(copy), read_run(runs[0])])
 
 
-def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> None:
-    done = run("-m", "launch.cli", "report", runs[0], "--out", tmp_path / "no" / "page.html", check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
+def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path, command_line) -> None:
+    """A folder that is missing, a folder in its place, a FIFO: one line, and the FIFO is one afterwards."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for out, words in (
         (
-            f"distrib: error: {tmp_path / 'no' / 'page.html'}: cannot be written (No such file or directory):"
-            " free space or permissions are missing; nothing was written\n"
+            "no/page.html",
+            f"no/page.html: there is no folder {tmp_path / 'no'}: make it, or give another place",
         ),
-    )
+        ("folder", "folder: is a folder: give a file's name"),
+        ("fifo", "fifo: is no file: give a file's name"),
+        (f"{'x' * 300}/page.html", "cannot be used (File name too long): give a shorter name"),
+    ):
+        code, said, err = command_line(report, runs[0], "--out", tmp_path / out)
+        assert (code, said, err.count("\n")) == (2, "", 1)
+        assert words in err
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def log_of(steps: list[dict]) -> Log:
+    log = Log()
+    for step in steps:
+        line = line_of(json.dumps({"epoch": 1, **step}).encode())
+        assert line
+        log.add(line)
+    return log
 
 
 def test_time_of_the_steps_that_were_timed() -> None:
     """A thousand steps of a GPU, whose parts are unknown, then a hundred of 100 ms on a host."""
     null = {"compute_seconds": None, "communication_seconds": None, "data_seconds": None}
     steps = [{"step": 100 * (i + 1), "loss": 1.0, **null} for i in range(10)]
-    steps += [
-        {"step": 1100, "loss": 1.0, "compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
-    ]
-    data = RunData(Path(), "x", {}, {}, steps, [], {})
+    timed = {"compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
+    data = RunData(Path(), "x", {}, {}, log_of([*steps, {"step": 1100, "loss": 1.0, **timed}]), {})
     assert data.parts_ms() == pytest.approx({"compute": 70, "communication": 20, "data": 10})
-    data.steps = steps[:-1]
+    data.log = log_of(steps)
     assert data.parts_ms() is None
 
 
@@ -223,20 +287,32 @@ def test_smooth_keeps_means_and_lengths() -> None:
     np.testing.assert_allclose(smooth(np.arange(90.0))[3:-3], np.arange(90.0)[3:-3])
 
 
-def test_curves_are_thinned_by_averaging() -> None:
-    steps = [{"step": i + 1, "loss": float(i)} for i in range(6000)]
-    data = RunData(Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, steps, [], {})
-    epochs, values = data.curve("loss")
-    assert len(epochs) == 600
-    assert values.mean() == pytest.approx(2999.5)
-    assert epochs[-1] == pytest.approx(5.9955)
+@pytest.mark.parametrize("count", [1, 600, 1200, 1201, 6000, 100_001])
+def test_curves_are_thinned_by_averaging(count: int) -> None:
+    """Of as many points as there may be, 600 to 1,200 are kept: each a mean of 2^n points but the last."""
+    curve = Curve()
+    for i in range(count):
+        curve.add(i + 1, float(i))
+    steps, values = curve.points()
+    each = 1
+    while count > 1200 * each:
+        each *= 2
+    expected = [np.arange(count)[i : i + each].mean() for i in range(0, count, each)]
+    np.testing.assert_allclose(values, expected)
+    np.testing.assert_allclose(steps, values + 1)
+    few, means = curve.points(100)
+    assert len(few) <= 100
+    assert means[0] == np.arange(min(count, each * -(-len(values) // 100))).mean()
+    data = RunData(
+        Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, Log(of_steps={"loss": curve}), {}
+    )
+    np.testing.assert_allclose(data.curve("loss")[0], steps / 1000)
 
 
+@pytest.mark.needs("chromium")
 @pytest.mark.parametrize(("width", "name"), [(1280, "wide"), (400, "phone")])
 def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: str) -> None:
     """Chromium loads it without a complaint on its console, and it does not overflow sideways."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    assert chromium, "no Chromium, so the page was not looked at: apt-get install chromium"
     path = tmp_path / "page.html"
     probe = (
         "<script>document.title = [document.documentElement.scrollWidth, innerWidth, document.images.length,"
@@ -244,7 +320,7 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: s
     probe += " [...document.images].every(i => i.naturalWidth == 28)].join()</script>"
     path.write_text(page([read_run(each) for each in runs]).replace("</body>", f"{probe}</body>"))
     command = [
-        chromium,
+        str(chromium()),
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
@@ -255,16 +331,15 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path, width: int, name: s
         f"--window-size={width},3000",
         "--virtual-time-budget=3000",
     ]
-    begin = time.monotonic()
     done = subprocess.run(
         [*command, f"--screenshot={tmp_path / 'shot.png'}", "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
     )
     assert "CONSOLE" not in done.stderr, done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title, f"no page after {time.monotonic() - begin:.0f} s: {done.stderr[-500:]}"
+    assert title, f"no page: {done.stderr[-500:]}"
     scroll, inner, images, loaded = title[1].split(",")
     assert int(scroll) <= int(inner), "the page is wider than the window"
     assert int(images) > 24

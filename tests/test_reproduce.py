@@ -1,4 +1,4 @@
-"""`distrib reproduce` in a short form: all parts, taken up again, nothing twice; and the PyTorch side's own run."""
+"""`distrib reproduce` in a short form: all parts, resumed, nothing twice; and the PyTorch side's own run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, metrics, run, summary
+from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
-from launch import reproduce
+from launch import cli, reproduce
 from launch.reproduce import ROWS, Settings, jobs, spread, time_table
 
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
@@ -76,17 +75,13 @@ def test_nothing_is_run_twice(whole: Path) -> None:
 
 
 def test_a_stop_and_another_start(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a run: a checkpoint, exit 85, and the same command ends at the digest of a run without a break."""
+    """Ctrl-C in a run: a checkpoint, exit 85, and the same command ends at the digest of an unbroken run."""
     options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) > 1, "a run", process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 85
+    assert process.wait(LIMIT) == 85
     assert run(*command[1:]).stdout.count("there already") >= 1
     every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     assert all(job.finished() for job in every)
@@ -120,10 +115,10 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
         (("--report",), "holds nothing yet"),
     ],
 )
-def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
-    done = run("-m", "launch.cli", "reproduce", "--out", tmp_path / "out", *arguments, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert words in done.stderr
+def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str, command_line) -> None:
+    code, _, err = command_line(cli.app, "reproduce", "--out", tmp_path / "out", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert words in err
     assert not (tmp_path / "out").exists()
 
 
@@ -169,12 +164,9 @@ def test_terminated_it_stops_its_run(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("runs/*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: list((tmp_path / "out").glob("runs/*/metrics.jsonl")), "a run", process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 85
+    assert process.wait(LIMIT) == 85
     assert not left_running(tmp_path)
 
 
@@ -222,7 +214,7 @@ def torch_run(folder: Path, *arguments: object, check: bool = True) -> subproces
 
 
 def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
-    """Signals after step 4 of 14, with the last batch of the first epoch, in the second, and with the very last batch."""
+    """Signals after step 4 of 14, with the last batch of either epoch, and in the second."""
     import_torch()
     torch_run(tmp_path / "whole")
     script = """
@@ -265,17 +257,20 @@ def test_pytorch_refuses_what_it_has_not(tmp_path: Path) -> None:
 
 
 def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
-    """Ours loaded into PyTorch: the losses of the first steps agree, so the two rows of the table are of one network."""
+    """Ours loaded into PyTorch: the losses of the first steps agree, so both rows are of one network."""
     import_torch()
     script = """
 import runpy
 import numpy as np, torch
 from launch import torch_bench
+from distrib import mnist
+from nn.network import Network
 from nn.resnet9 import ResNet9
 plain = torch_bench.TorchSide.__init__
 def init(self, config, kind, threads):
     plain(self, config, kind, threads)
-    state = ResNet9(config.variant, config.width, seed=config.seed).state_dict()
+    options = {"variant": config.variant, "width": config.width}
+    state = Network(ResNet9, mnist.SHAPE, mnist.CLASSES, options, seed=config.seed).state_dict()
     self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
 torch_bench.TorchSide.__init__ = init
 runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)

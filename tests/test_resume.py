@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, at, before_each_step, environment, metrics, run, summary, train
+from conftest import LIMIT, ROOT, at, environment, metrics, pause, run, summary, train, wait_for
 
 BASE = (
     "--epochs",
@@ -95,9 +94,16 @@ def test_stopped_after_any_step(whole: tuple[Path, tuple], step: int, tmp_path: 
 
 
 def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:
-    """Fourteen processes of one step each, in one folder."""
-    for step in range(1, STEPS + 1):
-        train(tmp_path / "run", *whole[1], "--max-steps", step)
+    """Fourteen starts of one step each, in one folder."""
+    script = f"""
+import sys
+from distrib.command import main
+given = list(sys.argv)
+for step in range(1, {STEPS} + 1):
+    sys.argv[:] = [*given, "--max-steps", str(step)]
+    assert main() == 0
+"""
+    run("-c", script, "--run-dir", tmp_path / "run", *whole[1])
     compare(tmp_path / "run", whole[0])
 
 
@@ -137,16 +143,14 @@ def test_a_signal_stops_with_a_checkpoint_and_85(
 ) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "distrib.train", "--run-dir", str(folder), *map(str, whole[1])]
-    script = at(0, 4, f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(2)")
+    heard = "any(self.stop_requested or time.sleep(0.02) for _ in iter(int, 1))"
+    script = at(0, 4, f"open({str(tmp_path / 'ready')!r}, 'w'); {heard}")
     process = subprocess.Popen(
         [sys.executable, "-c", script, *command[3:]], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "ready").exists, "step 4", process)
     process.send_signal(number)
-    assert process.wait(60) == 85
+    assert process.wait(LIMIT) == 85
     stopped = summary(folder)
     assert not stopped["finished"]
     assert stopped["steps"] == 5
@@ -170,7 +174,7 @@ def test_killed_without_a_word(whole: tuple[Path, tuple], tmp_path: Path) -> Non
     ]
     assert (
         subprocess.run(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=120
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=LIMIT
         ).returncode
         == -signal.SIGKILL
     )
@@ -195,17 +199,14 @@ sys.exit(main())
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     """Neither one that was given twice, nor the new one of two that start in the same second."""
-    slow = before_each_step("time.sleep(0.2)")
+    slow = at(0, 3, pause(tmp_path / "go on"))
     first = subprocess.Popen(
         [sys.executable, "-c", slow, "--run-dir", str(tmp_path / "run"), *map(str, BASE)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, "a run", first)
     second = train(tmp_path / "run", *BASE, check=False)
     assert (second.returncode, second.stderr) == (
         2,
@@ -214,13 +215,14 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
             " wait for its end, or give another folder\n"
         ),
     )
-    assert first.wait(60) == 0
+    (tmp_path / "go on").touch()
+    assert first.wait(LIMIT) == 0
     command = [sys.executable, "-m", "distrib.train", *map(str, BASE)]
     for process in [
         subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
         for _ in range(3)
     ]:
-        assert process.wait(60) == 0
+        assert process.wait(LIMIT) == 0
     assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 3
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from distrib.sampler import batch_indices, permutation, share, steps_per_epoch, warps
 
+pytestmark = pytest.mark.quick
+
 
 def test_permutation_depends_on_seed_and_epoch_alone() -> None:
     first = permutation(3, 2, 1000)

@@ -1,6 +1,6 @@
 """slurm/train.sh on a real Slurm: two nodes on this machine, brought up by slurm_cluster.sh.
 
-It needs root and Debian's packages, and fails where it cannot have them: nothing here is skipped.
+It needs root and Debian's packages (needs.py), which `slurm_cluster.sh install` brings.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, summary
+from conftest import LIMIT, ROOT, environment, metrics, summary
 
 from distrib.checkpoint import newest_valid
+
+pytestmark = pytest.mark.needs("slurm")
 
 CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
 FOLDER = Path("/tmp/distrib-slurm")
 SCRIPT = ROOT / "slurm" / "train.sh"
 CONTROL = [chr(code) for code in range(32) if chr(code) not in "\n\0"]  # mpirun itself leaves some NULs
-WITHIN = 50  # seconds for a job to come where a test wants it
-DEAD_WITHIN = 10  # seconds from the death of a rank to the end of its job
+WITHIN = 300  # seconds for a job to come where a test wants it
+DEAD_WITHIN = 45  # seconds from the death of a rank to the end of its job: less than --timeout
 
 SMALL = [
     "--backend",
@@ -54,7 +56,7 @@ def slurm() -> Iterator[None]:
     env = {**os.environ, "SLURM_CLUSTER_DIR": str(FOLDER)}
     subprocess.run([CLUSTER, "down"], env=env, capture_output=True)
     try:
-        up = subprocess.run([CLUSTER, "up", "2"], env=env, capture_output=True, text=True, timeout=300)
+        up = subprocess.run([CLUSTER, "up", "2"], env=env, capture_output=True, text=True, timeout=LIMIT)
         if up.returncode:
             reason = (up.stderr.strip() or "no reason given").splitlines()[-1]
             pytest.fail(f"NO SLURM, so nothing of slurm/train.sh was tested: {reason}", pytrace=False)
@@ -107,10 +109,14 @@ class Job:
         self.wait(lambda: self.about("JobState") in ended, "end", within)
         return self.about("JobState"), self.about("ExitCode")
 
+    def steps(self) -> int:
+        """Lines of metrics so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
     def train_some(self, steps: int = 5) -> None:
         """Come back after some steps."""
-        path = self.run_dir / "metrics.jsonl"
-        self.wait(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}")
+        self.wait(lambda: self.steps() >= steps, f"step {steps}")
 
     def rank(self, number: int) -> int:
         """The process of one rank."""
@@ -192,6 +198,25 @@ def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path,
     assert not set(job.log) & set(CONTROL)
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
     assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
+
+
+@pytest.mark.parametrize("timeouts", [1.5, *([0.5, 1.0, 3.0] if os.environ.get("DISTRIB_SOAK") else [])])
+@pytest.mark.parametrize(("nodes", "launcher"), [(2, "pmix"), (1, "mpirun")])
+def test_a_suspended_job_goes_on(
+    whole: Job, tmp_path: Path, nodes: int, launcher: str, timeouts: float
+) -> None:
+    """As Slurm's gang scheduling does it: all processes of the job stand still for longer than --timeout."""
+    job = Job(tmp_path, NODES[nodes], *SMALL, "--timeout", "6", LAUNCHER=launcher)
+    job.train_some()
+    job.call("scontrol", "suspend", job.number)
+    job.wait(lambda: job.about("JobState") == "SUSPENDED", "suspension")
+    steps = job.steps()
+    time.sleep(timeouts * 6)
+    assert job.steps() <= steps + 1, "it did not stand still"
+    job.call("scontrol", "resume", job.number)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert job.about("Restarts") == "0"
+    assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
 
 
 def test_usr1_before_the_ranks_listen_is_not_lost(tmp_path: Path, program: Callable[[str], str]) -> None:
@@ -359,8 +384,8 @@ def test_a_node_that_crashes(whole: Job, tmp_path: Path, launcher: str) -> None:
     job = Job(tmp_path, NODES[2], *SMALL, "--checkpoint-every", "10", LAUNCHER=launcher)
     job.train_some(25)
     env = {**os.environ, "SLURM_CLUSTER_DIR": str(FOLDER)}
-    subprocess.run([CLUSTER, "crash", "2"], env=env, check=True, timeout=60)
-    assert job.end(180) == ("COMPLETED", "0:0"), job.log
+    subprocess.run([CLUSTER, "crash", "2"], env=env, check=True, timeout=WITHIN)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
     assert "a node or a launch was lost: " in job.log
     assert int(job.about("Restarts")) >= 1
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]

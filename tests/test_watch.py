@@ -1,4 +1,4 @@
-"""`distrib watch`: what it says of runs that go on, end, are stopped, fail or fall silent, and that it changes nothing."""
+"""`distrib watch`: what it says of runs that go on, end, are stopped, fail or fall silent."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 
 def logged(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists()
+    """Whether a step is logged and the rank has said a word."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0 and bool(board.read(folder))
 
 
 def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> Path:
@@ -160,16 +162,22 @@ def test_a_run_to_its_end_on_a_terminal(start, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_the_run_alone_and_a_stop_is_told(call, start, tmp_path: Path) -> None:
     training = start(*ENDLESS)
     wait_until(lambda: logged(tmp_path / "run"))
-    with subprocess.Popen(
+    watching = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "run")],
         cwd=ROOT,
         env=environment({"PYTHONUNBUFFERED": "1"}),
         stdout=subprocess.PIPE,
         text=True,
-    ) as watching:
-        assert "epoch 1/10000" in watching.stdout.readline()
+    )
+    try:
+        first = watching.stdout.readline()  # how many epochs the run has had by now, the machine decides
         watching.send_signal(signal.SIGINT)
-        assert watching.stdout.read().endswith("not watched any more; the run goes on\n")
+        rest, _ = watching.communicate(timeout=120)
+    finally:
+        watching.kill()
+        watching.wait()
+    assert re.match(r"epoch \d+/10000", first)
+    assert rest.endswith("not watched any more; the run goes on\n")
     assert watching.returncode == 130
     assert call(tmp_path / "run", "--once")[0] == 0
     assert training.poll() is None
@@ -180,15 +188,15 @@ def test_ctrl_c_leaves_the_run_alone_and_a_stop_is_told(call, start, tmp_path: P
 
 
 def test_a_killed_run_is_told_soon(call, start, tmp_path: Path) -> None:
+    """Before --timeout: after that, the verdict would begin with the silence of all ranks."""
     training = start(*ENDLESS)
     wait_until(lambda: logged(tmp_path / "run"))
     training.kill()
-    begin, before = time.monotonic(), sorted(written(tmp_path / "run"))
+    before = sorted(written(tmp_path / "run"))
     code, out, _ = call(tmp_path / "run", "--interval", 0.2)
     assert code == 1
     assert out.splitlines()[-1].startswith(f"rank 0 on {socket.gethostname()} failed at step ")
     assert out.endswith("its process is gone without a word: killed, or out of memory\n")
-    assert time.monotonic() - begin < 15
     assert sorted(written(tmp_path / "run")) == before
 
 
@@ -206,7 +214,7 @@ def test_failed(call, tmp_path: Path) -> None:
     [
         (
             [board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
-            r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s: stopped, killed",
+            r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s:",
         ),
         ([], r"no word of any rank for \d+ s: it did not start"),
         (
@@ -232,16 +240,47 @@ def test_one_that_speaks_is_not_silent_whatever_its_clock(
     """A rank's clock an hour late: its words are new all the same."""
     word, told = board.Word(0, "elsewhere", 1, step=5, time=time.time() - 3600), 0
 
-    def read(folder: Path) -> list[board.Word]:
+    def read_words(folder: Path) -> list[board.Word]:
         nonlocal told
         told += 1
         if told == 30:
             (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 20, "world_size": 1}))
         return [board.Word(**{**vars(word), "time": word.time + told})]
 
-    monkeypatch.setattr(module.board, "read", read)
+    monkeypatch.setattr(module, "read_words", read_words)
     code, out, _ = call(make(tmp_path / "run"), "--timeout", 0.5, "--interval", 0.1)
     assert code == 0, out
+
+
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+    """As with `| head -1`: the exit code is the run's all the same."""
+    word = board.Word(0, "elsewhere", 1, step=5, time=time.time())
+    folder = make(tmp_path / "run", word)
+    watching = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), "--interval", "0.1"],
+        cwd=ROOT,
+        env=environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert watching.stdout.readline().startswith(b"epoch 1/2")
+        watching.stdout.close()
+        epoch = {
+            "step": 10,
+            "epoch": 1,
+            "train_loss": 1,
+            "train_accuracy": 1,
+            "test_loss": 1,
+            "test_accuracy": 1,
+        }
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(epoch) + "\n")  # a line that nobody reads
+        (folder / "half").write_text(json.dumps({"finished": False, "steps": 10, "world_size": 1}))
+        (folder / "half").replace(folder / "summary.json")
+        assert watching.wait(120) == 85
+    finally:
+        watching.kill()
+        watching.wait()
 
 
 def test_max_steps_is_no_stop(call, tmp_path: Path) -> None:
@@ -267,7 +306,7 @@ def test_nothing_to_watch(call, tmp_path: Path) -> None:
 
 
 def test_half_written_and_rewritten_lines(tmp_path: Path) -> None:
-    """A line counts when it is whole; what is no line of a run is passed over; a rewritten file is read anew."""
+    """A line counts when it is whole; what is no line of a run is skipped; a rewritten file is read anew."""
     folder = make(tmp_path / "run")
     metrics, run = folder / "metrics.jsonl", Follower(folder, 60)
     line = json.dumps(
@@ -296,7 +335,7 @@ def test_progress_and_many_ranks(tmp_path: Path) -> None:
     run = Follower(make(tmp_path / "run", *words), 60)
     run.look()
     assert run.progress() == (7 / 20, "epoch 1/2", "7/20  left 0:00:26")
-    console = module.Lines(force_terminal=False, width=120)
+    console = module.Console(force_terminal=False, width=120)
     with console.capture() as captured:
         console.print(view(run, console))
     out = captured.get().splitlines()

@@ -1,13 +1,14 @@
-"""Convolution by cuDNN: one more form beside those in `nn/conv.py`, for arrays on a GPU.
+"""Convolution by cuDNN: one more algorithm beside those in `nn/ops/conv.py`, for arrays on a GPU.
 
-    y[n,p,q,o]  = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c] · w[i,j,c,o]
-    dx, dw      = the gradients of Σ y·dy with respect to x and w
+    y[n,p,q,o]  = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c] ·
+    w[i,j,c,o] dx, dw      = the gradients of Σ y·dy with respect to x and w
 
-Shapes: x, dx (N, H, W, C) and y, dy (N, P, Q, O), dense in this order; w, dw (kh, kw, C, O), views whose memory is
-dense (O, kh, kw, C). All are float32; in bf16 they are uint16 arrays of bfloat16 bits, except that dw is float32.
+Shapes: x, dx (N, H, W, C) and y, dy (N, P, Q, O), dense in this order; w, dw (kh, kw, C, O), views whose
+memory is dense (O, kh, kw, C). All are float32; in bf16 they are uint16 arrays of bfloat16 bits, except that
+dw is float32.
 
-cuDNN answers each operation with a list of *plans*. Which is taken decides the last bits of the result, so the
-choice is a value that can be stored, sent to other ranks and given back: see `Convolutions.plans`.
+cuDNN answers each operation with a list of *plans*. Which is taken decides the last bits of the result, so
+the choice is a value that can be stored, sent to other ranks and given back: see `Convolutions.plans`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
-from nn.backend import Array, Branch, capture, import_cupy
-from nn.conv import Geometry
-from nn.workspace import Workspace
+from nn.array import Array
+from nn.buffers import Buffers
+from nn.device import SideStream, capture
+from nn.ops.conv import Geometry
 
 WORKSPACE_LIMIT = 256 << 20
 """Bytes; plans that need more are not considered."""
@@ -65,7 +67,7 @@ class Operation(NamedTuple):
         return f"{self.kind} {x} {w} s{g.stride}p{g.padding}d{g.dilation}"
 
     def layouts(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Dimensions and strides of x, w and y: cuDNN names the axes N, C, H, W however they lie in memory."""
+        """Dimensions and strides of x, w and y: cuDNN names axes N, C, H, W however they lie."""
         y_shape = self.geometry.out_shape(self.x_shape, self.w_shape)
         kh, kw, c_in, c_out = self.w_shape
         shapes = {"x": self.x_shape, "w": (c_out, kh, kw, c_in), "y": y_shape}
@@ -83,21 +85,21 @@ class Lane(NamedTuple):
 
 
 class Convolutions:
-    """A form of convolution: `forward` and `backward` as in `nn/conv.py`.
+    """An algorithm of convolution: `forward` and `backward` as in `nn/ops/conv.py`.
 
     `cudnn` is the module of that name, `cuda` is `cupy.cuda`. `precision` is one of
 
     - "float32": no tensor cores, no inputs or sums in fewer bits;
     - "tf32": tensor cores that round the inputs to 10 bits of mantissa;
     - "bf16": bfloat16 inputs and outputs, sums in float32. cuDNN cannot write a float32 dw then, so it writes
-      scratch, and `widen(bits, dw)` must turn that into float32 on the current stream.
+      a temporary, and `from_bf16(bits, dw)` must turn that into float32 on the current stream.
 
-    The first call for a shape chooses and builds its plan, and may wait for the device; later ones only launch it on
-    the current stream, and allocate nothing, so that they may be captured into a CUDA graph. RuntimeError where cuDNN
-    fails; NoPlan where it has no plan.
+    The first call for a shape chooses and builds its plan, and may wait for the device; later ones only
+    launch it on the current stream, and allocate nothing, so that they may be captured into a CUDA graph.
+    RuntimeError where cuDNN fails; NoPlan where it has no plan.
 
-    `plans` maps an operation to the name of its plan. It grows as plans are chosen; what is in it before is used as
-    it is, and a name that cuDNN no longer offers is a ValueError.
+    `plans` maps an operation to the name of its plan. It grows as plans are chosen; what is in it before is
+    used as it is, and a name that cuDNN no longer offers is a ValueError.
     """
 
     def __init__(
@@ -105,15 +107,15 @@ class Convolutions:
         cudnn: Any,
         cuda: Any,
         precision: str = "float32",
-        widen: Callable[[Array, Array], Any] | None = None,
-        branch: Branch | None = None,
+        from_bf16: Callable[[Array, Array], Any] | None = None,
+        side_stream: SideStream | None = None,
     ) -> None:
         if precision not in NOTES:
             raise ValueError(f"precision {precision!r} is none of {', '.join(NOTES)}")
-        if precision == "bf16" and widen is None:
-            raise ValueError("bf16 needs `widen`, which turns bfloat16 bits into float32")
-        self.cudnn, self.cuda, self.precision, self.branch = cudnn, cuda, precision, branch
-        self.widen = widen if precision == "bf16" else None
+        if precision == "bf16" and from_bf16 is None:
+            raise ValueError("bf16 needs `from_bf16`, which turns bfloat16 bits into float32")
+        self.cudnn, self.cuda, self.precision, self.side_stream = cudnn, cuda, precision, side_stream
+        self.from_bf16 = from_bf16 if precision == "bf16" else None
         self.version: str = cudnn.backend_version_string()
         self.plans: dict[str, str] = {}
         self._dtype = "uint16" if precision == "bf16" else "float32"
@@ -123,22 +125,26 @@ class Convolutions:
         self._built: dict[Operation, tuple[Any, int]] = {}
         self._supported: dict[Operation, bool] = {}
 
-    def forward(self, x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
+    def forward(
+        self, x: Array, w: Array, g: Geometry, y: Array, buffers: Buffers, keep: bool
+    ) -> Array | None:
         """Write the convolution of x with w into y; returns x, where `keep`, in a buffer that outlives it."""
         if len(x):
             operation = Operation("forward", x.shape, w.shape, g)
             self._run(operation, self._pointer(x), self._kernel(w), self._pointer(y))
-        return ws.hold(x) if keep else None
+        return buffers.save(x) if keep else None
 
     def backward(
-        self, dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace
+        self, dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, buffers: Buffers
     ) -> None:
-        """Write the gradients of x, unless dx is None, and of w: that one on the branch, where there is one.
+        """Write the gradients of x, unless dx is None, and of w: that one on the side stream, where there is
+        one.
 
-        Nobody waits for a weight gradient before the end of the backward, and a small batch leaves much of a GPU idle.
+        Nobody waits for a weight gradient before the end of the backward, and a small batch leaves much of a
+        GPU idle.
         """
-        with self.branch.fork() if self.branch else contextlib.nullcontext():
-            self.weight_gradient(dy, x, g, dw, ws)
+        with self.side_stream.fork() if self.side_stream else contextlib.nullcontext():
+            self.weight_gradient(dy, x, g, dw, buffers)
         if dx is not None:
             self.input_gradient(dy, w, g, dx)
 
@@ -148,10 +154,11 @@ class Convolutions:
             operation = Operation("input gradient", dx.shape, w.shape, g)
             self._run(operation, self._pointer(dy), self._kernel(w), self._pointer(dx))
 
-    def weight_gradient(self, dy: Array, x: Array, g: Geometry, dw: Array, ws: Workspace) -> None:
+    def weight_gradient(self, dy: Array, x: Array, g: Geometry, dw: Array, buffers: Buffers) -> None:
         """dw[i,j,c,o] = Σ_{n,p,q} x[n, p·stride + i·dilation − padding, …, c] · dy[n,p,q,o]
 
-        May run on a stream of its own beside `input_gradient`; then always on the same one, as its scratch is shared.
+        May run on a stream of its own beside `input_gradient`; then always on the same one, as its scratch is
+        shared.
         """
         memory = dw.transpose(3, 0, 1, 2)
         assert (memory.flags.c_contiguous, dw.dtype) == (True, "float32"), (
@@ -161,15 +168,18 @@ class Convolutions:
             stream = self.cuda.get_current_stream()
             self.cuda.runtime.memsetAsync(dw.data.ptr, 0, dw.nbytes, stream.ptr)
             return
-        out = ws.scratch("cudnn.dw", memory.shape, "uint16") if self.widen else memory
+        out = buffers.temporary("cudnn.dw", memory.shape, "uint16") if self.from_bf16 else memory
         operation = Operation("weight gradient", x.shape, dw.shape, g)
         self._run(operation, self._pointer(x), self._pointer(dy), self._pointer(out))
-        if self.widen:
-            self.widen(out, memory)
+        if self.from_bf16:
+            self.from_bf16(out, memory)
 
-    def supports(self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> bool:
-        """Whether cuDNN has a plan for each of the three operations."""
-        operations = (Operation(kind, tuple(x_shape), tuple(w_shape), geometry) for kind in KINDS)
+    def supports(
+        self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, need_dx: bool = True
+    ) -> bool:
+        """Whether cuDNN has a plan for each of the operations that are needed."""
+        kinds = [kind for kind in KINDS if need_dx or kind != "input gradient"]
+        operations = (Operation(kind, tuple(x_shape), tuple(w_shape), geometry) for kind in kinds)
         return not x_shape[0] or all(map(self._has_plan, operations))
 
     def _has_plan(self, operation: Operation) -> bool:
@@ -207,7 +217,9 @@ class Convolutions:
         graph.execute(dict(enumerate(pointers, 1)), workspace, handle=handle)
 
     def _lane(self) -> Lane:
-        """Handle and workspaces of the current stream. A handle of its own, as setting a handle's stream is slow."""
+        """Handle and workspaces of the current stream. A handle of its own, as setting a handle's stream is
+        slow.
+        """
         stream = self.cuda.get_current_stream().ptr
         lane = self._lanes.get(stream)
         if lane is None:
@@ -217,7 +229,9 @@ class Convolutions:
         return lane
 
     def _build(self, operation: Operation, pointers: tuple[int, ...]) -> tuple[Any, int]:
-        """The operation's graph with the plan of `plans` built, chosen now if need be, and its workspace in bytes."""
+        """The operation's graph with the plan of `plans` built, chosen now if need be, and its workspace in
+        bytes.
+        """
         key = f"{operation} {self.precision}"
         if key not in self.plans:
             self.plans[key] = self._fastest(operation, pointers)
@@ -231,7 +245,8 @@ class Convolutions:
                 except self._refusals as error:
                     why = _line(error)
         raise ValueError(
-            f"cuDNN {self.version} cannot use the plan {self.plans[key]!r} stored for {key!r} ({why}): remove plans.json"
+            f"cuDNN {self.version} cannot use the plan {self.plans[key]!r} stored for {key!r} ({why}):"
+            " remove plans.json"
         )
 
     def _graph(self, operation: Operation) -> Any:
@@ -255,7 +270,8 @@ class Convolutions:
             result.set_output(True).set_data_type(self._type).set_dim(dim).set_stride(stride).set_uid(3)
             graph.validate()
             graph.build_operation_graph()
-            # Under "float32" mode A often lists nothing but tensor cores: the fallbacks behind it are what is left.
+            # Under "float32" mode A often lists nothing but tensor cores: the fallbacks behind it are what is
+            # left.
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
             graph.deselect_numeric_notes(
                 [getattr(cudnn.numerical_note, note) for note in NOTES[self.precision]]
@@ -297,7 +313,8 @@ class Convolutions:
     def _time(self, graph: Any, pointers: tuple[int, ...]) -> float:
         """Milliseconds of LAUNCHES executions of the plan selected in `graph`, median of ROUNDS.
 
-        As a CUDA graph, which is how they will run: Python takes longer to queue a small convolution than a GPU to run it.
+        As a CUDA graph, which is how they will run: Python takes longer to queue a small convolution than a
+        GPU to run it.
         """
         size, stream, times = graph.get_workspace_size(), self.cuda.get_current_stream(), []
         self._launch(graph, size, pointers)  # loads the kernels, makes room for the workspace
@@ -318,19 +335,24 @@ def _line(error: Exception) -> str:
 
 
 def load(
-    precision: str, widen: Callable[[Array, Array], Any] | None = None, branch: Branch | None = None
+    cuda: Any,
+    precision: str,
+    from_bf16: Callable[[Array, Array], Any] | None = None,
+    side_stream: SideStream | None = None,
 ) -> Convolutions:
-    """`Convolutions` on the current device; RuntimeError, in one line, where CuPy, a GPU or cuDNN is missing."""
-    cupy = import_cupy()
+    """`Convolutions` on the current device, with `cupy.cuda`; RuntimeError, in one line, where cuDNN is
+    missing.
+    """
     remedy = "pip install nvidia-cudnn-frontend nvidia-cudnn-cu12 (or -cu13)"
     try:
-        # the frontend opens the CUDA runtime by its bare name, which finds one of pip's only if it is loaded already
+        # the frontend opens the CUDA runtime by its bare name, which finds one of pip's only if it is loaded
+        # already
         importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("cudart")
         cudnn = importlib.import_module("cudnn")
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(f"cuDNN's Python frontend cannot be imported ({_line(error)}): {remedy}") from None
     try:
-        convolutions = Convolutions(cudnn, cupy.cuda, precision, widen, branch)
+        convolutions = Convolutions(cudnn, cuda, precision, from_bf16, side_stream)
         convolutions._lane()
     except RuntimeError as error:
         raise RuntimeError(f"cuDNN cannot be used ({_line(error)}): {remedy}") from None

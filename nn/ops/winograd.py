@@ -1,4 +1,4 @@
-"""Minimal filtering F(m×m, 3×3) after Winograd: a 3×3 convolution with (m + 2)² products per m² outputs, not 9m².
+"""Minimal filtering F(m×m, 3×3) after Winograd: (m + 2)² products for m² outputs of a 3×3 kernel, not 9m².
 
 With Bᵀ (a×a), G (a×3) and Aᵀ (m×a), a = m + 2, a tile d of a×a inputs and a kernel g, the m×m tile of the
 output is Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
@@ -28,14 +28,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nn.backend import Array, namespace
-
-if TYPE_CHECKING:
-    from nn.workspace import Workspace
+from nn.array import Array, namespace
+from nn.buffers import Buffers
 
 Call = Callable[[], Any]
 
@@ -43,7 +41,8 @@ CHUNK = 512
 """Tiles of one chunk: its planes stay near the cache and its matrix products stay efficient."""
 
 PIECE = 4
-"""Tiles of an axis that share one banded matrix: longer ones multiply too many zeros, shorter ones are slow."""
+"""Tiles of an axis that share one banded matrix: longer ones multiply too many zeros, shorter ones are slow.
+"""
 
 POINTS = (0.0, 1.0, -1.0, np.inf, 2.0, -2.0)
 """Where polynomials are evaluated; a tile of m outputs takes the first m + 2."""
@@ -86,14 +85,14 @@ class Piece(NamedTuple):
     b: np.ndarray  # (rows, inputs): rows by point, then by tile
     a: np.ndarray  # (rows, outputs)
 
-    def along(self, which: str, ws: Workspace) -> Array:
+    def along(self, which: str, buffers: Buffers) -> Array:
         """Matrix `b` or `a` on the device."""
-        return ws.constant(f"winograd.{which}.{self.name}", getattr(self, which))
+        return buffers.constant(f"winograd.{which}.{self.name}", getattr(self, which))
 
 
 @functools.cache
 def axis(size: int) -> list[Piece]:
-    """The pieces of an axis of `size` pixels: tiles of 4, and at its end one of 2 or 3 where that is enough."""
+    """The pieces of an axis of `size` pixels: tiles of 4, and at its end one of 2 or 3 where it suffices."""
     starts = list(range(0, size, 4))
     sizes = [min(4, max(2, size - start)) for start in starts]
     pieces = []
@@ -150,7 +149,7 @@ class Chunk(NamedTuple):
             yield group, block.reshape(group.points.stop - group.points.start, len(self.rows.b), -1)
 
     def matrices(self, flat: Array, channels: int) -> Iterator[tuple[tuple[slice, slice], Array]]:
-        """(points along W and H, their matrices (points, points, tiles, C)) of the chunk's transform `flat`."""
+        """(points along W and H, their matrices (points, points, tiles, C)) of the transform `flat`."""
         for along_w, block in self.planes(flat, channels):
             for along_h in self.rows.groups:
                 shape = len(block), along_h.points.stop - along_h.points.start, -1, channels
@@ -173,7 +172,7 @@ def chunks(n: int, height: int, width: int, size: int) -> list[Chunk]:
 
 
 class Winograd:
-    """The form `winograd` of `nn.conv`: 3×3, stride 1, padding 1, dilation 1, memory order H,W,N,C.
+    """The algorithm `winograd` of `nn.ops.conv`: 3×3, stride 1, padding 1, dilation 1, memory order H,W,N,C.
 
     Each way is a list of matrix products (and additions where chunks meet) on views of fixed buffers: it is
     made once and replayed.
@@ -181,22 +180,24 @@ class Winograd:
 
     @staticmethod
     def forward(
-        x: Array, w: Array, geometry: Any, y: Array, ws: Workspace, keep: bool
+        x: Array, w: Array, geometry: Any, y: Array, buffers: Buffers, keep: bool
     ) -> tuple[Array, Array, tuple[int, ...]] | None:
-        """Returns V, U and the shape of x: the transformed input (flat, chunk by chunk) and kernel (a_w, a_h, C, O)."""
+        """Returns V, U and the shape of x: the transformed input (flat, chunk by chunk) and kernel (a_w, a_h,
+        C, O).
+        """
         require_order(x, y)
-        saved: tuple[Array, Array, tuple[int, ...]] = ws.replay(
-            f"winograd.forward.{keep}", (x, w, y), lambda: Winograd._forward(x, w, y, ws, keep)
+        saved: tuple[Array, Array, tuple[int, ...]] = buffers.run_cached(
+            f"winograd.forward.{keep}", (x, w, y), lambda: Winograd._forward(x, w, y, buffers, keep)
         )
         return saved if keep else None
 
     @staticmethod
-    def _forward(x: Array, w: Array, y: Array, ws: Workspace, keep: bool) -> tuple[list[Call], Any]:
+    def _forward(x: Array, w: Array, y: Array, buffers: Buffers, keep: bool) -> tuple[list[Call], Any]:
         matmul = namespace(x).matmul
         (n, height, width, c), c_out = x.shape, w.shape[3]
         parts = chunks(n, height, width, CHUNK)
-        kernel = _kernel(height, width, ws)
-        take = ws.keep if keep else ws.scratch
+        kernel = _kernel(height, width, buffers)
+        take = buffers.persistent if keep else buffers.temporary
         u = take("winograd.u", (*kernel.shape[:2], c, c_out))
         sizes = [(chunk.part.stop - chunk.part.start) * c for chunk in parts]
         v = take("winograd.v", (sum(sizes) if keep else max(sizes, default=0),))
@@ -205,13 +206,15 @@ class Winograd:
         ]
         for chunk, size in zip(parts, sizes, strict=True):
             v_part = v[chunk.part.start * c : chunk.part.stop * c] if keep else v[:size]
-            calls += transform(x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, ws)
-            m = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
+            calls += transform(
+                x[chunk.images, chunk.rows.inputs, chunk.cols.inputs], chunk, "b", v_part, buffers
+            )
+            m = buffers.temporary("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
             for (points, v_k), (_, m_k) in zip(
                 chunk.matrices(v_part, c), chunk.matrices(m, c_out), strict=True
             ):
                 calls.append(partial(matmul, v_k, u[points], out=m_k))
-            calls += inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], ws)
+            calls += inverse(m, chunk, "a", y[chunk.images, chunk.rows.outputs, chunk.cols.outputs], buffers)
         return calls, (v, u, x.shape)
 
     @staticmethod
@@ -222,24 +225,26 @@ class Winograd:
         geometry: Any,
         dw: Array,
         dx: Array | None,
-        ws: Workspace,
+        buffers: Buffers,
     ) -> None:
         require_order(dy, dy if dx is None else dx)
-        ws.replay(
-            "winograd.backward", (dy, saved[0], dw, dx), lambda: Winograd._backward(dy, saved, dw, dx, ws)
+        buffers.run_cached(
+            "winograd.backward",
+            (dy, saved[0], dw, dx),
+            lambda: Winograd._backward(dy, saved, dw, dx, buffers),
         )
 
     @staticmethod
     def _backward(
-        dy: Array, saved: tuple[Array, Array, tuple[int, ...]], dw: Array, dx: Array | None, ws: Workspace
+        dy: Array, saved: tuple[Array, Array, tuple[int, ...]], dw: Array, dx: Array | None, buffers: Buffers
     ) -> tuple[list[Call], Any]:
         xp = namespace(dy)
         v, u, (n, height, width, c) = saved
         c_out = dw.shape[3]
         parts = chunks(n, height, width, CHUNK)
         overlap = len(axis(height)) > 1 or len(axis(width)) > 1
-        du = ws.scratch("winograd.du", u.shape)
-        du_part = ws.scratch("winograd.du_part", u.shape) if len(parts) > 1 else du
+        du = buffers.temporary("winograd.du", u.shape)
+        du_part = buffers.temporary("winograd.du_part", u.shape) if len(parts) > 1 else du
         calls: list[Call] = []
         if not parts:
             calls.append(partial(du.fill, 0))
@@ -247,9 +252,11 @@ class Winograd:
             calls.append(partial(dx.fill, 0))
         for chunk in parts:
             v_part = v[chunk.part.start * c : chunk.part.stop * c]
-            dm = ws.scratch("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
-            dv = ws.scratch("winograd.dv", v_part.shape)
-            calls += transform(dy[chunk.images, chunk.rows.outputs, chunk.cols.outputs], chunk, "a", dm, ws)
+            dm = buffers.temporary("winograd.m", ((chunk.part.stop - chunk.part.start) * c_out,))
+            dv = buffers.temporary("winograd.dv", v_part.shape)
+            calls += transform(
+                dy[chunk.images, chunk.rows.outputs, chunk.cols.outputs], chunk, "a", dm, buffers
+            )
             target = du if chunk is parts[0] else du_part
             for (points, v_k), (_, dm_k), (_, dv_k) in zip(
                 chunk.matrices(v_part, c), chunk.matrices(dm, c_out), chunk.matrices(dv, c), strict=True
@@ -263,12 +270,12 @@ class Winograd:
                 continue
             place = dx[chunk.images, chunk.rows.inputs, chunk.cols.inputs]
             if overlap:
-                part = ws.image("winograd.dx", place.shape, keep=False)
-                calls += inverse(dv, chunk, "b", part, ws)
+                part = buffers.image("winograd.dx", place.shape, persistent=False)
+                calls += inverse(dv, chunk, "b", part, buffers)
                 calls.append(partial(xp.add, place, part, out=place))
             else:
-                calls += inverse(dv, chunk, "b", place, ws)
-        kernel = _kernel(height, width, ws).reshape(-1, 9)
+                calls += inverse(dv, chunk, "b", place, buffers)
+        kernel = _kernel(height, width, buffers).reshape(-1, 9)
         calls.append(partial(xp.matmul, kernel.T, du.reshape(-1, c * c_out), out=dw.reshape(9, -1)))
         return calls, None
 
@@ -277,34 +284,36 @@ def require_order(*arrays: Array) -> None:
     """ValueError unless the activations lie in memory as H,W,N,C."""
     for x in arrays:
         if not x.transpose(1, 2, 0, 3).flags.c_contiguous:
-            raise ValueError(f"Winograd's form needs activations in H,W,N,C order, not strides {x.strides}")
+            raise ValueError(
+                f"Winograd's algorithm needs activations in H,W,N,C order, not strides {x.strides}"
+            )
 
 
-def _kernel(height: int, width: int, ws: Workspace) -> Array:
+def _kernel(height: int, width: int, buffers: Buffers) -> Array:
     """(a_w, a_h, 9): from the kernel (9, C·O) to U, points along W first as in V."""
     a_h, a_w = extent(height)[1], extent(width)[1]
     values = np.einsum("jb,ia->jiab", G[:a_w], G[:a_h]).reshape(a_w, a_h, 9)
-    return ws.constant(f"winograd.g.{a_w}.{a_h}", values)
+    return buffers.constant(f"winograd.g.{a_w}.{a_h}", values)
 
 
-def transform(x: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> Iterator[Call]:
+def transform(x: Array, chunk: Chunk, which: str, out: Array, buffers: Buffers) -> Iterator[Call]:
     """Calls for: out (flat) = both axes' matrices applied to the part x (n, H, W, C) of an image."""
     matmul = namespace(x).matmul
-    along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
+    along_h, along_w = chunk.rows.along(which, buffers), chunk.cols.along(which, buffers)
     n, h, _, c = x.shape
-    half = ws.scratch("winograd.half", (h, len(along_w), n * c))
+    half = buffers.temporary("winograd.half", (h, len(along_w), n * c))
     yield partial(matmul, along_w, _lines(x), out=half)
     for group, block in chunk.planes(out, c):
         by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
         yield partial(matmul, along_h, by_point, out=block)
 
 
-def inverse(planes: Array, chunk: Chunk, which: str, out: Array, ws: Workspace) -> Iterator[Call]:
+def inverse(planes: Array, chunk: Chunk, which: str, out: Array, buffers: Buffers) -> Iterator[Call]:
     """Calls for: out (n, H, W, C) = the transposes of both axes' matrices applied to `planes` (flat)."""
     matmul = namespace(planes).matmul
-    along_h, along_w = chunk.rows.along(which, ws), chunk.cols.along(which, ws)
+    along_h, along_w = chunk.rows.along(which, buffers), chunk.cols.along(which, buffers)
     n, h, _, c = out.shape
-    half = ws.scratch("winograd.half", (h, len(along_w), n * c))
+    half = buffers.temporary("winograd.half", (h, len(along_w), n * c))
     for group, block in chunk.planes(planes, c):
         by_point = half[:, group.rows].reshape(h, len(block), -1).swapaxes(0, 1)
         yield partial(matmul, along_h.T, block, out=by_point)

@@ -1,5 +1,5 @@
-// Batch norm in one launch, for few rows and one rank: a block has all rows of SMALL_LANES channels and holds them
-// in registers, KEEP a thread. Statistics in two passes over the registers. Operations as in norm.cu.
+// Batch norm in one launch, for few rows and one rank: a block has all rows of SMALL_LANES channels and holds
+// them in registers, KEEP a thread. Statistics in two passes over the registers. Operations as in norm.cu.
 
 // Unit u of a thread: a window's four pixels with pooling, else one pixel. Returns the output's row or −1.
 template <int PER>
@@ -17,8 +17,8 @@ static __device__ __forceinline__ int rows_of(const Windows& windows, int unit, 
 
 template <int PER>
 static __device__ void small_forward(
-    const ELEM* z, const ELEM* residual, const REAL* gamma, const REAL* beta, REAL* running_mean, REAL* running_var,
-    ACC* saved, ELEM* y, int n, int h, int w, int c, int relu, double* shared) {
+    const ELEM* z, const ELEM* residual, const REAL* gamma, const REAL* beta, REAL* running_mean,
+    REAL* running_var, ACC* saved, ELEM* y, int n, int h, int w, int c, int relu, double* shared) {
     int channel = blockIdx.x * SMALL_LANES + threadIdx.x;
     bool live = channel < c;
     Windows windows = {h, w};
@@ -71,13 +71,14 @@ static __device__ void small_forward(
 
 extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_small_forward(
     const ELEM* __restrict__ z, const ELEM* __restrict__ residual, const REAL* __restrict__ gamma,
-    const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var, ACC* saved, ELEM* y, int n, int h, int w,
-    int c, int pool, int relu) {
+    const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var, ACC* saved, ELEM* y, int n, int h,
+    int w, int c, int pool, int relu) {
     __shared__ double shared[SMALL_LANES * SMALL_ROWS];
     if (pool)
         small_forward<4>(z, 0, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu, shared);
     else
-        small_forward<1>(z, residual, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu, shared);
+        small_forward<1>(z, residual, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu,
+            shared);
 }
 
 template <int PER>
@@ -108,7 +109,7 @@ static __device__ void small_backward(
     }
     total = sum_over_lanes(total, shared);
     product = sum_over_lanes(product * norm.inverse_std, shared);
-    // adds 0, which the compiler cannot know: it would keep the first loop's addresses in registers for the second
+    // adds 0, which the compiler cannot know: it would keep the first loop's addresses in registers
     int first = threadIdx.y + __syncthreads_or(0);
     if (!live) return;
     if (threadIdx.y == 0) d_beta[channel] = (REAL)total, d_gamma[channel] = (REAL)product;
@@ -134,8 +135,9 @@ static __device__ void small_backward(
 
 // dz over z, and with y, g over dy.
 extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_small_backward(
-    ELEM* dy, ELEM* z, const ELEM* __restrict__ y, const ACC* __restrict__ saved, const REAL* __restrict__ gamma,
-    const REAL* __restrict__ beta, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
+    ELEM* dy, ELEM* z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
+    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* d_gamma, REAL* d_beta, int n, int h,
+    int w, int c, int pool, int relu) {
     __shared__ double shared[SMALL_LANES * SMALL_ROWS];
     if (pool)
         small_backward<4>(dy, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);

@@ -1,5 +1,5 @@
 // What all kernels share. ELEM is the type of activations in memory, REAL that of parameters and gradients,
-// ACC that of arithmetic on both; `nn/kernels/__init__.py` defines them. Sums over images end in double.
+// ACC that of arithmetic on both; `nn/cuda/kernels.py` defines them. Sums over images end in double.
 // Activations are dense N×H×W×C; a row is one pixel of one image: C values.
 // No headers and no atomics on floating-point numbers: the same bits come out of every run.
 
@@ -20,18 +20,20 @@ static __device__ __forceinline__ ACC value(ELEM x) { return x; }
 static __device__ __forceinline__ ELEM element(ACC x) { return x; }
 #endif
 
-// A rank's step counter, which lives on the device: a captured step reads it, so that the host only replays. Sizes and
-// indices of vectors too.
+// A rank's step counter, which lives on the device: a captured step reads it, so that the host only replays.
+// Sizes and indices of vectors too.
 typedef long long Step;
 
 // The elements of a vector that a thread takes: from its number on, in steps of the grid's threads.
-static __device__ __forceinline__ Step first_of_thread() { return (Step)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ __forceinline__ Step first_of_thread() {
+    return (Step)blockIdx.x * blockDim.x + threadIdx.x;
+}
 static __device__ __forceinline__ Step threads_of_grid() { return (Step)gridDim.x * blockDim.x; }
 
 // x · y + z, rounded once, in every kernel alike: what the forward let through, the backward must find again.
 static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return fma(x, y, z); }
 
-// Sum over threadIdx.y of a block (blockDim.x, blockDim.y a power of two); `shared` holds one double a thread.
+// Sum over threadIdx.y of a block (blockDim.x, blockDim.y a power of two); `shared`: one double a thread.
 static __device__ double sum_over_lanes(double x, double* shared) {
     int at = threadIdx.y * blockDim.x + threadIdx.x;
     shared[at] = x;

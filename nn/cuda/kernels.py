@@ -1,7 +1,7 @@
-"""CUDA kernels: faster drop-ins for named operations of `nn.functional` and `nn.optim`, and their loader.
+"""The loader of the CUDA kernels, faster versions of the operations of `nn.ops`.
 
 The sources are the .cu files beside this one. They include nothing, so NVRTC compiles them with no toolkit
-around, and a C++ compiler can run their logic on the CPU. `nn.kernels.dropins` launches them.
+around, and a C++ compiler can run their logic on the CPU. `nn.cuda.ops` launches them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
-FILES = ("common", "norm", "norm_small", "stem", "head", "optim")
+from nn.ops.norm import EPS, MOMENTUM
+from nn.ops.update import BETA1, BETA2, EPS_HAT
+
+FILES = ("common", "norm", "norm_small", "batch", "stem", "pool", "linear", "loss", "residual", "update")
 THREADS = 256
 """Of a block, unless said otherwise."""
 
 SMALL_LANES, SMALL_ROWS = 8, 64
-"""Channels of a block of norm_small.cu, 32 bytes of float32, which is a sector of memory; and its threads for each."""
+"""Channels of a block of norm_small.cu, 32 bytes of float32, a sector of memory; and its threads for each.
+"""
 
 KEEP = {"float32": 28, "float64": 16, "bfloat16": 28}
 """Values that a thread of norm_small.cu holds in registers."""
@@ -49,9 +53,6 @@ Launchable = Callable[[tuple[int, ...], tuple[int, ...], tuple[Any, ...]], None]
 
 def source(element: str) -> str:
     """The CUDA C++ text of all kernels for activations of `element`, a key of ELEMENTS."""
-    from nn.functional import EPS, MOMENTUM
-    from nn.optim import BETA1, BETA2, EPS_HAT
-
     elem, real, acc = ELEMENTS[element]
     constants = {
         "ELEM": elem,
@@ -70,12 +71,12 @@ def source(element: str) -> str:
     if element == "bfloat16":
         constants["BFLOAT16"] = 1
     head = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return head + "".join((Path(__file__).parent / f"{name}.cu").read_text() for name in FILES)
+    return head + "".join((Path(__file__).parent / f"{name}.cu").read_text("utf-8") for name in FILES)
 
 
 @functools.cache
 def signatures(element: str) -> dict[str, tuple[tuple[str, bool], ...]]:
-    """For each kernel of `source(element)`: its parameters as (C type with ELEM, REAL and ACC filled in, pointer?)."""
+    """For each kernel of `source(element)`: its parameters as (C type without ELEM, REAL, ACC; pointer?)."""
     names = dict(zip(("ELEM", "REAL", "ACC"), ELEMENTS[element], strict=True))
     found = {}
     for name, parameters in re.findall(
@@ -91,7 +92,7 @@ def signatures(element: str) -> dict[str, tuple[tuple[str, bool], ...]]:
 
 
 class Kernels:
-    """The compiled kernels by element type; `compile` makes of a source text what has `get_function(name)`."""
+    """The compiled kernels by element type; `compile` makes of a text what has `get_function(name)`."""
 
     def __init__(self, compile: Callable[[str], Any]) -> None:
         self._compile = compile
@@ -101,7 +102,7 @@ class Kernels:
     def launch(
         self, element: str, name: str, grid: tuple[int, ...], block: tuple[int, ...], *arguments: Any
     ) -> None:
-        """Queue a kernel on the current stream. Arrays must be of the parameter's type; None is a null pointer."""
+        """Queue a kernel on the current stream. Arrays must be of the parameter's type; None is null."""
         found = self._functions.get((element, name))
         if found is None:
             if element not in self._modules:

@@ -1,16 +1,16 @@
-"""Convolution, in three forms with one interface.
+"""Convolution, by three algorithms with one interface.
 
-    y[n,p,q,o] = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c] · w[i,j,c,o]
+    y[n,p,q,o] = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c]
+                          · w[i,j,c,o]
 
-- `loop`: the textbook loop over patches, kept as the oracle of the tests and as the slow row of the
-  time table;
+- `loop`: the textbook loop over patches, kept as the oracle of the tests and as the time table's slow row;
 - `patches`: patches copied into a matrix, one matrix product, a bounded number of images at a time;
-- `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/winograd.py`), up to 4 times fewer
-  multiplications.
+- `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/ops/winograd.py`), up to 4 times less work.
 
-A form is a pair: `forward(x, w, geometry, y, ws, keep)` returns, where `keep`, what its `backward` needs besides
-w, in buffers that outlive x; `backward(dy, saved, w, geometry, dw, dx, ws)` writes dw and, unless it is None, dx.
-Shapes: x (N, H, W, C), w (kh, kw, C, O), y (N, P, Q, O).
+An algorithm is a pair: `forward(x, w, geometry, y, buffers, keep)` returns, where `keep`, what its `backward`
+needs besides w, in buffers that outlive x; `backward(dy, saved, w, geometry, dw, dx, buffers)` writes dw and,
+unless it is None, dx. A device's own also has `supports(x_shape, w_shape, geometry, need_dx)`. Shapes: x (N,
+H, W, C), w (kh, kw, C, O), y (N, P, Q, O).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-from nn import winograd
-from nn.backend import Array, Backend, memory_axes, namespace, pixels
-from nn.workspace import Workspace
+from nn.array import Array, memory_axes, namespace, pixels
+from nn.buffers import Buffers
+from nn.device import Backend
+from nn.ops import winograd
 
 PATCH_ELEMENTS = 1 << 20
 """Patches copied at a time: 4 MiB of float32, however large the batch."""
@@ -92,15 +93,15 @@ class Loop:
                 yield (p, q), padded[:, rows, cols], (slice(None), rows, cols)
 
     @staticmethod
-    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
+    def forward(x: Array, w: Array, g: Geometry, y: Array, buffers: Buffers, keep: bool) -> Array | None:
         for (p, q), patch, _ in Loop._patches(x, w, g):
             for n in range(len(patch)):
                 y[n, p, q] = (patch[n][..., None] * w).sum((0, 1, 2))
-        return ws.hold(x) if keep else None
+        return buffers.save(x) if keep else None
 
     @staticmethod
     def backward(
-        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace
+        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, buffers: Buffers
     ) -> None:
         dw[...] = 0
         n, h, w_in, c = x.shape
@@ -126,32 +127,34 @@ class Patches:
             yield slice(start, min(start + step, x.shape[0]))
 
     @staticmethod
-    def _buffer(like: Array, shape: tuple[int, int, int], channels: int, name: str, ws: Workspace) -> Array:
+    def _buffer(
+        like: Array, shape: tuple[int, int, int], channels: int, name: str, buffers: Buffers
+    ) -> Array:
         """Scratch (*shape, channels), shape (images, P, Q), in the memory order of `like`."""
         n, p, q = shape
         if memory_axes(like) == (0, 1, 2, 3):
-            return ws.scratch(name, (n, p, q, channels))
-        return ws.scratch(name, (p, q, n, channels)).transpose(2, 0, 1, 3)
+            return buffers.temporary(name, (n, p, q, channels))
+        return buffers.temporary(name, (p, q, n, channels)).transpose(2, 0, 1, 3)
 
     @staticmethod
-    def _columns(like: Array, shape: tuple[int, int, int], w: Array, ws: Workspace) -> tuple[Array, Array]:
-        """Scratch for patches: as (images, P, Q, kh·kw·C), and as a matrix of pixels in the memory order of `like`.
+    def _columns(like: Array, shape: tuple[int, int, int], w: Array, buffers: Buffers) -> tuple[Array, Array]:
+        """Scratch for patches: as (images, P, Q, kh·kw·C), and as a matrix in `like`'s memory order.
 
-        With one input channel each of the kernel's positions is a plane of its own: copies are long runs then.
+        With one input channel each of the kernel's positions is a plane of its own: copies are long runs.
         """
         taps = w.size // w.shape[3]
         n, p, q = shape
         if w.shape[2] == 1 and memory_axes(like) != (0, 1, 2, 3):
-            planes = ws.scratch("conv.cols", (taps, p, q, n))
+            planes = buffers.temporary("conv.cols", (taps, p, q, n))
             return planes.transpose(3, 1, 2, 0), planes.reshape(taps, -1).T
-        cols = Patches._buffer(like, shape, taps, "conv.cols", ws)
+        cols = Patches._buffer(like, shape, taps, "conv.cols", buffers)
         return cols, pixels(cols)
 
     @staticmethod
-    def _gather(x: Array, like: Array, w: Array, g: Geometry, ws: Workspace) -> tuple[Array, Array]:
+    def _gather(x: Array, like: Array, w: Array, g: Geometry, buffers: Buffers) -> tuple[Array, Array]:
         """`_columns` filled with the patches of the images `x`."""
         c = w.shape[2]
-        cols, matrix = Patches._columns(like, g.out_shape(x.shape, w.shape)[:3], w, ws)
+        cols, matrix = Patches._columns(like, g.out_shape(x.shape, w.shape)[:3], w, buffers)
         if g.padding:
             cols[...] = 0
         for k, out, inside in windows(x.shape, w.shape, g):
@@ -159,35 +162,35 @@ class Patches:
         return cols, matrix
 
     @staticmethod
-    def forward(x: Array, w: Array, g: Geometry, y: Array, ws: Workspace, keep: bool) -> Array | None:
+    def forward(x: Array, w: Array, g: Geometry, y: Array, buffers: Buffers, keep: bool) -> Array | None:
         xp = namespace(x)
         matrix = _as_matrix(w)
         for images in Patches._chunks(x, w, g):
-            cols, rows = Patches._gather(x[images], y, w, g, ws)
+            cols, rows = Patches._gather(x[images], y, w, g, buffers)
             if len(cols) == len(x):
                 xp.matmul(rows, matrix, out=pixels(y))
             else:
-                part = Patches._buffer(y, cols.shape[:3], w.shape[3], "conv.part", ws)
+                part = Patches._buffer(y, cols.shape[:3], w.shape[3], "conv.part", buffers)
                 xp.matmul(rows, matrix, out=pixels(part))
                 y[images] = part
-        return ws.hold(x) if keep else None
+        return buffers.save(x) if keep else None
 
     @staticmethod
     def backward(
-        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, ws: Workspace
+        dy: Array, x: Array, w: Array, g: Geometry, dw: Array, dx: Array | None, buffers: Buffers
     ) -> None:
         xp = namespace(x)
         c = w.shape[2]
         matrix, dmatrix = _as_matrix(w), _as_matrix(dw)
-        partial = ws.scratch("conv.dw", dmatrix.shape)
+        partial = buffers.temporary("conv.dw", dmatrix.shape)
         dmatrix[...] = 0
         if dx is not None:
             dx[...] = 0
         for images in Patches._chunks(x, w, g):
-            cols, rows = Patches._gather(x[images], dy, w, g, ws)
+            cols, rows = Patches._gather(x[images], dy, w, g, buffers)
             part = dy
             if len(cols) != len(x):
-                part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", ws)
+                part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", buffers)
                 part[...] = dy[images]
             xp.matmul(rows.T, pixels(part), out=partial)
             dmatrix += partial
@@ -200,26 +203,31 @@ class Patches:
 
 
 def _as_matrix(w: Array) -> Array:
-    """View of weights (kh, kw, C, O) as a matrix (kh·kw·C, O), whichever way they lie in memory (see `Parameter`)."""
+    """View of weights (kh, kw, C, O) as a matrix (kh·kw·C, O), however they lie (see `Parameter`)."""
     if w.flags.c_contiguous:
         return w.reshape(-1, w.shape[3])
     return w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1).T
 
 
-FORMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
+ALGORITHMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
 
 
-def choose_form(
-    x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, backend: Backend
+def choose_algorithm(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    backend: Backend,
+    need_dx: bool = True,
 ) -> str:
-    """The fastest form: a pure function of shape and backend. On a device, the first of its own that takes this shape.
+    """The fastest algorithm: a pure function of shape and backend. On a device, the first of its own.
 
-    On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each position of its
-    planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8 more
-    images' worth of tiles: where measured, both forms were then within 20 % of each other (BENCHMARKS.md).
+    On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each
+    position of its planes, and for its kernel, which is transformed and read from beyond the caches, as much
+    as √(C·O)/8 more images' worth of tiles: where measured, both were then within 20 % of each other
+    (BENCHMARKS.md).
     """
-    for name, form in backend.forms.items():
-        if form.supports(x_shape, w_shape, geometry):
+    for name, algorithm in backend.algorithms.items():
+        if algorithm.supports(x_shape, w_shape, geometry, need_dx):
             return name
     n, h, w, c = x_shape
     if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or backend.order != "HWNC":
@@ -229,26 +237,34 @@ def choose_form(
     return "winograd" if n * rows * cols + overhead < 9 * n * h * w else "patches"
 
 
-def _form(name: str, ws: Workspace) -> Any:
-    if name in FORMS and ws.dtype == "uint16":
+def _algorithm(name: str, buffers: Buffers) -> Any:
+    if name in ALGORITHMS and buffers.dtype == "uint16":
         raise ValueError(
-            "bfloat16 convolutions need cuDNN, which has none for these channels: use another width or precision"
+            "bfloat16 convolutions need cuDNN, which has none for these channels:"
+            " use another width or precision"
         )
-    return FORMS.get(name) or ws.backend.forms[name]
+    return ALGORITHMS.get(name) or buffers.backend.algorithms[name]
 
 
 def conv_forward(
-    x: Array, w: Array, geometry: Geometry, y: Array, ws: Workspace, form: str, keep: bool = True
+    x: Array, w: Array, geometry: Geometry, y: Array, buffers: Buffers, algorithm: str, keep: bool = True
 ) -> Any:
     """Write the convolution of x (N, H, W, C) with w (kh, kw, C, O) into y (N, P, Q, O).
 
-    Returns what `conv_backward` needs, None unless `keep`. `form` names one of FORMS or of the backend's own.
+    Returns what `conv_backward` needs, None unless `keep`. `algorithm` is of ALGORITHMS or a backend's.
     """
-    return _form(form, ws).forward(x, w, geometry, y, ws, keep)
+    return _algorithm(algorithm, buffers).forward(x, w, geometry, y, buffers, keep)
 
 
 def conv_backward(
-    dy: Array, saved: Any, w: Array, geometry: Geometry, dw: Array, dx: Array | None, ws: Workspace, form: str
+    dy: Array,
+    saved: Any,
+    w: Array,
+    geometry: Geometry,
+    dw: Array,
+    dx: Array | None,
+    buffers: Buffers,
+    algorithm: str,
 ) -> None:
     """Write dL/dw into dw and dL/dx into dx (skipped where dx is None) for dy = dL/dy (N, P, Q, O)."""
-    _form(form, ws).backward(dy, saved, w, geometry, dw, dx, ws)
+    _algorithm(algorithm, buffers).backward(dy, saved, w, geometry, dw, dx, buffers)

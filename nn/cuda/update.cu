@@ -1,5 +1,5 @@
-// Adam and SGD over the flat vectors, and the end of a step. rates (steps, 2) is a table of the epoch's learning
-// rates, of which row at[0] holds; `compute`, where given, is the copy of the values that convolutions read.
+// Adam and SGD over the flat vectors, and the end of a step. rates (steps, 2) is a table of the epoch's
+// learning rates, of which row at[0] holds; `compute`, where given, is the values that convolutions read.
 
 static __device__ __forceinline__ void put(REAL* values, ELEM* compute, Step i, REAL x) {
     values[i] = x;
@@ -38,22 +38,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) sgd(
 // mean += (1 − decay)(values − mean).
 extern "C" __global__ void __launch_bounds__(THREADS) average(
     REAL* __restrict__ mean, const REAL* __restrict__ values, double decay, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) mean[i] += (values[i] - mean[i]) * (REAL)(1 - decay);
+    for (Step i = first_of_thread(); i < size; i += threads_of_grid())
+        mean[i] += (values[i] - mean[i]) * (REAL)(1 - decay);
 }
 
-// history[at mod rows] = own, tail; then the step counter moves on. One thread.
-extern "C" __global__ void end_step(REAL* history, const REAL* own, const REAL* tail, Step* at, int rows) {
+// history[at mod rows] = local_loss, step_metrics; then the step counter moves on. One thread.
+extern "C" __global__ void record_step(
+    REAL* history, const REAL* local_loss, const REAL* step_metrics, Step* at, int rows) {
     REAL* row = history + at[0] % rows * 4;
-    row[0] = own[0];
-    for (int i = 0; i < 3; i++) row[i + 1] = tail[i];
+    row[0] = local_loss[0];
+    for (int i = 0; i < 3; i++) row[i + 1] = step_metrics[i];
     at[0]++;
 }
 
-// y = x in the type of activations, and back: the copy of the weights that convolutions read, gradients on the wire.
-extern "C" __global__ void __launch_bounds__(THREADS) narrow(const REAL* __restrict__ x, ELEM* y, Step size) {
+// y = x in the type of activations, and back: for the weights that convolutions read, gradients that travel.
+extern "C" __global__ void __launch_bounds__(THREADS) to_bf16(
+    const REAL* __restrict__ x, ELEM* y, Step size) {
     for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = element((ACC)x[i]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) widen(const ELEM* __restrict__ x, REAL* y, Step size) {
+extern "C" __global__ void __launch_bounds__(THREADS) from_bf16(
+    const ELEM* __restrict__ x, REAL* y, Step size) {
     for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = (REAL)value(x[i]);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nn.backend import Array, namespace, replaceable
+from nn.array import Array, namespace, op
 
 
 def softmax_cross_entropy(
@@ -12,9 +12,9 @@ def softmax_cross_entropy(
 ) -> tuple[Array, Array]:
     """−Σ t · log softmax(logits) / count over these images, and its gradient (softmax − t) / count.
 
-    t = (1 − s)·onehot(label) + s/K, with s the label smoothing (Szegedy et al. 2016, section 7). `count` is the
-    number of images of the global batch, of which these may be a part. Logits (N, K), labels (N,) integers.
-    Each row is shifted by its own maximum, so nothing overflows.
+    t = (1 − s)·onehot(label) + s/K, with s the label smoothing (Szegedy et al. 2016, section 7). `count` is
+    the number of images of the global batch, of which these may be a part. Logits (N, K), labels (N,)
+    integers. Each row is shifted by its own maximum, so nothing overflows.
     """
     xp, classes = namespace(logits), logits.shape[1]
     shifted = logits - logits.max(1, keepdims=True)
@@ -48,25 +48,26 @@ LOSSES: dict[str, Callable[..., tuple[Array, Array]]] = {
 }
 
 
-@replaceable
+@op
 def loss_and_gradient(
     logits: Array,
     labels: Array,
     stop: Array,
     dlogits: Array,
-    own: Array,
-    tail: Array,
+    local_loss: Array,
+    step_metrics: Array,
     *,
     loss: str,
     count: int,
     smoothing: float = 0.0,
 ) -> None:
-    """Writes dlogits and own = [loss], tail = [loss, correct, stop] of these images' part of a batch of `count`.
+    """Writes dlogits, local_loss = [loss], step_metrics = [loss, correct, stop] of a part of `count` images.
 
-    `loss` names one of LOSSES; `correct` counts the images whose largest logit (the first of equals) is the label's.
+    `loss` names one of LOSSES; `correct` counts the images whose largest logit (the first of equals) is the
+    label's.
     """
     more = {"smoothing": smoothing} if smoothing else {}
     part, dlogits[...] = LOSSES[loss](logits, labels, count, **more)
-    own[0] = tail[0] = part
-    tail[1] = (logits.argmax(1) == labels).sum()
-    tail[2] = stop[0]
+    local_loss[0] = step_metrics[0] = part
+    step_metrics[1] = (logits.argmax(1) == labels).sum()
+    step_metrics[2] = stop[0]

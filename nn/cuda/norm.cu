@@ -40,12 +40,13 @@ struct Winner {
 #pragma unroll
         for (int k = 1; k < 4; k++) {
             ACC other = sign * norm.centred(four[k]);
-            if (other > top || other != other) top = other, index = k, z = four[k];  // NaN wins, as NumPy has it
+            // NaN wins, as NumPy has it
+            if (other > top || other != other) top = other, index = k, z = four[k];
         }
     }
 };
 
-// A count of values, their mean and their squares about it; `add` merges two (Chan et al. 1979, equation 2.1).
+// A count of values, their mean and their squares about it; `add` merges two (Chan et al. 1979, eq. 2.1).
 struct Moments {
     double n, mean, squares;
     __device__ void add(double n2, double mean2, double squares2) {
@@ -107,7 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(
     if (!last_to_arrive(arrived + blockIdx.y)) return;
     Moments merged = {0, 0, 0};
     for (int first = threadIdx.y; channel < c && first < gridDim.x; first += AHEAD * blockDim.y) {
-        double n[AHEAD], mean[AHEAD], squares[AHEAD];  // loaded together: their way from memory is the longest part
+        // loaded together: their way from memory is the longest part
+        double n[AHEAD], mean[AHEAD], squares[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             int b = first + i * blockDim.y;
@@ -133,8 +135,9 @@ extern "C" __global__ void norm_recentre(double* moments, double own, double cou
 }
 
 // Running statistics take in a batch's; `saved` (2, C) keeps mean and inverse_std for the backward.
-static __device__ Norm remember(double mean, double variance, double count, bool first, REAL gamma, REAL beta,
-                                REAL* running_mean, REAL* running_var, ACC* saved, int channel, int c) {
+static __device__ Norm remember(
+    double mean, double variance, double count, bool first, REAL gamma, REAL beta, REAL* running_mean,
+    REAL* running_var, ACC* saved, int channel, int c) {
     ACC inverse_std = (ACC)(1 / sqrt(variance + EPS));
     if (first) {
         running_mean[channel] = (REAL)(running_mean[channel] + MOMENTUM * (mean - running_mean[channel]));
@@ -149,8 +152,8 @@ static __device__ Norm remember(double mean, double variance, double count, bool
 // y from z. With moments (3, C), summed over ranks: training; without: the running statistics. y may be z.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
     const ELEM* z, const ELEM* __restrict__ residual, const double* __restrict__ moments,
-    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var, ACC* saved,
-    ELEM* y, double count, int n, int h, int w, int c, int pool, int relu) {
+    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var,
+    ACC* saved, ELEM* y, double count, int n, int h, int w, int c, int pool, int relu) {
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
     if (channel >= c) return;
@@ -159,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
         norm = remember(moments[c + channel] / count, moments[2 * c + channel] / count, count, lane == 0,
                         gamma[channel], beta[channel], running_mean, running_var, saved, channel, c);
     else
-        norm = norm_of(running_mean[channel], (ACC)(1 / sqrt((double)running_var[channel] + EPS)), gamma[channel],
-                       beta[channel]);
+        norm = norm_of(running_mean[channel], (ACC)(1 / sqrt((double)running_var[channel] + EPS)),
+                       gamma[channel], beta[channel]);
     if (pool) {
         Windows windows = {h, w};
         for (int u = lane; u < windows.count(n); u += lanes) {
@@ -184,7 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
 }
 
 // g: dy where the activation was let through, 0 elsewhere. `y` decides where there is a residual.
-static __device__ __forceinline__ ACC passed(ACC dy, const Norm& norm, ACC z, const ELEM* y, size_t at, int relu) {
+static __device__ __forceinline__ ACC passed(
+    ACC dy, const Norm& norm, ACC z, const ELEM* y, size_t at, int relu) {
     if (!relu) return dy;
     return (y ? value(y[at]) : norm.activation(z)) > 0 ? dy : (ACC)0;
 }
@@ -193,8 +197,8 @@ static __device__ __forceinline__ ACC passed(ACC dy, const Norm& norm, ACC z, co
 // g also replaces dy. partial (gridDim.x, C, 2), arrived (gridDim.y) zeros.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(
     ELEM* dy, const ELEM* __restrict__ z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
-    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, double* partial, unsigned* arrived, double* sums,
-    REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
+    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, double* partial, unsigned* arrived,
+    double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
     __shared__ double shared[THREADS];
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
@@ -271,8 +275,8 @@ struct InputGradient {
 // dz over z. `relu` is 0 where dy holds g already.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_input_gradient(
     const ELEM* __restrict__ dy, ELEM* z, const ACC* __restrict__ saved, const REAL* __restrict__ gamma,
-    const REAL* __restrict__ beta, const double* __restrict__ sums, double count, int n, int h, int w, int c, int pool,
-    int relu) {
+    const REAL* __restrict__ beta, const double* __restrict__ sums, double count, int n, int h, int w, int c,
+    int pool, int relu) {
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
     if (channel >= c) return;
@@ -284,7 +288,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_input_gradient(
             int row[4], out = windows.rows(u, row), best = 0;
             ACC four[4];
 #pragma unroll
-            for (int k = 0; k < 4; k++) four[k] = row[k] < 0 ? (ACC)0 : value(z[(size_t)row[k] * c + channel]);
+            for (int k = 0; k < 4; k++)
+                four[k] = row[k] < 0 ? (ACC)0 : value(z[(size_t)row[k] * c + channel]);
             ACC g = 0;
             if (out >= 0) {
                 Winner top(norm, gamma[channel], four);
@@ -294,7 +299,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_input_gradient(
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 if (row[k] >= 0)
-                    z[(size_t)row[k] * c + channel] = gradient.at(k == best ? g : (ACC)0, norm.centred(four[k]));
+                    z[(size_t)row[k] * c + channel] =
+                        gradient.at(k == best ? g : (ACC)0, norm.centred(four[k]));
         }
         return;
     }

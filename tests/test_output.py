@@ -1,0 +1,128 @@
+"""Output that nobody can read, and signals at any time, never change how a run ends."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT, ROOT, environment, run, summary
+
+from distrib.board import read
+
+TRAIN = [
+    sys.executable,
+    "-m",
+    "distrib.train",
+    "--batch-size",
+    "16",
+    "--width",
+    "0.0625",
+    "--limit-test",
+    "20",
+]
+SHORT = [*TRAIN, "--epochs", "1", "--limit-train", "160"]
+LONG = [*TRAIN, "--epochs", "10000", "--limit-train", "320"]
+
+
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    """A long run, once it trains."""
+    job = subprocess.Popen(
+        [*LONG, "--run-dir", folder], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + LIMIT
+    while not any(word.step > 3 for word in read(folder)):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return job
+
+
+@pytest.mark.parametrize(
+    "how", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>&1", "| head -n 1 | cat >/dev/null"]
+)
+def test_a_run_goes_on_in_silence(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "run"
+    command = " ".join(map(str, [*SHORT, "--run-dir", folder, how]))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert summary(folder)["finished"]
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert line.startswith("{"), "nothing was printed into a file that took a closed stream's number"
+
+
+def test_a_mistake_keeps_its_exit_code_without_output(tmp_path: Path) -> None:
+    command = " ".join([*SHORT, "--lr", "-1", ">/dev/full", "2>/dev/full"])
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment(), timeout=LIMIT).returncode == 2
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(True, 0), (False, 85)])
+def test_the_terminal_goes_away(tmp_path: Path, ignored: bool, code: int) -> None:
+    """As nohup starts it, a run goes on; else it is told to stop, as by SIGTERM."""
+    folder = tmp_path / "run"
+    limit = ["--max-steps", "200"] if ignored else []
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        os.chdir(ROOT)
+        os.execve(sys.executable, [*LONG, *limit, "--run-dir", str(folder)], environment())
+    deadline = time.monotonic() + LIMIT
+    while not any(word.step > 3 for word in read(folder)):
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.02)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == code
+    assert summary(folder)["steps"] == 200 if ignored else not summary(folder)["finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_that_come_late_change_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Told to stop again and again until it is gone, it ends with its own code."""
+    job = started(tmp_path / "run")
+    while job.poll() is None:
+        os.kill(job.pid, number)
+        time.sleep(0.002)
+    assert job.returncode == 85
+    assert not summary(tmp_path / "run")["finished"]
+
+
+def test_a_log_file_gets_no_bars_from_one_rank_under_mpirun(tmp_path: Path) -> None:
+    """mpirun gives its rank a terminal of its own, into a file too."""
+    mpirun = Path(sys.executable).with_name("mpirun")
+    with open(tmp_path / "log", "wb") as log:
+        command = [str(mpirun), "-n", "1", *SHORT, "--run-dir", str(tmp_path / "run")]
+        assert subprocess.run(command, cwd=ROOT, env=environment(), stdout=log, timeout=LIMIT).returncode == 0
+    text = (tmp_path / "log").read_text()
+    assert "\x1b" not in text
+    assert "finished: test accuracy" in text
+
+
+def test_progress_right_after_a_logged_step_has_a_speed(tmp_path: Path) -> None:
+    code = "from distrib import console; console.PLAIN_SECONDS = 0\nfrom distrib.command import main; main()"
+    done = run("-c", code, *SHORT[3:], "--log-every", 1, "--run-dir", tmp_path / "run")
+    progress = [line for line in done.stdout.splitlines() if "images/s  left" in line]
+    assert len(progress) == 10
+    assert not [line for line in progress if " 0 images/s" in line]
+
+
+def test_one_process_inside_a_step_of_several_tasks(tmp_path: Path) -> None:
+    """`srun -n 4 --pty bash`: Slurm counts four tasks, and one process is wanted."""
+    command = [*SHORT[1:], "--comm", "none", "--run-dir", tmp_path / "run"]
+    done = run(*command, env={"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"})
+    assert summary(tmp_path / "run")["world_size"] == 1
+    assert "the launcher counts 4 ranks" in " ".join(done.stdout.split())
