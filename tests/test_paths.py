@@ -16,7 +16,7 @@ from test_bad_input import SMALL, assert_one_line, newest
 from distrib import files
 from distrib.errors import UserError
 from distrib.run import Run
-from nn.backend import place_cupy_cache
+from nn.cuda.backend import place_cupy_cache
 
 Call = Callable[..., tuple[int, str]]
 call, stopped = test_bad_input.call, test_bad_input.stopped
