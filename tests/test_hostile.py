@@ -167,7 +167,7 @@ def test_plans_that_are_none(plans: object, tmp_path: Path) -> None:
 
 def test_hostile_metrics_are_dropped(stopped: Path, call: Call, small_data: Path) -> None:
     path = stopped / "metrics.jsonl"
-    good = path.read_bytes()
+    good = b'{"time": 1.0, "step": 1, "epoch": 1, "lr": 0.001, "loss": 2.5, "accuracy": 10.0}\n'
     bad = (nested(), '{"step": "1"}', '{"step": null}', '{"step": true}', '{"step": NaN}', "[1]", "\0", "3")
     huge = b'{"step": 1, "x": "' + b"x" * 3_000_000 + b'"}'
     path.write_bytes(b"\n".join([*(line.encode() for line in bad), huge, b'{"step": 1e400}', good]))
@@ -179,7 +179,6 @@ def test_hostile_metrics_are_dropped(stopped: Path, call: Call, small_data: Path
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "device"])
 def test_metrics_that_are_no_file(kind: str, stopped: Path, call: Call, small_data: Path) -> None:
     path = stopped / "metrics.jsonl"
-    path.unlink()
     if kind == "device":
         path.symlink_to("/dev/zero")
     else:
@@ -211,6 +210,8 @@ def test_a_planted_link_is_not_written_through(
         victim.write_text("{}")
         (folder / "checkpoints").mkdir(parents=True)
         (folder / name).symlink_to(target)
+        if name == ".metrics.jsonl.tmp":
+            (folder / "metrics.jsonl").touch()  # which is written anew
         code, err = call("--run-dir", folder, "--data", small_data, *SMALL)
         assert code == 0, err
         assert victim.read_text() == "{}"

@@ -183,7 +183,8 @@ class Run:
             replace(self.path / "config.json", json.dumps(whole, indent=2).encode(), sync=True)
             (self.path / "summary.json").unlink(missing_ok=True)
             step = found.position["step"] if found else 0
-            replace(self.metrics_path, self._kept(step), sync=True)
+            if os.path.lexists(self.metrics_path):
+                replace(self.metrics_path, self._kept(step), sync=True)
             begin = time.time()
             self.events_path = self.path / events.name(self.path, socket.gethostname(), begin)
             create(self.events_path, events.head(begin) + events.start(begin, step + 1))
