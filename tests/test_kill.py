@@ -22,7 +22,7 @@ from distrib.board import read
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (
     "--epochs",
-    40,
+    max(16, ROUNDS),
     "--batch-size",
     16,
     "--limit-train",
