@@ -22,7 +22,7 @@ from distrib.run import checkpoint as ckpt
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (
     "--epochs",
-    40,
+    max(16, ROUNDS),
     "--batch-size",
     16,
     "--limit-train",

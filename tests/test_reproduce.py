@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
+from distrib import board
 from launch import cli, reproduce
 from launch.reproduce import ROWS, Settings, jobs, spread, time_table
 
@@ -79,13 +81,16 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) > 1, "a run", process)
+    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
+    job = every[1]
+    wait_for(lambda: (job.folder / "metrics.jsonl").exists() and board.read(job.folder), "a run", process)
+    pid = board.read(job.folder)[0].pid
+    os.kill(pid, signal.SIGSTOP)  # it does not end before the signal comes
     process.send_signal(signal.SIGINT)
+    os.kill(pid, signal.SIGCONT)
     assert process.wait(LIMIT) == 85
     assert run(*command[1:]).stdout.count("there already") >= 1
-    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     assert all(job.finished() for job in every)
-    job = every[1]  # the one that was stopped
     subprocess.run(
         [*job.command, "--run-dir", str(tmp_path / "again")],
         cwd=ROOT,

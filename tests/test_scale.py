@@ -262,7 +262,9 @@ def interrupt(out: Path) -> None:
             lambda: any(" -n 2 " in line for line in children(process.pid).values()), "two ranks", process
         )
         (launcher,) = children(process.pid)
+        os.kill(launcher, signal.SIGSTOP)  # it does not end before the signal comes
         process.send_signal(signal.SIGINT)
+        os.kill(launcher, signal.SIGCONT)
         process.communicate(timeout=LIMIT)
         assert process.returncode not in (0, 1)
         assert not Path(f"/proc/{launcher}").exists(), "the launcher it started is ended"
