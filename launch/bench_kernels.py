@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distrib.comm.world import connect
 from distrib.config import build
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
@@ -95,8 +95,8 @@ def kernels(
     }
     config = build({**options, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)
-    data = mnist.load(None, None, 1)
-    trainer = Trainer(config.resolve(1, len(data.train_images), 1), world, data)
+    data = formats.load(None, None, 1)
+    trainer = Trainer(config.resolve(1, data), world, data)
     warm_up(trainer, None)
     kind = (0, counts(trainer)[0], counts(trainer)[0])
     trainer.begin_epoch(0)

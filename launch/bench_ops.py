@@ -12,7 +12,6 @@ import numpy as np
 import typer
 
 from distrib.config import build
-from distrib.data import idx as mnist
 from distrib.errors import UserError
 from launch.measure import (
     AsJson,
@@ -269,7 +268,7 @@ def ops(
     build({"batch_size": batch_size, "width": width})  # refuses what no run could have
     if torch := against == "torch":
         require_torch("--against torch")
-    model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, {"width": width})
+    model = Network(MODELS["resnet9"], (28, 28, 1), 10, {"width": width})
     seen = set()
     result: dict[str, Any] = {
         "machine": machine(),

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.train import parse
 from launch import torch_bench
@@ -96,8 +96,8 @@ def run(
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
-    data = mnist.load(config.data, config.limit_train, config.limit_test)
-    config = config.resolve(ranks, len(data.train_images), len(data.test_images))
+    data = formats.load(config.data, config.limit_train, config.limit_test)
+    config = config.resolve(ranks, data)
     if against:
         require_torch("--against torch")
         if config.loss != "ce" or config.precision == "float64" or config.batch_norm != "sync":

@@ -13,7 +13,7 @@ import typer
 
 from distrib.comm.world import connect
 from distrib.config import build
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import UserError
 from distrib.run.folder import Run
 from distrib.trainer import Trainer, blas_threads
@@ -46,8 +46,8 @@ def save(
     config = build({"batch_size": batch_size, "width": width, "limit_test": 1})
     world = connect(timeout=600)
     with world.agree():
-        config = config.resolve(world.size, 60000, 1)
-        data = mnist.load(None, None, 1)
+        data = formats.load(None, None, 1)
+        config = config.resolve(world.size, data)
     trainer = Trainer(config, world, data)
     warm_up(trainer, None)
     steps = ours(trainer, every, evaluate=False)
@@ -60,7 +60,7 @@ def save(
         run = Run(Path(temporary)) if world.rank == 0 else None
         with world.agree():
             if run:
-                run.prepare(config, None, trainer.environment())
+                run.prepare(config, None, trainer.environment(), data.about())
         for repeat in range(repeats + 1):  # the first warms up
             without = steps()["seconds"]
             begin = time.perf_counter()

@@ -13,8 +13,8 @@ import typer
 
 from distrib.comm.world import World, connect
 from distrib.config import Config, build
-from distrib.data import idx as mnist
-from distrib.data import sampler
+from distrib.data import formats, sampler
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
 from distrib.timing import PHASES
@@ -160,8 +160,8 @@ def step(
     )
     world = connect(comm, backend, precision, timeout=600)
     with world.agree():
-        config = config.resolve(world.size, 60000, 1)
-        data = mnist.load(None, None, 1)
+        data = formats.load(None, None, 1)
+        config = config.resolve(world.size, data)
     trainer = Trainer(config, world, data)
     warm_up(trainer, None)
     one = ours(trainer, 1, evaluate)
@@ -238,7 +238,7 @@ def step(
     trainer.close()
 
 
-def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int) -> Callable[[], dict[str, Any]]:
+def plain_loop(config: Config, world: World, data: Dataset, steps: int) -> Callable[[], dict[str, Any]]:
     """A measurement of one step with every convolution as a plain loop, scaled to `steps`."""
     trainer = Trainer(config, world, data)
     for conv in trainer.model.convs():

@@ -73,7 +73,9 @@ def options(
 @one_process
 def evaluate(
     checkpoint: Model,
-    data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The data set, as for train.", show_default="the run's own")
+    ] = None,
     limit_test: Annotated[int | None, typer.Option(help="Use only the first N test images.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,17 +83,18 @@ def evaluate(
 
     Example: distrib evaluate runs/first --json
     """
-    from distrib.data import idx as mnist
+    from distrib.data import formats
     from distrib.comm.base import SingleCommunicator
     from distrib.errors import UserError
     from distrib.evaluate import evaluate as run
     from launch.records import shown
-    from launch.runs import load_model
+    from launch.runs import data_of, load_model
 
     if limit_test is not None and limit_test < 1:
         raise UserError(f"--limit-test {limit_test}: give 1 or more")
     found = load_model(checkpoint)
-    test = mnist.load(data, limit_test=limit_test)
+    test = formats.load(data or data_of(checkpoint), limit_test=limit_test)
+    found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {
         "checkpoint": str(found.path),

@@ -40,7 +40,7 @@ from threadpoolctl import threadpool_info
 
 from distrib import __version__, launched_rank, launched_ranks
 from distrib.comm.world import MULTI_RANK_NCCL, World, connect, import_mpi
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
 from distrib.run.console import on_terminal
@@ -134,7 +134,7 @@ def blas() -> Finding:
 
 def data(folder: str | None) -> Finding:
     try:
-        found = mnist.load(folder)
+        found = formats.load(folder)
     except UserError as error:
         return Finding(
             FAILURE,

@@ -24,8 +24,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrib.data import idx as mnist
-from distrib.data import sampler
+from distrib.data import formats, sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.files import fits, open_to_read, read_json, write_atomically
 from distrib.run.console import on_terminal
@@ -37,6 +36,9 @@ from launch.measure import child_environment, machine, require_torch
 from launch.plots import figure, make_folder, render, save, svg, write
 from launch.records import brief, is_figure, line_of, read_summary, shown
 from launch.runs import RunData, read_run, smooth
+
+TRAINING_IMAGES = 60_000
+"""Of MNIST, which the reference trains on."""
 
 PARTS = ("accuracy", "ablation", "curves", "time")
 BATCH, RATE = 8, 1e-3
@@ -113,11 +115,11 @@ class Settings:
 
     def steps(self) -> int:
         """Of one run."""
-        return self.epochs * sampler.steps_per_epoch(self.limit_train or mnist.TRAINING_IMAGES, BATCH)
+        return self.epochs * sampler.steps_per_epoch(self.limit_train or TRAINING_IMAGES, BATCH)
 
     def say(self) -> str:
         """For people."""
-        images = f"{self.limit_train or mnist.TRAINING_IMAGES:,} training images"
+        images = f"{self.limit_train or TRAINING_IMAGES:,} training images"
         few = f", {self.limit_test:,} test images" if self.limit_test else ""
         how = f"batch {BATCH}, rate {RATE:g}, width {self.width:g}, {self.seeds} seed(s)"
         return f"{self.epochs} epoch(s) of {images}{few}, {how}"
@@ -358,7 +360,7 @@ def read_settings(path: Path) -> dict[str, Settings]:
 
 def time_table(settings: Settings, measured: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a whole run by each way, extrapolated from a few steps."""
-    images = settings.epochs * (settings.limit_train or mnist.TRAINING_IMAGES)
+    images = settings.epochs * (settings.limit_train or TRAINING_IMAGES)
     names = {
         "plain loop": "NumPy, convolutions as plain loops",
         "vectorised": "NumPy, one process",
@@ -477,7 +479,7 @@ def reproduce(
     best = ranks or (1 if gpu else min(len(os.sched_getaffinity(0)), BATCH // 4))
     settings = Settings(epochs, limit_train, limit_test, width, seeds, best, "cupy" if gpu else "numpy")
     config = parse(settings.options(0))
-    config.resolve(best, mnist.TRAINING_IMAGES, 10_000)  # a mistake is told before anything runs
+    config.resolve(best, formats.load(None, limit_train))  # a mistake is told before anything runs
     path = out / "settings.json"
     stored = read_settings(path) if path.exists() else {}
     wanted = [only] if only else list(PARTS)

@@ -22,7 +22,6 @@ from rich.progress import track
 
 from distrib import __version__
 from distrib.config import build
-from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.files import MOST_JSON, read_bytes
 from launch import plots
@@ -447,7 +446,7 @@ def scale(
         dict.fromkeys([("step", p, b) for _, p, b in series] + [("allreduce", p, 0) for p in counts if p > 1])
     )
     options = {"variant": variant, "width": width}
-    network = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=config.dtype)
+    network = Network(MODELS["resnet9"], (28, 28, 1), 10, options, dtype=config.dtype)
     # a layer sums means, squares and, backward, two at once, in float64
     sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.out for conv in network.convs())
     bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.comm_buffer.nbytes)

@@ -21,7 +21,7 @@ from distrib.config import Config, build
 from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.faults.heartbeat import Board
-from distrib.run.checkpoint import Checkpoint, save_checkpoint
+from distrib.run.checkpoint import Checkpoint, model_spec, save_checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.train import run_app, with_options
@@ -81,12 +81,11 @@ class TorchRun:
             for moment, tensor in state.items()
             if tensor is not None
         }
-        about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
         save_checkpoint(
             self.run.checkpoints,
             self.at["step"],
             dict(sorted(model.items())),
-            about,
+            model_spec(c, side.data),
             moments,
             self.at,
             c.keep,
@@ -208,7 +207,7 @@ def train(config: Config) -> int:
             "machine": machine(),
             "threads": mine.torch.get_num_threads(),
         }
-        run.prepare(config, saved, environment)
+        run.prepare(config, saved, environment, mine.side.data.about())
         try:
             summary = mine.fit(stop, screen)
         finally:

@@ -37,7 +37,7 @@ from launch.records import (
     shown,
     whole_lines,
 )
-from launch.runs import training_images
+from launch.runs import images_of
 
 KEPT, AVERAGED, SHOWN_EPOCHS, SHOWN_RANKS = 60, 20, 6, 16
 """Logged steps of the sparkline and of the running accuracy; epochs and ranks with a line of their own."""
@@ -87,7 +87,7 @@ class Follower:
         """Take in config.json where it is a run's; else what was read before stands."""
         path = self.folder / "config.json"
         try:
-            found, _ = read_config(path) if path.exists() else ({}, {})
+            found, _, self.dataset = read_config(path) if path.exists() else ({}, {}, {})
             self.fault = ""
         except (OSError, UserError) as error:  # half written, damaged, or its disk does not answer
             found, self.fault = {}, str(error)
@@ -124,7 +124,7 @@ class Follower:
         logged = max((lines[-1]["step"] for lines in (self.steps, ended) if lines), default=0)
         slowest = min((word.step for word in self.words if word.running), default=0) - 1
         done = self.summary.get("steps") or max(logged, slowest)
-        images = self.config.get("limit_train") or training_images(self.config.get("data")) or 0
+        images = images_of(self.config, self.dataset) or 0
         per_epoch = ended[-1]["step"] // ended[-1]["epoch"] if ended else -(-images // batch)
         total = min(per_epoch * epochs, self.config.get("max_steps") or per_epoch * epochs)
         rates = [line.get("images_per_second", 0) for line in list(self.steps)[-5:]]

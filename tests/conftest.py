@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import typer
 
+from distrib.data.dataset import Dataset, make
 from distrib.train import run_app
 
 ROOT = Path(__file__).parent.parent
@@ -150,10 +151,17 @@ def losses(folder: Path) -> list[float]:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """An IDX file of unsigned bytes, gzipped if the name says so."""
+    """An IDX file of unsigned bytes, gzipped if the name says so; of images of one channel, without its axis."""
+    array = array[..., 0] if array.ndim == 4 else array
     head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     data = head + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def sized(train: int, test: int) -> Dataset:
+    """A data set of so many black images."""
+    parts = [(np.zeros((count, 28, 28), np.uint8), np.zeros(count, np.uint8)) for count in (train, test)]
+    return make("black", parts[0], parts[1], least=10)
 
 
 @pytest.fixture

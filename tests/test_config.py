@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from conftest import sized
 
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
@@ -84,7 +85,7 @@ def test_recipe_fills_in_and_given_options_win(name: str) -> None:
 
 def test_recipe_with_batch_per_rank() -> None:
     """The recipe's batch size gives way; only a person's own two batch sizes contradict each other."""
-    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, 60000, 100).batch_size == 12
+    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, sized(60000, 100)).batch_size == 12
 
 
 def test_a_recipe_does_not_weaken_validation() -> None:
@@ -94,23 +95,23 @@ def test_a_recipe_does_not_weaken_validation() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_resolved_batch(size: int) -> None:
-    assert build({"batch_size": 8}).resolve(size, 100, 100).batch_size == 8
-    each = build({"batch_size_per_rank": 8}).resolve(size, 100, 100)
+    assert build({"batch_size": 8}).resolve(size, sized(100, 100)).batch_size == 8
+    each = build({"batch_size_per_rank": 8}).resolve(size, sized(100, 100))
     assert each.batch_size == 8 * size
-    assert each.resolve(size, 100, 100) == each, "resolving twice changes nothing"
+    assert each.resolve(size, sized(100, 100)) == each, "resolving twice changes nothing"
 
 
 def test_batch_below_the_number_of_ranks() -> None:
-    assert build({"batch_size": 4}).resolve(4, 100, 100).batch_size == 4
+    assert build({"batch_size": 4}).resolve(4, sized(100, 100)).batch_size == 4
     with pytest.raises(UserError, match=r"--batch-size 3: .*ranks, 4.* give 4 or more, or start fewer ranks"):
-        build({"batch_size": 3}).resolve(4, 100, 100)
+        build({"batch_size": 3}).resolve(4, sized(100, 100))
 
 
 @pytest.mark.parametrize(("option", "limit"), [("limit_train", 65), ("limit_test", 33)])
 def test_limit_beyond_the_data(option: str, limit: int) -> None:
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {limit}: .*only {limit - 1} images"):
-        build({option: limit}).resolve(1, 64, 32)
-    assert getattr(build({option: limit - 1}).resolve(1, 64, 32), option) == limit - 1
+        build({option: limit}).resolve(1, sized(64, 32))
+    assert getattr(build({option: limit - 1}).resolve(1, sized(64, 32)), option) == limit - 1
 
 
 def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
@@ -219,14 +220,14 @@ def test_free_options_may_differ() -> None:
 @pytest.mark.parametrize("recipe", ["demo", "fast99"])
 def test_a_recipe_s_limit_is_a_cap_and_a_person_s_a_demand(recipe: str) -> None:
     config = build({"recipe": recipe})
-    few = config.resolve(1, 64, 32)
+    few = config.resolve(1, sized(64, 32))
     assert few.limit_train == 64
-    assert few.resolve(1, 64, 32) == few
+    assert few.resolve(1, sized(64, 32)) == few
     assert few.differences(json.loads(json.dumps(dataclasses.asdict(few)))) == []
-    assert config.resolve(1, RECIPES[recipe]["limit_train"], 32) == config
+    assert config.resolve(1, sized(RECIPES[recipe]["limit_train"], 32)) == config
     given = build({"recipe": recipe, "limit_train": RECIPES[recipe]["limit_train"]})
     with pytest.raises(UserError, match=r"--limit-train \d+: the data has only 64 images"):
-        given.resolve(1, 64, 32)
+        given.resolve(1, sized(64, 32))
 
 
 @pytest.mark.parametrize("name", ["run_dir", "data", "resume"])
