@@ -120,7 +120,7 @@ def test_an_npz_runs_no_code_and_bombs_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in good:
             archive.writestr(f"{name}.npy", head.ljust(127) + b"\n")
-    with pytest.raises(UserError, match="x_train has .* GB, more than this machine's memory"):
+    with pytest.raises(UserError, match=r"x_train has .* GB, more than this machine's memory"):
         formats.load(str(path))
 
 
@@ -212,6 +212,6 @@ def test_any_data_through_every_command(tmp_path: Path) -> None:
     assert "checked with onnxruntime on 200 images" in exported
     run("-m", "launch.cli", "report", folder)
     page = (folder / "report.html").read_text()
-    assert "kind 99" in page or "kind " in page
+    assert "taken for" in page, "of a hundred classes, those mixed up most"
     train(tmp_path / "two", *OPTIONS, "--data", data, ranks=2)
     assert summary(tmp_path / "two")["test_loss"] == pytest.approx(summary(whole)["test_loss"], rel=1e-3)
