@@ -96,7 +96,6 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
 
 def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Logits (n, 10) of images[start:stop] (uint8), as an array of their own."""
-    images = images.reshape(-1, *model.shape)
     return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 

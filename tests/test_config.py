@@ -11,6 +11,9 @@ import pytest
 from distrib.command import parse
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options
 from distrib.errors import UserError
+from nn.ops.loss import LOSSES
+from nn.optim import OPTIMIZERS, SCHEDULES
+from nn.resnet9 import VARIANTS
 
 AT_LEAST_1 = (
     "epochs",
@@ -212,3 +215,21 @@ def test_free_options_may_differ() -> None:
         }
     )
     assert free.differences(stored) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("loss", LOSSES), ("variant", VARIANTS)],
+)
+def test_what_can_be_chosen_is_what_is_there(name: str, table: dict) -> None:
+    """The choices are a table's names: one that is listed and not implemented cannot exist."""
+    assert CHOICES[name] == tuple(table)
+    for choice in table:
+        assert getattr(Config(**{name: choice}), name) == choice
+
+
+def test_an_option_belongs_to_the_optimizers_that_name_it() -> None:
+    for name, value in (("momentum", 0.9), ("nesterov", True)):
+        with pytest.raises(UserError, match=f"--{name} {value}: is of --optimizer sgd only"):
+            Config(**{name: value})
+    assert Config(weight_decay=0.1).weight_decay == 0.1

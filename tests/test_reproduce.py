@@ -1,4 +1,4 @@
-"""`distrib reproduce` in a short algorithm: all parts, taken up again, nothing twice; and the PyTorch side's own run."""
+"""`distrib reproduce` in a short form: all parts, taken up again, nothing twice; and the PyTorch side's own run."""
 
 from __future__ import annotations
 
