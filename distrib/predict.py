@@ -120,7 +120,6 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
 
 def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Logits (n, classes) of images[start:stop] (uint8), as an array of their own."""
-    images = images.reshape(-1, *model.shape)
     return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 

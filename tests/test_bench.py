@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, in a short algorithm; and a step allocates nothing large."""
+"""The benchmarks measure what they say, in a short form; and a step allocates nothing large."""
 
 from __future__ import annotations
 

@@ -12,6 +12,9 @@ from conftest import sized
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
 from distrib.train import parse
+from nn.ops.loss import LOSSES
+from nn.optim import OPTIMIZERS, SCHEDULES
+from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.quick
 
@@ -273,3 +276,21 @@ def test_a_stored_value_is_shown_in_a_line() -> None:
     text = build({}).differences({**dataclasses.asdict(build({})), "loss": "\x1b\n" + "x" * 10_000})[0]
     assert text.isprintable()
     assert len(text) < 120
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("loss", LOSSES), ("variant", VARIANTS)],
+)
+def test_what_can_be_chosen_is_what_is_there(name: str, table: dict) -> None:
+    """The choices are a table's names: one that is listed and not implemented cannot exist."""
+    assert CHOICES[name] == tuple(table)
+    for choice in table:
+        assert getattr(Config(**{name: choice}), name) == choice
+
+
+def test_an_option_belongs_to_the_optimizers_that_name_it() -> None:
+    for name, value in (("momentum", 0.9), ("nesterov", True)):
+        with pytest.raises(UserError, match=f"--{name} {value}: is of --optimizer sgd only"):
+            Config(**{name: value})
+    assert Config(weight_decay=0.1).weight_decay == 0.1

@@ -1,4 +1,4 @@
-"""The cuDNN algorithm of convolution on a double of the library: results, choice of plans, streams, refusals.
+"""cuDNN's convolution on a double of the library: results, choice of plans, streams, refusals.
 
 The double cannot tell whether the real library behaves as it does: the last test compares names and parameters with
 the real package, and the tests on a GPU compare results.

@@ -55,7 +55,7 @@ def test_cudnn_against_patches(n: int, layer: tuple[int, int, int], precision: s
             w = on["w"].transpose(1, 2, 3, 0)
             saved = algorithm.forward(on["x"], w, g, y, buffers, True)
             algorithm.backward(on["dy"], saved, w, g, dw.transpose(1, 2, 3, 0), dx, buffers)
-            backend.side_stream.close()
+            backend.side_stream.join_all()
             got = {"y": y, "dx": dx, "dw": dw}
             found.append({name: backend.to_host(a) for name, a in got.items()})
     for name, first in found[0].items():
