@@ -31,16 +31,17 @@ CHOICES = {
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "epochs": 1,
-        "limit_train": 26000,
-        "batch_size": 64,
+        "limit_train": 30000,
+        "batch_size": 128,
         "optimizer": "sgd",
-        "lr": 0.1,
+        "lr": 0.2,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 5e-3,
         "label_smoothing": 0.1,
         "schedule": "onecycle",
         "width": 0.125,
+        "shift": 1.0,
         "log_every": 20,
     },
     "fast99": {

@@ -124,7 +124,7 @@ def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
     assert build({"recipe": "demo", "optimizer": "adam", "lr": 0.02}).lr == 0.02
     assert build({"recipe": "demo", "loss": "bce"}).label_smoothing == 0
     plain = build({"recipe": "demo", "momentum": 0.0})
-    assert (plain.momentum, plain.nesterov, plain.lr) == (0, False, 0.1)
+    assert (plain.momentum, plain.nesterov, plain.lr) == (0, False, RECIPES["demo"]["lr"])
     assert build({"recipe": "demo", "nesterov": False}).momentum == 0.9
     assert parse(["--recipe", "demo", "--no-nesterov"]).nesterov is False
     assert parse(["--recipe", "demo"]) == build({"recipe": "demo"})
