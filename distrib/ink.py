@@ -16,6 +16,8 @@ FAINTEST = 0.04
 """Contrast, of the whole range from black to white, below which nothing is taken for ink."""
 AGREED = 0.03
 """A pixel agrees with a model of the light when it is so near to it."""
+CLEARLY = 1.3
+"""A model of the light with more terms has so many times the pixels that agree."""
 SIGNAL = 5.0
 """Ink differs from the ground by so many standard deviations of the ground's noise."""
 
@@ -64,19 +66,21 @@ def noise_of(strength: np.ndarray) -> float:
 
 
 def smooth_ground(sheet: np.ndarray) -> np.ndarray:
-    """The light on the sheet: constant, or a plane or quadratic in x and y, whichever the most pixels agree with.
+    """The light on the sheet: constant, or a plane or quadratic in x and y, whichever clearly more pixels agree with.
 
-    Each is fitted by least absolute deviations, which ink does not move where it covers less than about a quarter;
-    a constant bears ink on almost half of the sheet.
+    The constant is the border's, since ink may cover most of a picture that is cut to it. The others are fitted by
+    least absolute deviations, which ink on less than about a quarter of the sheet does not move.
     """
     small = shrink(sheet, 48)
     basis = quadratic(*small.shape[:2]).astype(np.float64)
     values = small.reshape(len(basis), -1).astype(np.float64)
-    best, agreed = np.zeros((6, values.shape[1])), -1.0
+    edge = (np.abs(basis[:, 1:3]) == 1).any(1)
+    best, agreed = np.zeros((6, values.shape[1])), 0.0
     for terms in (1, 3, 6):
-        fit = least_deviations(basis[:, :terms], values) if terms > 1 else np.median(values, 0)[None]
-        agree = float((np.abs(values - basis[:, :terms] @ fit).max(1) < AGREED).mean())
-        if agree > agreed + 0.03:
+        fit = least_deviations(basis[:, :terms], values) if terms > 1 else np.median(values[edge], 0)[None]
+        light = basis[:, :terms] @ fit
+        agree = float((np.abs(values - light).max(1) < AGREED).mean())
+        if terms == 1 or (agree > CLEARLY * agreed and light.min() > -0.1 and light.max() < 1.2):
             best, agreed = np.zeros_like(best), agree
             best[:terms] = fit
     return (quadratic(*sheet.shape[:2]) @ best.astype(np.float32)).reshape(sheet.shape)

@@ -64,7 +64,9 @@ def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
     labels, count = components(found.mask)
     for label in range(1, count + 1):
         part = labels == label
-        if part.sum() > 0.02 * part.size and (is_frame(part, found.strength) or is_paper(part)):
+        if part.sum() > 0.02 * part.size and (
+            is_frame(part, found.strength) or is_paper(part, found.strength)
+        ):
             return free_of(part if is_frame(part, found.strength) else outside(~part), sheet.shape)
     return None
 
@@ -80,7 +82,7 @@ def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
     return not part.all() and ends_sharply(part, strength)
 
 
-def is_paper(part: np.ndarray) -> bool:
+def is_paper(part: np.ndarray, strength: np.ndarray) -> bool:
     """Whether a component is a filled rectangle with something on it."""
     rows, cols = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
     cut = part[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
@@ -89,6 +91,7 @@ def is_paper(part: np.ndarray) -> bool:
         cut.size > 0.1 * part.size
         and filled.mean() > 0.82
         and 0.7 * filled.sum() < cut.sum() < 0.995 * filled.sum()
+        and ends_sharply(part, strength)
     )
 
 
