@@ -58,16 +58,16 @@ def ends_sharply(part: np.ndarray, strength: np.ndarray) -> bool:
 def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
     """The rows and columns of the paper inside a frame or on a table, where the picture shows more than the paper."""
     small = shrink(sheet, 128)
-    found = contrast(small, np.broadcast_to(np.median(small, (0, 1)), small.shape))
+    middle = np.median(small, (0, 1))
+    found = contrast(small, np.broadcast_to(middle, small.shape))
     if found is None:
         return None
+    apart = np.abs(small - middle).max(2)  # uneven light and all
     labels, count = components(found.mask)
     for label in range(1, count + 1):
         part = labels == label
-        if part.sum() > 0.02 * part.size and (
-            is_frame(part, found.strength) or is_paper(part, found.strength)
-        ):
-            return free_of(part if is_frame(part, found.strength) else outside(~part), sheet.shape)
+        if part.sum() > 0.02 * part.size and (is_frame(part, apart) or is_paper(part, apart)):
+            return free_of(part if is_frame(part, apart) else outside(~part), sheet.shape)
     return None
 
 
