@@ -18,7 +18,7 @@ SHARP = 0.33
 
 @dataclass(frozen=True)
 class Digit:
-    """What was found on a sheet: uint8 (28, 28), white on black, and whether the ink is darker than the ground."""
+    """A digit found on a sheet: uint8 (28, 28), white on black; `dark` ink is darker than the ground."""
 
     pixels: np.ndarray
     dark: bool
@@ -56,7 +56,7 @@ def ends_sharply(part: np.ndarray, strength: np.ndarray) -> bool:
 
 
 def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
-    """The rows and columns of the paper inside a frame or on a table, where the picture shows more than the paper."""
+    """The paper's rows and columns, where the picture also shows a frame or a table."""
     small = shrink(sheet, 128)
     middle = np.median(small, (0, 1))
     found = contrast(small, np.broadcast_to(middle, small.shape))
@@ -72,7 +72,7 @@ def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
 
 
 def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
-    """Whether a component runs along a side of the picture, keeps to its border and ends sharply, unlike a shadow."""
+    """Whether a component runs along a side, keeps to the border and, unlike a shadow, ends sharply."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
     border = np.ones(part.shape, bool)
     dy, dx = (max(1, n // 4) for n in part.shape)
@@ -96,7 +96,7 @@ def is_paper(part: np.ndarray, strength: np.ndarray) -> bool:
 
 
 def free_of(unwanted: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The rows and columns of the picture that are left when its sides are cut off until none has unwanted pixels."""
+    """The rows and columns left when sides are cut off until none has unwanted pixels."""
     sides = [0, unwanted.shape[0], 0, unwanted.shape[1]]
     while sides[1] - sides[0] > 4 and sides[3] - sides[2] > 4:
         cut = unwanted[sides[0] : sides[1], sides[2] : sides[3]]

@@ -61,9 +61,9 @@ def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> lis
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
     """For each image: its name, class, digit, probability, all ten probabilities, whether it was inverted.
 
-    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each digit's by itself,
-    which need not sum to 1. The digit is that of the largest logit, the first of equals. Of an image on which nothing
-    is drawn, class and digit are None and all probabilities 0.
+    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each
+    digit's by itself, which need not sum to 1. The digit is that of the largest logit, the first of
+    equals. Of an image on which nothing is drawn, class and digit are None, all probabilities 0.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):

@@ -1,4 +1,4 @@
-"""`distrib predict`: the digit in each image, in a line, as a drawing beside its probabilities, or as JSON."""
+"""`distrib predict`: the digit in each image: a line, a drawing with probabilities, or JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST_BAR = 30
 
 
 def has_shades(console: Console) -> bool:
-    """Whether half blocks in shades of grey can be shown: on a terminal of 256 colours or more that takes UTF-8."""
+    """Whether half blocks in shades of grey can be shown: 256 colours or more, and UTF-8."""
     return (
         console.color_system in ("256", "truecolor")
         and not console.no_color
@@ -77,7 +77,7 @@ def printable(text: str) -> str:
 
 
 def line(result: dict[str, Any], top: int) -> str:
-    """FILE: 7  99.1 %, then the next most probable of `top` digits in all, and whether the image was inverted."""
+    """FILE: 7  99.1 %, then the next of `top` digits in all, and whether the image was inverted."""
     name = printable(result["image"])
     if result["digit"] is None:
         return f"{name}: nothing drawn"

@@ -1,4 +1,4 @@
-"""Pictures as `predict` prepares them: every condition, MNIST's own images, what is empty, what is no picture."""
+"""Pictures as `predict` prepares them: conditions, MNIST's images, empty sheets, what is no picture."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_large_picture_of_an_mnist_image_gives_it_back(tmp_path: Path) -> None
         sheet.save(tmp_path / f"{i}.png")
         found = read_pictures(tmp_path / f"{i}.png").pixels[0]
         assert extent(found) == pytest.approx(extent(pixels), abs=1)
-        assert mass(found) == pytest.approx(mass(pixels), abs=0.75)
+        assert mass(found) == pytest.approx([14, 14], abs=0.55)  # whole pixels, as in MNIST
         apart.append(np.abs(found.astype(float) - pixels).mean() / pixels.mean())
     assert np.median(apart) < 0.45  # a shift by one pixel, either way, gives more
 
@@ -277,7 +277,7 @@ def test_a_png_read_in_strips_is_the_same(
     step = pictures.read_sheets(
         tmp_path / "noise.png", lambda sheet: sheet
     )  # in strips: larger than 16 sheets
-    monkeypatch.setattr(pictures, "_plain_png", lambda file: False)
+    monkeypatch.setattr(pictures, "_plain_png", lambda _: False)
     same = pictures.read_sheets(tmp_path / "noise.png", lambda sheet: sheet)
     assert whole is not None
     assert step is not None
