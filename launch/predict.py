@@ -1,4 +1,4 @@
-"""`distrib predict`: the digit in each image, in a line, as a drawing beside its probabilities, or as JSON."""
+"""`distrib predict`: the digit in each image: a line, a drawing with probabilities, or JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGEST_BAR = 30
 
 
 def has_shades(console: Console) -> bool:
-    """Whether half blocks in shades of grey can be shown: on a terminal of 256 colours or more that takes UTF-8."""
+    """Whether half blocks in shades of grey can be shown: 256 colours or more, and UTF-8."""
     return (
         console.color_system in ("256", "truecolor")
         and not console.no_color

@@ -149,14 +149,19 @@ def check_idx(path: Path) -> None:
                     size = len(head) + skip(packed, 16 + 784 * MOST_IMAGES)
             except (OSError, EOFError, zlib.error):
                 return  # read_idx says what is wrong
-            if head[:2] != b"\0\0":
+            if not is_idx(head):
                 raise UserError(f"{path}: is packed by gzip and holds {kind_of(head)}")
         else:
             size = path.stat().st_size
-    if head[:2] != b"\0\0" or head[:4] == b"\0\0\x01\0":
+    if not is_idx(head):
         raise UserError(f"{path}: is {kind_of(head)}")
     if size > 16 + 784 * MOST_IMAGES:
         raise UserError(f"{path}: unpacks to more than {MOST_IMAGES:,} images of 28×28: split the file")
+
+
+def is_idx(head: bytes) -> bool:
+    """Whether a file starts as IDX files do: two zeros, a type of numbers, a number of dimensions."""
+    return len(head) > 3 and head[:2] == b"\0\0" and 8 <= head[2] <= 14 and 1 <= head[3] <= 4
 
 
 def skip(file: gzip.GzipFile, most: int) -> int:
