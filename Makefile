@@ -64,9 +64,11 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	distrib bench run --recipe demo --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 
-soak: $(VENV)/.dev  ## failures and kills in full numbers: half an hour
-	FAULT_ROUNDS=3 KILL_ROUNDS=50 $(BIN)/python -m pytest -s tests/test_failures.py tests/test_kill.py tests/test_hosts.py
-	DISTRIB_SOAK=1 $(BIN)/python -m pytest tests/test_slurm.py
+soak: export PATH := $(CURDIR)/$(BIN):$(PATH)
+soak: $(VENV)/.dev  ## a campaign of 170 faults, kills and suspensions, also on Slurm: an hour
+	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/test_failures.py tests/test_kill.py \
+		tests/test_hosts.py tests/test_suspend.py tests/test_output.py
+	DISTRIB_SOAK=1 python -m pytest tests/test_slurm.py
 
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel

@@ -50,3 +50,7 @@ def parent() -> tuple[int, str]:
 if launched_ranks() > 1:  # a rank per core: element-wise work then runs on all cores too
     for _name in THREAD_VARIABLES:
         os.environ.setdefault(_name, "1")
+
+from distrib.shadow import require_own_nn  # noqa: E402  # needs nothing that needs NumPy
+
+require_own_nn()

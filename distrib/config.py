@@ -11,15 +11,15 @@ from typing import Any
 
 from distrib.errors import UserError
 from distrib.files import expanded, fits, shown
-from nn.losses import LOSSES
-from nn.optim import SCHEDULES, learning_rate
+from nn.ops.loss import LOSSES
+from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
 
 CHOICES = {
-    "optimizer": ("adam", "sgd"),
-    "schedule": SCHEDULES,
+    "optimizer": tuple(OPTIMIZERS),
+    "schedule": tuple(SCHEDULES),
     "loss": tuple(LOSSES),
-    "variant": VARIANTS,
+    "variant": tuple(VARIANTS),
     "batch_norm": ("sync", "local"),
     "precision": ("float32", "float64", "tf32", "bf16"),
     "backend": ("auto", "numpy", "cupy"),
@@ -156,7 +156,8 @@ class Config:
     )
     gradients: str = option(
         "float32",
-        "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16; one rank sends none.",
+        "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16;"
+        " one rank sends none.",
     )
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
     timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
@@ -202,7 +203,10 @@ class Config:
             self._require(name, getattr(self, name) < 1, "give less than 1")
         self._require("shift", self.shift < 28, "give less than the 28 pixels of an image")
         self._require("rotate", self.rotate <= 180, "give 180 or less")
-        self._require("momentum", not self.momentum or self.optimizer == "sgd", "is of --optimizer sgd only")
+        for name in sorted({name for optimizer in OPTIMIZERS.values() for name in optimizer.options}):
+            owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
+            is_own = not getattr(self, name) or self.optimizer in owners
+            self._require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
         self._require(
             "label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only"
@@ -276,7 +280,7 @@ class Config:
 
 
 def require_types(stored: dict[str, Any], where: object) -> None:
-    """UserError where a stored configuration has a value that is of no option's type; `where` names the file."""
+    """UserError where a stored configuration has a value that is not of its option's type."""
     for each in fields(Config):
         if each.name in stored and not fits(str(each.type), stored[each.name]):
             raise UserError(

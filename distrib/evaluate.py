@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from distrib.comm import Communicator
-from distrib.sampler import share
-from nn.backend import Array
-from nn.batch import take_batch
-from nn.layers import Pass
-from nn.losses import loss_and_gradient
-from nn.resnet9 import ResNet9
+from distrib.comm.base import Communicator
+from distrib.data.sampler import share
+from nn.array import Array
+from nn.layer import StepContext
+from nn.network import Network
+from nn.ops.batch import LABELS, Source, gather_batch
+from nn.ops.loss import loss_and_gradient
 
 HOST_BATCH, DEVICE_BATCH = 128, 1000
 """Images of one evaluation batch on a rank: on the host what its caches like, on a GPU enough to fill it."""
 
 
-def batch_size(model: ResNet9) -> int:
+def batch_size(model: Network) -> int:
     """Images of one evaluation batch."""
     return HOST_BATCH if model.backend.on_host else DEVICE_BATCH
 
 
-def infer(model: ResNet9, images: Array, labels: Array, start: int, stop: int) -> tuple[Array, Array]:
-    """Logits (n, 10) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
+def infer(model: Network, images: Array, labels: Array, start: int, stop: int) -> tuple[Array, Array]:
+    """Logits (n, classes) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
     xp, n = model.backend.xp, stop - start
-    x, y = model.ws.image("input", (n, *images.shape[1:], 1)), model.ws.keep("labels", (n,), "uint8")
-    take_batch(images, labels, xp.arange(start, stop, dtype=np.int32), xp.zeros(1, np.int64), n, 0, x, y)
-    return model.forward(x, Pass(train=False)), y
+    x, y = model.buffers.image("input", (n, *model.shape)), model.buffers.persistent("labels", (n,), LABELS)
+    source = Source(images, labels, xp.arange(start, stop, dtype=np.int32))
+    gather_batch(x, y, source, xp.zeros(1, np.int64), n, 0)
+    return model.forward(x, StepContext(training=False)), y
 
 
 def evaluate(
-    model: ResNet9,
+    model: Network,
     images: Array,
     labels: Array,
     loss: str,
@@ -46,7 +47,7 @@ def evaluate(
     sums, zero, own, tail = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
     for start in range(part.start, part.stop, batch_size(model)):
         logits, wanted = infer(model, images, labels, start, min(start + batch_size(model), part.stop))
-        unused = model.ws.keep("dlogits", logits.shape, str(dtype))
+        unused = model.buffers.persistent("dlogits", logits.shape, str(dtype))
         loss_and_gradient(logits, wanted, zero, unused, own, tail, loss=loss, count=1)
         sums += tail[:2]
         if keep is not None:

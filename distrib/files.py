@@ -52,7 +52,7 @@ def reason(error: OSError | ValueError, path: Path) -> str:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), cut at `most` letters."""
+    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), cut at `most`."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in short)
 
@@ -80,7 +80,7 @@ def number(value: Any) -> float | None:
 
 
 def fits(kind: str, value: Any) -> bool:
-    """Whether a JSON value is of a type written as an annotation, such as "int | None" or "dict[str, float]"."""
+    """Whether a JSON value is of a type written as an annotation: "int | None", "dict[str, float]"."""
     if kind.startswith("list["):
         return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
     if kind.startswith("dict[str, "):
@@ -125,7 +125,7 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file. OSError where it cannot be read, ValueError where it has more than `most` bytes."""
+    """All of a regular file. OSError where it cannot be read, ValueError beyond `most` bytes."""
     with open_to_read(path) as file:
         about = os.fstat(file.fileno())
         if about.st_size > most:
@@ -163,7 +163,7 @@ def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file
 
 
 def create(path: Path, data: bytes | Iterable[bytes] = b"", sync: bool = False) -> None:
-    """Write a file that is not there yet; OSError, FileExistsError where anything has the name, a link too."""
+    """Write a file that is not there yet. OSError; FileExistsError where anything has the name."""
     with open(path, "xb", opener=_opener(NOFOLLOW)) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
         if sync:
@@ -202,7 +202,7 @@ def append(path: Path, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes, after: str = "") -> None:
-    """`replace`, on disk when this returns; UserError says why it cannot be written, the remedy, and `after`."""
+    """`replace`, on disk when this returns. UserError says why it cannot be written, the remedy, `after`."""
     try:
         replace(path, data, sync=True)
     except (OSError, ValueError) as error:

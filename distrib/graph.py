@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from nn.backend import capture
+from nn.device import capture
 
 
 class Graphs:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from distrib import checkpoint as ckpt
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
-from nn.resnet9 import ResNet9
+from distrib.pictures.prepare import Pictures, read_pictures
+from distrib.run import checkpoint as ckpt
+from nn.network import Network
+from nn.ops.batch import LABELS
+from nn.resnet9 import MODELS
 
 
 @dataclass(frozen=True)
@@ -22,24 +24,12 @@ class Loaded:
     """A model from a checkpoint, ready on the host. `about` is its variant, width, loss and dtype."""
 
     path: Path
-    model: ResNet9
+    model: Network
     about: dict[str, Any]
 
     @property
     def loss(self) -> str:
         return str(self.about["loss"])
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The images of one file as the network takes them, white on black: uint8 (N, 28, 28)."""
-
-    path: Path
-    pixels: np.ndarray
-    inverted: bool  # the file has dark ink on a bright ground
-
-    def name(self, i: int) -> str:
-        return f"{self.path}[{i}]" if len(self.pixels) > 1 else str(self.path)
 
 
 def load(path: Path) -> Loaded:
@@ -57,7 +47,8 @@ def load(path: Path) -> Loaded:
     else:
         tensors, about = ckpt.load_model(path)
     try:
-        model = ResNet9(about["variant"], about["width"], dtype=about["dtype"])
+        options = {"variant": about["variant"], "width": about["width"]}
+        model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=about["dtype"])
         model.load_state_dict(tensors)
         return Loaded(path, model, {name: about[name] for name in ("variant", "width", "loss", "dtype")})
     except (ValueError, KeyError) as error:
@@ -66,34 +57,38 @@ def load(path: Path) -> Loaded:
         ) from None
 
 
-def predict_files(loaded: Loaded, paths: list[Path]) -> list[dict[str, Any]]:
+def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> list[dict[str, Any]]:
     """`predict` for each image of each file."""
-    return [result for path in paths for result in predict(loaded, read_pictures(path))]
+    return [result for path in paths for result in predict(loaded, read_pictures(path, as_is))]
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    """For each image: its name, digit, probability, all ten probabilities, whether it was inverted.
+    """For each image: its name, class, digit, probability, all ten probabilities, whether it was inverted.
 
     Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each digit's by itself,
-    which need not sum to 1. The digit is that of the largest logit, the first of equals.
+    which need not sum to 1. The digit is that of the largest logit, the first of equals. Of an image on which nothing
+    is drawn, class and digit are None and all probabilities 0.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):
         z = logits(loaded.model, pictures.pixels, start, min(start + HOST_BATCH, count)).astype(np.float64)
         for i, (row, p) in enumerate(zip(z, probabilities(z, loaded.loss), strict=True), start):
+            drawn = bool(pictures.drawn[i])
             digit = int(row.argmax())  # large sigmoids round to equal ones
             yield {
                 "image": pictures.name(i),
-                "digit": digit,
-                "probability": float(p[digit]),
-                "probabilities": p.tolist(),
-                "inverted": pictures.inverted,
+                "class": str(digit) if drawn else None,
+                "digit": digit if drawn else None,
+                "probability": float(p[digit]) if drawn else 0.0,
+                "probabilities": p.tolist() if drawn else [0.0] * len(p),
+                "inverted": bool(pictures.inverted[i]),
             }
 
 
-def logits(model: ResNet9, images: np.ndarray, start: int, stop: int) -> np.ndarray:
+def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Logits (n, 10) of images[start:stop] (uint8), as an array of their own."""
-    return np.array(infer(model, images, np.zeros(len(images), np.uint8), start, stop)[0])
+    images = images.reshape(-1, *model.shape)
+    return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 
 def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
@@ -102,23 +97,3 @@ def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
         return np.exp(-np.logaddexp(0, -z))  # 1 / (1 + exp(−z)), which would overflow
     exp = np.exp(z - z.max(1, keepdims=True))
     return exp / exp.sum(1, keepdims=True)
-
-
-def read_pictures(path: Path) -> Pictures:
-    """The images in the picture or IDX file `path`."""
-    try:
-        with Image.open(path) as picture:
-            flat = Image.new("RGBA", picture.size, "white")
-            flat.alpha_composite(picture.convert("RGBA"))
-            pixels = np.asarray(flat.convert("L").resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError:
-        return Pictures(path, mnist.read_idx(path, mnist.IMAGES), False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give PNG pictures or IDX files of images") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a picture ({error}): give PNG pictures or IDX files"
-        ) from None
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    inverted = bool(np.median(border) > 127)
-    return Pictures(path, (255 - pixels if inverted else pixels)[None], inverted)

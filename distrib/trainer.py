@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from distrib import checkpoint as ckpt
-from distrib import mnist, sampler
+from distrib.comm.reducer import Reducer
+from distrib.comm.world import PATIENCE, World
 from distrib.config import Config
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import evaluate
 from distrib.graph import Graphs
-from distrib.laps import Laps
-from distrib.reducer import Reducer
-from distrib.run import Run, environment
-from distrib.world import PATIENCE, World
-from nn import functional as F
-from nn.batch import take_batch
-from nn.layers import Pass
-from nn.losses import loss_and_gradient
-from nn.optim import SGD, Adam, Optimizer, average
-from nn.resnet9 import ResNet9
+from distrib.run import checkpoint as ckpt
+from distrib.run.folder import Run, environment
+from distrib.timing import Laps
+from nn.layer import StepContext
+from nn.network import Network
+from nn.ops.batch import LABELS, Source, gather_batch
+from nn.ops.loss import loss_and_gradient
+from nn.ops.update import average, record_step
+from nn.optim import OPTIMIZERS
+from nn.resnet9 import MODELS
 
 HISTORY = 256
 """Steps whose results may stay on the device before they are read."""
@@ -55,25 +57,27 @@ class Trainer:
     def __init__(self, config: Config, world: World, data: mnist.Dataset) -> None:
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
-        self.images, self.labels = backend.asarray(data.train_images), backend.asarray(data.train_labels)
-        self.test_images, self.test_labels = (
-            backend.asarray(data.test_images),
-            backend.asarray(data.test_labels),
+        self.images, self.test_images = (
+            backend.asarray(images.reshape(-1, *mnist.SHAPE))
+            for images in (data.train_images, data.test_images)
         )
-        self.model = ResNet9(
-            config.variant,
-            config.width,
+        self.labels, self.test_labels = (
+            backend.asarray(labels.astype(LABELS)) for labels in (data.train_labels, data.test_labels)
+        )
+        self.model = Network(
+            MODELS["resnet9"],
+            mnist.SHAPE,
+            mnist.CLASSES,
+            {"variant": config.variant, "width": config.width},
             seed=config.seed,
             backend=backend,
             dtype=config.dtype,
             activations="uint16" if config.precision == "bf16" else None,
         )
         self.params = self.model.params
-        self.optimizer: Optimizer = (
-            Adam(self.params, config.weight_decay)
-            if config.optimizer == "adam"
-            else SGD(self.params, config.weight_decay, config.momentum, config.nesterov)
-        )
+        optimizer = OPTIMIZERS[config.optimizer]
+        options = {name: getattr(config, name) for name in optimizer.options}
+        self.optimizer = optimizer(self.params, **options)
         if config.gradients == "bf16" and world.size > 1 and world.comm.name != "nccl":
             raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
         self.reducer = Reducer(self.params, world.comm, config.gradients if world.size > 1 else "float32")
@@ -93,7 +97,7 @@ class Trainer:
         self.limit = min(self.steps, config.max_steps or self.steps)
         self.stop_requested = self.stopped = False
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
-        # a ring: [this rank's part of the loss, then the summed TAIL] of the last steps
+        # a ring: [this rank's part of the loss, then the summed STEP_METRICS] of the last steps
         self.history = xp.zeros((HISTORY, 4), dtype)
         self.unread: list[int] = []  # global image counts of steps whose results are on the device only
         self.copies: deque[Any] = deque()  # results on their way to the host
@@ -103,7 +107,7 @@ class Trainer:
         self.graphs: Graphs | None = None
         if graph:
             self.graphs = Graphs(
-                backend.cuda, lambda: self.model.ws.generation, self.capturable, world.size == 1
+                backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
             )
         self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
@@ -175,24 +179,27 @@ class Trainer:
 
         All that changes from step to step is read from the device's memory, so that a CUDA graph can hold it.
         """
-        config, model, ws, laps = self.config, self.model, self.model.ws, self.laps
+        config, model, buffers, laps = self.config, self.model, self.model.buffers, self.laps
         # a rank without an image has sums of zero, not 0/0
-        this = Pass(True, count, self.sums) if config.batch_norm == "sync" else Pass(True, max(1, n))
-        laps.start()
-        x, labels = ws.image("input", (n, mnist.SIDE, mnist.SIDE, 1)), ws.keep("labels", (n,), "uint8")
-        take_batch(
-            self.images, self.labels, self.order, self.cursor, config.batch_size, start, x, labels, self.warps
+        this = (
+            StepContext(True, count, self.sums)
+            if config.batch_norm == "sync"
+            else StepContext(True, max(1, n))
         )
+        laps.start()
+        x, labels = buffers.image("input", (n, *model.shape)), buffers.persistent("labels", (n,), LABELS)
+        source = Source(self.images, self.labels, self.order, self.warps)
+        gather_batch(x, labels, source, self.cursor, config.batch_size, start)
         laps.lap("data")
         logits = model.forward(x, this)
-        dlogits = ws.keep("dlogits", logits.shape, str(model.dtype))
+        dlogits = buffers.persistent("dlogits", logits.shape, str(model.dtype))
         loss_and_gradient(
             logits,
             labels,
             self.stop,
             dlogits,
             self.own,
-            self.params.tail,
+            self.params.step_metrics,
             loss=config.loss,
             count=count,
             smoothing=config.label_smoothing,
@@ -205,7 +212,7 @@ class Trainer:
         self.optimizer.update(self.rates, self.cursor)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
-        F.end_step(self.history, self.own, self.params.tail, self.cursor)
+        record_step(self.history, self.own, self.params.step_metrics, self.cursor)
         laps.lap("optimizer")
 
     def close(self) -> None:
@@ -238,7 +245,7 @@ class Trainer:
 
     def capturable(self) -> bool:
         """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
-        return all(conv.saved[1] in self.world.backend.forms for conv in self.model.convs())
+        return self.model.capturable()
 
     def lr(self) -> float:
         """Learning rate of the coming step."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from distrib import sampler
-from distrib.comm import SingleCommunicator
+from distrib.comm.base import SingleCommunicator
+from distrib.comm.world import PATIENCE
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate
-from distrib.run import Run
+from distrib.run.folder import Run
 from distrib.trainer import Trainer
-from distrib.world import PATIENCE
 
 
 def counts(trainer: Trainer) -> list[int]:
@@ -29,7 +29,7 @@ def evaluation_sizes(trainer: Trainer, rank: int) -> list[int]:
 def choose_plans(trainer: Trainer, run: Run | None) -> None:
     """Make every rank compute each convolution in the same way, which rank 0 chooses by timing and the folder of `run` keeps."""
     world, model = trainer.world, trainer.model
-    convolutions = world.backend.forms.get("cudnn")
+    convolutions = world.backend.algorithms.get("cudnn")
     if convolutions is None:
         return
     with world.agree(PATIENCE):
@@ -39,9 +39,9 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
             parts = [sampler.share(count, rank, world.size) for count in counts(trainer) for rank in ranks]
             try:
                 for n in sorted({part.stop - part.start for part in parts} - {0}, reverse=True):
-                    model.rehearse(n, train=True)
+                    model.tune_convolutions(n, training=True)
                 for n in sorted({n for rank in ranks for n in evaluation_sizes(trainer, rank)}, reverse=True):
-                    model.rehearse(n, train=False)
+                    model.tune_convolutions(n, training=False)
             except ValueError as error:  # a stored plan that is gone
                 raise UserError(f"{run.path if run else 'plans'}: {error}") from None
             if run:
@@ -73,12 +73,14 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
         steps.append((part.start, part.stop - part.start, count))
     moved = capturable = True
     while moved:  # on any rank: all must queue the same, and a graph holds addresses
-        generation = model.ws.generation
+        generation = model.buffers.generation
         for step in steps:
             trainer.cursor.fill(0)  # an epoch's first images, whatever the batch: none are beyond its end
             trainer.compute(*step)
             capturable = capturable and trainer.capturable()
-        moved = any(trainer.world.allgather(model.ws.generation != generation, "the first steps", PATIENCE))
+        moved = any(
+            trainer.world.allgather(model.buffers.generation != generation, "the first steps", PATIENCE)
+        )
     if not all(trainer.world.allgather(capturable, "the agreement on CUDA graphs")):
         trainer.graphs = None
     for step in steps:

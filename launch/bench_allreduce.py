@@ -21,10 +21,10 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from distrib.comm.world import World, connect
 from distrib.errors import EXIT_CRASH, UserError
-from distrib.world import World, connect
 from launch.measure import AsJson, Repeats, machine, spread
-from nn.backend import Array
+from nn.array import Array
 
 CHOICES = {
     "comm": ("auto", "mpi", "nccl"),

@@ -12,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from distrib import mnist
+from distrib.comm.world import connect
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
-from distrib.world import connect
 from launch.measure import AsJson, BatchSize, Width, machine, refuse_launcher
-from nn.backend import capture
+from nn.device import capture
 
 COPIES, ROUNDS = 50, 7
 """A kernel's time is that of a graph with COPIES of it, divided by them: the median of ROUNDS."""
@@ -30,7 +30,7 @@ Launch = tuple[str, Callable[[], None]]
 def launches(trainer: Trainer, kind: tuple[int, ...]) -> list[Launch]:
     """(name, call that queues it again) of everything that an eager step queues."""
     found: list[Launch] = []
-    forms = trainer.world.backend.forms
+    forms = trainer.world.backend.algorithms
     kernels, convolutions = forms["stem"].kernels, forms.get("cudnn")
 
     def record(target: Any, method: str, name: Callable[..., str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from launch.measure import (
     AsJson,
@@ -24,15 +25,17 @@ from launch.measure import (
     require_torch,
     spread,
 )
-from nn import functional as F
-from nn import losses
-from nn.backend import NUMPY, Array
-from nn.conv import Geometry, choose_form, conv_backward, conv_forward
-from nn.functional import EPS
-from nn.layers import ConvBN, Pass, Residual
+from nn.array import Array
+from nn.buffers import Buffers
+from nn.device import NUMPY
+from nn.layer import StepContext
+from nn.layers import ConvBN, Residual
+from nn.network import Network
+from nn.ops import norm as F
+from nn.ops.conv import Geometry, choose_algorithm, conv_backward, conv_forward
+from nn.ops.loss import softmax_cross_entropy
 from nn.optim import Adam
-from nn.resnet9 import CLASSES, ResNet9
-from nn.workspace import Workspace
+from nn.resnet9 import MODELS
 
 SAME = Geometry(1, 1, 1)
 WAYS = ("forward", "backward")
@@ -42,13 +45,13 @@ Times = dict[str, list[float]]
 """Milliseconds of each repeat, by the name of the job."""
 
 
-def layers(model: ResNet9) -> list[tuple[ConvBN, int, bool]]:
+def layers(model: Network) -> list[tuple[ConvBN, int, bool]]:
     """(layer, side of the image, whether a residual is added) of each that occurs, equal ones once."""
-    seconds = {stage.second for stage in model.stages if isinstance(stage, Residual)}
+    adders = {layer.adder for layer in model.layers.walk() if isinstance(layer, Residual)}
     found: dict[tuple[Any, ...], tuple[ConvBN, int, bool]] = {}
-    for conv, side in model.sides():
-        added = conv in seconds
-        found.setdefault((side, conv.c_in, conv.c_out, added), (conv, side, added))
+    for conv in model.convs():
+        side, added = conv.in_shape[0], conv in adders
+        found.setdefault((side, conv.c_in, conv.out, added), (conv, side, added))
     return list(found.values())
 
 
@@ -64,45 +67,49 @@ def take_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> Times:
     return times
 
 
-def random_image(ws: Workspace, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    image = ws.image(name, shape)
+def random_image(buffers: Buffers, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    image = buffers.image(name, shape)
     image[...] = rng.standard_normal(shape)
     return image
 
 
 def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) -> dict[str, Any]:
-    """Milliseconds forward and backward of each form, the form that is chosen, and its error."""
+    """Milliseconds forward and backward of each algorithm, the algorithm that is chosen, and its error."""
     rng = np.random.default_rng(0)
-    x_shape, w_shape = (batch, side, side, conv.c_in), (3, 3, conv.c_in, conv.c_out)
+    x_shape, w_shape = (batch, side, side, conv.c_in), (3, 3, conv.c_in, conv.out)
     y_shape = SAME.out_shape(x_shape, w_shape)
     w = (rng.standard_normal(w_shape) / (3 * conv.c_in**0.5)).astype(np.float32)
     jobs: dict[str, Callable[[], Any]] = {}
-    for form in ("patches", "winograd"):
-        ws = Workspace()
-        x, dy = random_image(ws, "in", x_shape, rng), random_image(ws, "dy", y_shape, rng)
-        y, dw = ws.image("out", y_shape), np.empty_like(w)
-        dx = ws.image("dx", x_shape) if conv.c_in > 1 else None
+    for algorithm in ("patches", "winograd"):
+        buffers = Buffers()
+        x, dy = random_image(buffers, "in", x_shape, rng), random_image(buffers, "dy", y_shape, rng)
+        y, dw = buffers.image("out", y_shape), np.empty_like(w)
+        dx = buffers.image("dx", x_shape) if conv.c_in > 1 else None
         saved: list[Any] = [None]
 
         def forward(
-            form: str = form, x: Array = x, y: Array = y, ws: Workspace = ws, saved: list = saved
+            algorithm: str = algorithm,
+            x: Array = x,
+            y: Array = y,
+            buffers: Buffers = buffers,
+            saved: list = saved,
         ) -> None:
-            saved[0] = conv_forward(x, w, SAME, y, ws, form)
+            saved[0] = conv_forward(x, w, SAME, y, buffers, algorithm)
 
         def backward(
-            form: str = form,
+            algorithm: str = algorithm,
             dy: Array = dy,
             dw: Array = dw,
             dx: Array = dx,
-            ws: Workspace = ws,
+            buffers: Buffers = buffers,
             saved: list = saved,
         ) -> None:
-            conv_backward(dy, saved[0], w, SAME, dw, dx, ws, form)
+            conv_backward(dy, saved[0], w, SAME, dw, dx, buffers, algorithm)
 
-        jobs |= {f"{form} forward": forward, f"{form} backward": backward}
+        jobs |= {f"{algorithm} forward": forward, f"{algorithm} backward": backward}
     if torch:
         jobs |= torch_convolution(x_shape, w, conv.c_in > 1)
-    chosen = choose_form(x_shape, w_shape, SAME, NUMPY)
+    chosen = choose_algorithm(x_shape, w_shape, SAME, NUMPY)
     return {
         "ms": take_turns(jobs, repeats),
         "chosen": chosen,
@@ -111,17 +118,19 @@ def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) 
     }
 
 
-def error_of(form: str, w: Array, side: int) -> float:
+def error_of(algorithm: str, w: Array, side: int) -> float:
     """Largest error of y, dw, dx in float32, relative to each one's largest value; against patches in float64."""
     found: list[list[Array]] = []
-    for dtype, name in (("float32", form), ("float64", "patches")):
-        ws, rng, weights = Workspace(dtype=dtype), np.random.default_rng(1), w.astype(dtype)
-        x = random_image(ws, "in", (4, side, side, w.shape[2]), rng)
+    for dtype, name in (("float32", algorithm), ("float64", "patches")):
+        buffers, rng, weights = Buffers(dtype=dtype), np.random.default_rng(1), w.astype(dtype)
+        x = random_image(buffers, "in", (4, side, side, w.shape[2]), rng)
         np.maximum(x.astype("float32"), 0, out=x)  # as after a ReLU
-        dy = random_image(ws, "dy", (*x.shape[:3], w.shape[3]), rng)
+        dy = random_image(buffers, "dy", (*x.shape[:3], w.shape[3]), rng)
         dy[...] = dy.astype("float32")
-        y, dx, dw = ws.image("out", dy.shape), ws.image("dx", x.shape), np.empty_like(weights)
-        conv_backward(dy, conv_forward(x, weights, SAME, y, ws, name), weights, SAME, dw, dx, ws, name)
+        y, dx, dw = buffers.image("out", dy.shape), buffers.image("dx", x.shape), np.empty_like(weights)
+        conv_backward(
+            dy, conv_forward(x, weights, SAME, y, buffers, name), weights, SAME, dw, dx, buffers, name
+        )
         found.append([y, dx, dw])
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(*found, strict=True))
 
@@ -151,26 +160,24 @@ def torch_convolution(x_shape: tuple[int, ...], w: Array, need_dx: bool) -> dict
 
 def batch_norm(side: int, conv: ConvBN, residual: bool, batch: int, repeats: int, torch: bool) -> Times:
     """Batch norm (→ + residual) → ReLU (→ max-pool), forward and backward."""
-    rng, ws = np.random.default_rng(0), Workspace()
-    shape = (batch, side, side, conv.c_out)
-    out = (batch, side // 2, side // 2, conv.c_out) if conv.pool else shape
-    z, dy = random_image(ws, "z", shape, rng), random_image(ws, "dy", out, rng)
-    y, dz, gate = ws.image("y", out), ws.image("dz", shape), F.Gate(ws.image("passed", shape, "bool"))
-    if conv.pool:
-        gate = F.Gate(gate.passed, ws.image("top", out), ws.image("open", out, "bool"))
-    gamma, count = np.ones(conv.c_out, np.float32), batch * side**2
-    more = random_image(ws, "more", shape, rng) if residual else None
+    rng, buffers = np.random.default_rng(0), Buffers()
+    shape = (batch, side, side, conv.out)
+    out = (batch, side // 2, side // 2, conv.out) if conv.pool else shape
+    z, dy = random_image(buffers, "z", shape, rng), random_image(buffers, "dy", out, rng)
+    y, one = buffers.image("y", out), np.ones(conv.out, np.float32)
+    more = random_image(buffers, "more", shape, rng) if residual else None
+    weights, over = F.Norm(one, one, one.copy(), one.copy()), F.Count(batch * side**2)
+    after, saved = F.After(pool=conv.pool > 0, residual=more), list[Any]()
 
     def forward() -> None:
-        _, var = F.batch_norm_statistics(z, count, ws, None)
-        F.activate(z, (var + EPS) ** -0.5, gamma, gamma, y, ws, residual=more, pool=conv.pool, gate=gate)
+        saved[:] = [F.norm_forward(z, weights, y, after, over, buffers)]
 
     def backward() -> None:
-        F.batch_norm_backward(dy, z, gamma, gamma, count, ws, None, dz, gate=gate)
+        F.norm_backward(dy, saved[0], weights, one.copy(), one.copy(), over, buffers)
 
     jobs: dict[str, Callable[[], Any]] = {"distrib forward": forward, "distrib backward": backward}
     if torch:
-        jobs |= torch_batch_norm(shape, conv.pool, residual)
+        jobs |= torch_batch_norm(shape, conv.pool > 0, residual)
     return take_turns(jobs, repeats)
 
 
@@ -197,32 +204,35 @@ def torch_batch_norm(shape: tuple[int, ...], pool: bool, residual: bool) -> dict
     return {"torch forward": forward, "torch backward": backward}
 
 
-def head(model: ResNet9, batch: int, repeats: int, torch: bool) -> Times:
+def head(model: Network, batch: int, repeats: int, torch: bool) -> Times:
     """Global max-pool → linear → softmax cross-entropy, forward and backward together."""
-    rng, ours, c = np.random.default_rng(0), model.head, model.head.channels
-    x, labels = random_image(model.ws, "bench.x", (batch, 3, 3, c), rng), rng.integers(0, CLASSES, batch)
-    step = Pass(train=True, images=batch)
+    rng, (pool, linear_layer) = np.random.default_rng(0), model.layers.children()[-2:]
+    (h, w, c), classes = pool.in_shape, model.classes
+    x, labels = random_image(model.buffers, "bench.x", (batch, h, w, c), rng), rng.integers(0, classes, batch)
+    step = StepContext(training=True, global_batch=batch)
 
     def both() -> None:
-        _, dy = losses.softmax_cross_entropy(ours.forward(x, step), labels, batch)
-        ours.backward(dy, lambda _: None)
+        _, dy = softmax_cross_entropy(linear_layer.forward(pool.forward(x, step), step), labels, batch)
+        model.buffers.release(
+            pool.backward(linear_layer.backward(dy, step, lambda _: None), step, lambda _: None)
+        )
 
     jobs: dict[str, Callable[[], Any]] = {"distrib": both}
     if torch:
         import torch as pytorch
 
-        x_t = pytorch.randn(batch, c, 3, 3).contiguous(memory_format=pytorch.channels_last).requires_grad_()
-        linear, wanted = pytorch.nn.Linear(c, CLASSES), pytorch.tensor(labels)
+        x_t = pytorch.randn(batch, c, h, w).contiguous(memory_format=pytorch.channels_last).requires_grad_()
+        linear, wanted = pytorch.nn.Linear(c, classes), pytorch.tensor(labels)
 
         def theirs() -> None:
-            logits = linear(pytorch.nn.functional.max_pool2d(x_t, 3).flatten(1))
+            logits = linear(pytorch.nn.functional.max_pool2d(x_t, (h, w)).flatten(1))
             pytorch.nn.functional.cross_entropy(logits, wanted).backward()
 
         jobs["torch"] = theirs
     return take_turns(jobs, repeats)
 
 
-def optimizer(model: ResNet9, repeats: int, torch: bool) -> Times:
+def optimizer(model: Network, width: float, repeats: int, torch: bool) -> Times:
     """An Adam step over all parameters."""
     adam = Adam(model.params)
     jobs: dict[str, Callable[[], Any]] = {"distrib": lambda: adam.step(1e-3)}
@@ -231,7 +241,7 @@ def optimizer(model: ResNet9, repeats: int, torch: bool) -> Times:
 
         from launch.torch_resnet9 import TorchResNet9
 
-        theirs = TorchResNet9(width=model.head.channels / 256)
+        theirs = TorchResNet9(width=width)
         for parameter in theirs.parameters():
             parameter.grad = pytorch.zeros_like(parameter)
         jobs["torch"] = pytorch.optim.Adam(theirs.parameters()).step
@@ -247,7 +257,7 @@ def ops(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Each operation of a training step at each shape, with every form of convolution and its error.
+    """Each operation of a training step at each shape, with every algorithm of convolution and its error.
 
     Example: distrib bench ops --batch-size 32 --against torch
     """
@@ -259,7 +269,8 @@ def ops(
     build({"batch_size": batch_size, "width": width})  # refuses what no run could have
     if torch := against == "torch":
         require_torch("--against torch")
-    model, seen = ResNet9(width=width), set()
+    model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, {"width": width})
+    seen = set()
     result: dict[str, Any] = {
         "machine": machine(),
         "batch_size": batch_size,
@@ -273,23 +284,23 @@ def ops(
         f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward"
     )
     for conv, side, added in layers(model):
-        shape = side, conv.c_in, conv.c_out
+        shape = side, conv.c_in, conv.out
         row: dict[str, Any] = {
             "name": conv.name,
             "side": side,
-            "channels": [conv.c_in, conv.c_out],
+            "channels": [conv.c_in, conv.out],
             "residual": added,
         }
-        say(f"{conv.name}: {side}×{side}, {conv.c_in}→{conv.c_out}")
+        say(f"{conv.name}: {side}×{side}, {conv.c_in}→{conv.out}")
         if shape not in seen:
             seen.add(shape)
             row["convolution"] = found = convolution(side, conv, batch_size, repeats, torch)
-            for form in ("patches", "winograd", *(["torch"] if torch else [])):
+            for algorithm in ("patches", "winograd", *(["torch"] if torch else [])):
                 ms = found["ms"]
                 work = found["gflop"] * (3 if conv.c_in > 1 else 2)
-                rate = 1e3 * work / sum(statistics.median(ms[f"{form} {way}"]) for way in WAYS)
-                note = f", chosen, error {found['error']:.1e}" if form == found["chosen"] else ""
-                say(f"    {'convolution, ' + form:44} {pair(ms, form)}   {rate:.0f} GFLOP/s{note}")
+                rate = 1e3 * work / sum(statistics.median(ms[f"{algorithm} {way}"]) for way in WAYS)
+                note = f", chosen, error {found['error']:.1e}" if algorithm == found["chosen"] else ""
+                say(f"    {'convolution, ' + algorithm:44} {pair(ms, algorithm)}   {rate:.0f} GFLOP/s{note}")
         row["batch_norm_ms"] = batch_norm(side, conv, added, batch_size, repeats, torch)
         label = "batch norm, " + ("residual, " if added else "") + "ReLU, " + ("pool, " if conv.pool else "")
         for name in ("distrib", *(["torch"] if torch else [])):
@@ -297,7 +308,7 @@ def ops(
         result["layers"].append(row)
     for name, found in (
         ("head_ms", head(model, batch_size, repeats, torch)),
-        ("adam_ms", optimizer(model, repeats, torch)),
+        ("adam_ms", optimizer(model, width, repeats, torch)),
     ):
         result[name] = found
         say(

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from distrib import mnist
-from distrib.command import parse
 from distrib.config import Config
+from distrib.data import idx as mnist
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.train import parse
 from launch import torch_bench
 from launch.measure import AsJson, child_environment, machine, refuse_launcher, require_torch, spread
 from launch.torch_bench import kinds

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from distrib import mnist
+from distrib.comm.world import connect
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
-from distrib.run import Run
+from distrib.run.folder import Run
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
-from distrib.world import connect
 from launch.bench_step import ours
 from launch.measure import AsJson, BatchSize, Repeats, Width, machine, spread
 

@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from distrib import mnist, sampler
+from distrib.comm.world import World, connect
 from distrib.config import Config, build
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import infer
-from distrib.laps import PHASES
+from distrib.timing import PHASES
 from distrib.trainer import HISTORY, Trainer, blas_threads
 from distrib.warmup import warm_up
-from distrib.world import World, connect
 from launch.measure import (
     AsJson,
     BatchSize,
@@ -167,7 +168,7 @@ def step(
     one()
     steps = steps or world.broadcast(max(1, round(1.0 / one()["seconds"])), "the number of steps")
     measure = ours(trainer, steps, evaluate)
-    held = trainer.model.ws.nbytes()
+    held = trainer.model.buffers.nbytes()
     threads = world.size * blas_threads()
     slow = plain_loop(config, world, data, steps) if against == "loop" else None
     workers = torch_workers(config, world, threads, steps, evaluate) if against == "torch" else {}
@@ -188,7 +189,7 @@ def step(
             peaks += [peak] if peak else []
             for name, row in done.items():
                 rows.setdefault(name, []).append(row)
-    grown = trainer.model.ws.nbytes() - held
+    grown = trainer.model.buffers.nbytes() - held
     alone = reduce_alone(trainer) if world.size > 1 and not evaluate else None
     memory = memory or world.allgather(peak_bytes(), "peak memory")
     show_phases = on_host and not evaluate  # a device works behind the host's clock
@@ -222,7 +223,7 @@ def step(
             "matrix_peak_gflops": peaks,
             "peak_bytes": {"distrib": memory},
             "workspace_grown_bytes": grown,
-            "flops_per_image": trainer.model.flops(train=not evaluate),
+            "flops_per_image": trainer.model.flops(training=not evaluate),
             "gradient_buckets": len(trainer.reducer.buckets),
             "all_reduce_alone_ms": None if alone is None else 1e3 * alone,
         }
@@ -241,7 +242,7 @@ def plain_loop(config: Config, world: World, data: mnist.Dataset, steps: int) ->
     """A measurement of one step with every convolution as a plain loop, scaled to `steps`."""
     trainer = Trainer(config, world, data)
     for conv in trainer.model.convs():
-        conv.form = "loop"
+        conv.algorithm = "loop"
     one = ours(trainer, 1, evaluate=False)
     return lambda: {"seconds": one()["seconds"] * steps}
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import distrib  # first: it sets the number of BLAS threads before NumPy is imported
-from distrib.command import run_app, train_command
+from distrib.train import run_app, train_command
 from launch.entry import one_process
 
 app = typer.Typer(
@@ -81,8 +81,8 @@ def evaluate(
 
     Example: distrib evaluate runs/first --json
     """
-    from distrib import mnist
-    from distrib.comm import SingleCommunicator
+    from distrib.data import idx as mnist
+    from distrib.comm.base import SingleCommunicator
     from distrib.errors import UserError
     from distrib.evaluate import evaluate as run
     from launch.records import shown
@@ -118,9 +118,10 @@ def _add_commands() -> None:
     from launch.reproduce import reproduce
     from launch.scale import scale
     from launch.submit import submit
+    from launch.verdict import verdict
     from launch.watch import watch
 
-    for command in (one_process(predict), watch, report, export, reproduce, scale, doctor, submit):
+    for command in (one_process(predict), watch, report, export, reproduce, scale, doctor, submit, verdict):
         app.command()(command)
     app.add_typer(bench.app, name="bench")
 

@@ -39,13 +39,14 @@ from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_info
 
-from distrib import __version__, launched_rank, launched_ranks, mnist
-from distrib.console import on_terminal
+from distrib import __version__, launched_rank, launched_ranks
+from distrib.comm.world import MULTI_RANK_NCCL, World, connect, import_mpi
+from distrib.data import idx as mnist
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
-from distrib.world import MULTI_RANK_NCCL, World, connect, import_mpi
+from distrib.run.console import on_terminal
 from launch.bench_allreduce import Values
-from nn.backend import cupy_version, import_cupy
+from nn.cuda.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 STATES = {OK: "green", WARNING: "yellow", FAILURE: "bold red"}  # from good to bad
@@ -277,7 +278,7 @@ def cudnn(world: World | None) -> Finding:
     frontend = installed("nvidia-cudnn-frontend")
     if not devices():
         return Finding(OK, f"not needed without a GPU ({frontend})")
-    if form := world and world.backend.forms.get("cudnn"):
+    if form := world and world.backend.algorithms.get("cudnn"):
         return Finding(OK, f"{form.version}, {frontend}")
     why = (
         " ".join(world.backend.notes) or world.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +11,17 @@ import numpy as np
 import typer
 
 import distrib
-from distrib import checkpoint as ckpt
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.mnist import SIDE
 from distrib.predict import Loaded, logits
+from distrib.run import checkpoint as ckpt
 from launch.entry import one_process
 from launch.plots import require, require_place, write
 from launch.records import shown
 from launch.runs import load_model
-from nn.functional import EPS
-from nn.layers import ConvBN
-from nn.resnet9 import CLASSES
+from nn.layer import Layer
+from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, GlobalPool, Linear, Residual, Sequential
+from nn.ops.norm import EPS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -56,46 +56,68 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [y], y, **attributes))
         return y
 
-    def conv_bn(self, conv: ConvBN, x: str, residual: str | None = None) -> str:
-        """What `ConvBN.forward` computes with the running statistics, on N×C×H×W."""
-        name, pad = conv.name, [conv.geometry.padding] * 4
-        y = self.add(
-            "Conv",
-            [x, self.constant(f"{name}.0.weight")],
-            f"{name}.conv",
-            kernel_shape=[conv.kernel] * 2,
-            pads=pad,
-        )
-        parts = ("weight", "bias", "running_mean", "running_var")
-        norm = [self.constant(f"{name}.1.{part}") for part in parts]
-        y = self.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
-        if residual:
-            y = self.add("Add", [y, residual], f"{name}.sum")
-        if conv.relu:
-            y = self.add("Relu", [y], f"{name}.relu")
-        if conv.pool:
-            y = self.add("MaxPool", [y], f"{name}.pool", kernel_shape=[2, 2], strides=[2, 2])
-        return y
+    def layer(self, layer: Layer, x: str) -> str:
+        """The nodes of `layer`, with the running statistics, on N×C×H×W; returns what comes out."""
+        return NODES[type(layer)](self, layer, x)
+
+
+def sequential(graph: Graph, layer: Sequential, x: str) -> str:
+    for child in layer.children():
+        x = graph.layer(child, x)
+    return x
+
+
+def conv_bn(graph: Graph, layer: ConvBN, x: str) -> str:
+    name, kernel, stride = layer.name, [layer.kernel] * 2, [layer.stride] * 2
+    sizes = {"kernel_shape": kernel, "strides": stride, "pads": [layer.geometry.padding] * 4}
+    y = graph.add("Conv", [x, graph.constant(f"{name}.0.weight")], f"{name}.conv", **sizes)
+    parts = ("weight", "bias", "running_mean", "running_var")
+    norm = [graph.constant(f"{name}.1.{part}") for part in parts]
+    y = graph.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
+    if layer.relu:
+        y = graph.add("Relu", [y], f"{name}.relu")
+    if layer.pool:
+        y = graph.add("MaxPool", [y], f"{name}.pool", kernel_shape=[layer.pool] * 2, strides=[layer.pool] * 2)
+    return y
+
+
+def residual(graph: Graph, layer: Residual, x: str) -> str:
+    y, added = x, graph.layer(layer.shortcut, x) if layer.shortcut else x
+    for child in layer.body:
+        y = graph.layer(child, y)
+    return graph.add("Relu", [graph.add("Add", [y, added], f"{layer.name}.sum")], f"{layer.name}.relu")
+
+
+def global_pool(graph: Graph, layer: GlobalPool, x: str) -> str:
+    kind = "GlobalAveragePool" if layer.average else "GlobalMaxPool"
+    return graph.add("Flatten", [graph.add(kind, [x], f"{layer.name}.pool")], f"{layer.name}.flat")
+
+
+def linear(graph: Graph, layer: Linear, x: str) -> str:
+    weights = [graph.constant(f"{layer.name}.{part}") for part in ("weight", "bias")]
+    return graph.add("Gemm", [x, *weights], f"{layer.name}.out", transB=1)
+
+
+NODES: dict[type[Layer], Callable[[Graph, Any, str], str]] = {
+    Sequential: sequential,
+    ConvBN: conv_bn,
+    Residual: residual,
+    GlobalMaxPool: global_pool,
+    GlobalAvgPool: global_pool,
+    Linear: linear,
+}
 
 
 def build(loaded: Loaded) -> ModelProto:
-    """The network in ONNX: images float32 (N, 1, 28, 28) in [0, 1] → logits float32 (N, 10), for any N."""
+    """The network as an ONNX model: images float32 (N, C, H, W) in [0, 1] → logits (N, classes), N free."""
     from onnx import TensorProto, helper
 
     model = loaded.model
     graph = Graph(model.state_dict())
-    x = "images"
-    for stage in model.stages:
-        if isinstance(stage, ConvBN):
-            x = graph.conv_bn(stage, x)
-        else:
-            short = graph.conv_bn(stage.shortcut, x) if stage.shortcut else x
-            x = graph.conv_bn(stage.second, graph.conv_bn(stage.first, x), short)
-    x = graph.add("GlobalAveragePool" if model.head.average else "GlobalMaxPool", [x], "head.pool")
-    x = graph.add("Flatten", [x], "head.flat")
-    graph.add("Gemm", [x, graph.constant("fc.weight"), graph.constant("fc.bias")], "logits", transB=1)
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 1, SIDE, SIDE])
-    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", CLASSES])
+    graph.add("Identity", [graph.layer(model.layers, "images")], "logits")
+    (h, w, c), classes = model.shape, model.classes
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", c, h, w])
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])
     after = "sigmoid" if loaded.loss == "bce" else "softmax"
     made = helper.make_model(
         helper.make_graph(graph.nodes, "ResNet9", [images], [output], graph.constants),
@@ -103,8 +125,8 @@ def build(loaded: Loaded) -> ModelProto:
         ir_version=IR,
         producer_name="distrib",
         producer_version=distrib.__version__,
-        doc_string="ResNet-9. images: float32 N×1×28×28, white on black, scaled to [0, 1]. logits: N×10, one"
-        f" for each digit; probabilities are their {after}, which is left to the caller.",
+        doc_string=f"ResNet-9. images: float32 N×{c}×{h}×{w}, white on black, scaled to [0, 1]."
+        f" logits: N×{classes}, one for each digit; probabilities are their {after}, which is left to the caller.",
     )
     helper.set_model_props(made, description(loaded))
     return made
@@ -134,7 +156,9 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
     for start in range(0, len(images), HOST_BATCH):
         stop = min(start + HOST_BATCH, len(images))
         ours = logits(loaded.model, images, start, stop)
-        scaled = images[start:stop, None].astype(np.float32) / 255
+        scaled = (
+            images[start:stop].reshape(-1, *loaded.model.shape).transpose(0, 3, 1, 2).astype(np.float32) / 255
+        )
         theirs = session.run(["logits"], {"images": scaled})[0]
         if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
             return np.inf, len(images)
@@ -146,7 +170,7 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
     """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
-    from distrib import mnist
+    from distrib.data import idx as mnist
 
     test = mnist.load(data, limit_test=limit)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from distrib.run import environment
+    from distrib.run.folder import environment
     from launch.measure import MPI_DEFAULTS, machine
-    from nn.backend import NUMPY, cupy_backend
+    from nn.cuda.backend import cupy_backend
+    from nn.device import NUMPY
 except ImportError as error:
     sys.exit(
         f"make test-gpu needs a Python with this package's dependencies ({error}): see GPU.md, and give it as PYTHON="

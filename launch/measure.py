@@ -19,7 +19,7 @@ import typer
 
 from distrib import THREAD_VARIABLES, launched_ranks
 from distrib.errors import UserError
-from nn.backend import NUMPY, Backend
+from nn.device import NUMPY, Backend
 
 BatchSize = Annotated[int, typer.Option(help="Global batch.")]
 Width = Annotated[float, typer.Option(help="Multiplier of all channel counts.")]

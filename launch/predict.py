@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distrib.console import Lines, on_terminal
 from distrib.errors import UserError
+from distrib.run.console import on_terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,13 +71,19 @@ def beside(pixels: np.ndarray, result: dict[str, Any], console: Console) -> Tabl
     return table
 
 
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal, whatever a file's name holds."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def line(result: dict[str, Any], top: int) -> str:
     """FILE: 7  99.1 %, then the next most probable of `top` digits in all, and whether the image was inverted."""
+    name = printable(result["image"])
+    if result["digit"] is None:
+        return f"{name}: nothing drawn"
     p, first = result["probabilities"], result["digit"]
     others = sorted((digit for digit in range(len(p)) if digit != first), key=lambda digit: -p[digit])
     said = "   ".join(f"{digit}  {100 * p[digit]:.1f} %" for digit in [first, *others][:top])
-    # a file's name may hold anything, and must not steer the terminal
-    name = "".join(letter if letter.isprintable() else "?" for letter in result["image"])
     return f"{name}: {said}{'  (inverted: dark on bright)' if result['inverted'] else ''}"
 
 
@@ -86,25 +92,33 @@ def predict(
         Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
     ],
     images: Annotated[
-        list[Path], typer.Argument(help="PNG (or other picture) or IDX files, gzipped or not.")
+        list[Path], typer.Argument(help="PNG, JPEG or other pictures, or IDX files, gzipped or not.")
     ],
     top: Annotated[int, typer.Option(help="Digits named for each image, the most probable first.")] = 3,
     draw: Annotated[
-        bool, typer.Option("--draw", help="Draw each image beside a bar chart of its probabilities.")
+        bool,
+        typer.Option("--draw", help="Draw what the network saw beside a bar chart of its probabilities."),
     ] = False,
     limit: Annotated[int, typer.Option(help="Images drawn at most.")] = 20,
+    as_is: Annotated[
+        bool,
+        typer.Option(
+            "--as-is", help="Take pictures as white on black and cut like MNIST's: only scale them."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with all ten probabilities of each image.")
     ] = False,
 ) -> None:
     """The digit in each image, with its probability and the next likely ones.
 
-    Pictures are made grey and 28×28; MNIST's digits are white on black, so dark ink on a bright
-    ground is inverted. A model trained with --loss bce gives each digit a probability by itself:
-    they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
+    Takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds the
+    ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
+    is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its digit
+    is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
+    by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    from distrib.predict import load, predict_files, read_pictures
-    from distrib.predict import predict as results_of
+    from launch.measure import refuse_launcher
 
     if not 1 <= top <= 10:
         raise UserError(f"--top {top}: give 1 to 10")
@@ -112,23 +126,42 @@ def predict(
         raise UserError(f"--limit {limit}: give 1 or more")
     if draw and as_json:
         raise UserError("--draw and --json: give one of them")
+    refuse_launcher("distrib predict")
+    try:
+        if as_json:
+            print_json(checkpoint, images, as_is)
+        else:
+            print_lines(checkpoint, images, as_is, top, limit if draw else 0)
+    except UserError as error:
+        raise UserError(printable(str(error))) from None
+
+
+def print_json(checkpoint: Path, images: list[Path], as_is: bool) -> None:
+    """All results as one list."""
+    from distrib.predict import load, predict_files
+
+    print(json.dumps(predict_files(load(checkpoint), images, as_is), indent=2))
+
+
+def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, limit: int) -> None:
+    """A line for each image; with a limit each of the first `limit` is drawn, and the others are left out."""
+    from distrib.pictures.prepare import read_pictures
+    from distrib.predict import load, predict
+
     found = load(checkpoint)
-    if as_json:
-        print(json.dumps(predict_files(found, images), indent=2))
-        return
-    files = [read_pictures(path) for path in images]  # a mistake is told before anything else
+    files = [read_pictures(path, as_is) for path in images]  # a mistake is told before anything else
     pairs: Iterator[tuple[np.ndarray, dict[str, Any]]] = (
-        pair for file in files for pair in zip(file.pixels, results_of(found, file), strict=True)
+        pair for file in files for pair in zip(file.pixels, predict(found, file), strict=True)
     )
-    console = Lines(highlight=False, force_terminal=on_terminal())
+    console = Console(highlight=False, force_terminal=on_terminal())
     if not console.is_terminal:
         console.width = 80
-    for pixels, result in islice(pairs, limit if draw else None):
+    for pixels, result in islice(pairs, limit or None):
         console.out(line(result, top), highlight=False)
-        if draw:
+        if limit:
             console.print(beside(pixels, result, console), Text())
     count = sum(len(file.pixels) for file in files)
-    if draw and count > limit:
+    if limit and count > limit:
         console.out(
             f"the first {limit} of {count} images; --limit N draws more, without --draw all are listed",
             highlight=False,

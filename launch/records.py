@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from distrib import board
-from distrib.board import MOST_CAUSE, Word
 from distrib.config import options
 from distrib.errors import UserError
+from distrib.faults import heartbeat as board
+from distrib.faults.heartbeat import MOST_CAUSE, Word
 from distrib.files import fits, printable, read_json
 
 MOST_LINE, MOST_NAMES, MOST_TEXT = 1 << 16, 200, 200

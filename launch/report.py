@@ -16,10 +16,10 @@ from PIL import Image
 from rich.markup import escape
 from rich.progress import Progress
 
-from distrib.console import on_terminal
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.predict import probabilities
+from distrib.run.console import on_terminal
 from launch.entry import one_process
 from launch.plots import figure, plain, render, save, svg, write
 from launch.records import shown

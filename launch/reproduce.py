@@ -24,11 +24,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrib import mnist, sampler
-from distrib.command import parse
-from distrib.console import on_terminal
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.files import fits, open_to_read, read_json, write_atomically
+from distrib.run.console import on_terminal
+from distrib.train import parse
 from launch.bench_run import mpirun
 from launch.doctor import devices
 from launch.entry import one_process

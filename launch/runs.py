@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from distrib import mnist, predict
+from distrib import predict
 from distrib.config import Config
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.files import open_to_read, printable

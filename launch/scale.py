@@ -22,6 +22,7 @@ from rich.progress import track
 
 from distrib import __version__
 from distrib.config import build
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.files import MOST_JSON, read_bytes
 from launch import plots
@@ -30,7 +31,8 @@ from launch.doctor import devices
 from launch.entry import one_process
 from launch.measure import AsJson, Width, child_environment, machine, spread
 from launch.scale_model import MOST_RANKS, NET, Model, Point, fit, left_out, levels, predict
-from nn.resnet9 import ResNet9
+from nn.network import Network
+from nn.resnet9 import MODELS
 
 MPIRUN = "mpirun -n {ranks}"
 
@@ -444,11 +446,11 @@ def scale(
     tasks = list(
         dict.fromkeys([("step", p, b) for _, p, b in series] + [("allreduce", p, 0) for p in counts if p > 1])
     )
-    network = ResNet9(
-        variant, width, dtype=config.dtype
-    )  # a layer sums means, squares and, backward, two at once, in float64
-    sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.c_out for conv in network.convs())
-    bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.wire.nbytes)
+    options = {"variant": variant, "width": width}
+    network = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=config.dtype)
+    # a layer sums means, squares and, backward, two at once, in float64
+    sums, sum_bytes = 3 * len(network.convs()), 4 * 8 * sum(conv.out for conv in network.convs())
+    bare = Model(NET, NET, own, places, sums, sum_bytes, 1, network.params.comm_buffer.nbytes)
     told = {
         name: x
         for name, x in (

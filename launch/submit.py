@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from distrib.command import parse
 from distrib.errors import UserError
 from distrib.files import printable
+from distrib.train import parse
 from launch.entry import one_process
 from launch.records import shown
 

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from distrib import mnist, sampler
 from distrib.config import Config
+from distrib.data import idx as mnist
+from distrib.data import sampler
 from launch.measure import child_environment, peak_bytes
 
 LAYOUTS = ("channels-last", "contiguous")

@@ -1,53 +1,108 @@
-"""The same network in PyTorch: the other side of parity tests and benchmarks. PyTorch is optional."""
+"""Our networks in PyTorch: the other side of parity tests and benchmarks. PyTorch is optional."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from nn.resnet9 import CLASSES, channels
+from distrib.data.idx import CLASSES, SHAPE
+from nn.layer import Layer, Shape
+from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
+from nn.resnet9 import ResNet9
+
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def conv_bn(c_in: int, c_out: int, kernel: int = 3, relu: bool = True, pool: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out)]
-    layers += [nn.ReLU()] if relu else []
-    layers += [nn.MaxPool2d(2)] if pool else []
-    return nn.Sequential(*layers)
+class TorchNetwork(nn.Module):
+    """The layers that `model(shape, classes, **options)` makes, with the same names in its `state_dict`."""
 
-
-class TorchResNet9(nn.Module):
-    """`nn.resnet9.ResNet9` as a PyTorch module, with the same names in its `state_dict`."""
-
-    def __init__(self, variant: str = "baseline", width: float = 1.0) -> None:
+    def __init__(self, model: Callable[..., Layer], shape: Shape, classes: int, **options: Any) -> None:
         super().__init__()
-        c1, c2, c3 = channels(width)
-        self.average, self.three = variant == "avgpool", variant == "three-blocks"
-        self.project = variant in ("conv-shortcut", "three-blocks")
-        self.stem = conv_bn(1, c1)
-        self.stage1 = conv_bn(c1, c2, pool=True)
-        self.stage2 = conv_bn(c2, c3, pool=True)
-        self.stage3 = conv_bn(c3, c3, pool=True)
-        self._residual("1", c2)
-        self._residual("2", c3)
-        if self.three:
-            self._residual("3", c3)
-        self.fc = nn.Linear(c3, CLASSES)
-
-    def _residual(self, number: str, c: int) -> None:
-        self.add_module(f"res{number}", nn.Sequential(conv_bn(c, c), conv_bn(c, c, relu=False)))
-        if self.project:
-            self.add_module(f"shortcut{number}", conv_bn(c, c, kernel=1, relu=False))
-
-    def _add(self, number: str, x: torch.Tensor) -> torch.Tensor:
-        shortcut = getattr(self, f"shortcut{number}")(x) if self.project else x
-        return torch.relu(getattr(self, f"res{number}")(x) + shortcut)
+        layers = model(shape, classes, **options)
+        layers.build("", shape)
+        self._function = self.convert(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, 10) for images (N, 1, 28, 28)."""
-        x = self._add("1", self.stage1(self.stem(x)))
-        x = self.stage2(x)
-        if self.three:
-            x = self._add("3", x)
-        x = self._add("2", self.stage3(x))
-        return self.fc(x.mean((2, 3)) if self.average else max_pool2d(x, x.shape[-1]).flatten(1))
+        """Logits (N, classes) for images (N, C, H, W)."""
+        return self._function(x)
+
+    def convert(self, layer: Layer) -> Function:
+        """`layer` as a function of images (N, C, H, W); its modules become this one's."""
+        return CONVERTERS[type(layer)](self, layer)
+
+    def place(self, name: str, module: nn.Module) -> nn.Module:
+        """Register `module` under a path of names; returns it."""
+        parent: nn.Module = self
+        *path, last = name.split(".")
+        for key in path:
+            if key not in parent._modules:
+                parent.add_module(key, nn.Module())
+            parent = parent.get_submodule(key)
+        parent.add_module(last, module)
+        return module
+
+
+def TorchResNet9(variant: str = "baseline", width: float = 1.0) -> TorchNetwork:
+    """ResNet-9 for MNIST."""
+    return TorchNetwork(ResNet9, SHAPE, CLASSES, variant=variant, width=width)
+
+
+def _sequential(network: TorchNetwork, layer: Sequential) -> Function:
+    functions = [network.convert(child) for child in layer.children()]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
+
+
+def _conv_bn(network: TorchNetwork, layer: ConvBN) -> Function:
+    sizes = layer.kernel, layer.stride, layer.geometry.padding
+    modules: list[nn.Module] = [
+        nn.Conv2d(layer.c_in, layer.out, *sizes, bias=False),
+        nn.BatchNorm2d(layer.out),
+    ]
+    modules += [nn.ReLU()] if layer.relu else []
+    modules += [nn.MaxPool2d(layer.pool)] if layer.pool else []
+    return network.place(layer.name, nn.Sequential(*modules))
+
+
+def _residual(network: TorchNetwork, layer: Residual) -> Function:
+    shortcut = network.convert(layer.shortcut) if layer.shortcut else nn.Identity()
+    body = [network.convert(child) for child in layer.body]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for function in body:
+            y = function(y)
+        return torch.relu(y + shortcut(x))
+
+    return run
+
+
+def _max(_: TorchNetwork, __: GlobalMaxPool) -> Function:
+    return lambda x: max_pool2d(x, x.shape[2:]).flatten(1)  # the first of equal maxima gets the gradient
+
+
+def _mean(_: TorchNetwork, __: GlobalAvgPool) -> Function:
+    return lambda x: x.mean((2, 3))
+
+
+def _linear(network: TorchNetwork, layer: Linear) -> Function:
+    return network.place(layer.name, nn.Linear(layer.in_shape[0], layer.out))
+
+
+CONVERTERS: dict[type[Layer], Callable[[TorchNetwork, Any], Function]] = {
+    Sequential: _sequential,
+    ConvBN: _conv_bn,
+    Residual: _residual,
+    GlobalMaxPool: _max,
+    GlobalAvgPool: _mean,
+    Linear: _linear,
+}

@@ -17,14 +17,14 @@ from typing import Any
 
 import typer
 
-from distrib import sampler
-from distrib.board import Board
-from distrib.checkpoint import Checkpoint, save_checkpoint
-from distrib.command import run_app, with_options
 from distrib.config import Config, build
-from distrib.console import Screen
+from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
-from distrib.run import Run
+from distrib.faults.heartbeat import Board
+from distrib.run.checkpoint import Checkpoint, save_checkpoint
+from distrib.run.console import Screen
+from distrib.run.folder import Run
+from distrib.train import run_app, with_options
 from launch.entry import one_process
 from launch.measure import machine, require_torch
 from launch.torch_bench import LAYOUTS, TorchSide

@@ -23,11 +23,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from distrib import board
-from distrib.board import SILENT, TOLD_TO_STOP, Word
-from distrib.console import PLAIN_SECONDS, Lines, on_terminal
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
+from distrib.faults import heartbeat as board
+from distrib.faults.heartbeat import SILENT, TOLD_TO_STOP, Word
 from distrib.files import open_to_read
+from distrib.run.console import PLAIN_SECONDS, on_terminal
 from launch.entry import one_process
 from launch.records import (
     line_of,
@@ -356,7 +356,7 @@ def watch(
     for name, seconds in (("interval", interval), ("timeout", timeout)):
         if not 0 < seconds < math.inf:
             raise UserError(f"--{name} {seconds}: give a finite number of seconds above 0")
-    found, console = Follower(run, timeout), Lines(highlight=False, force_terminal=on_terminal())
+    found, console = Follower(run, timeout), Console(highlight=False, force_terminal=on_terminal())
     if not console.is_terminal:
         console.width = 200
     try:

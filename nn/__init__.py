@@ -1,1 +1,1 @@
-"""ResNet-9 in plain NumPy or CuPy: no rank, no file, no command line is known here."""
+"""Neural networks in plain NumPy or CuPy: no rank, no file, no command line is known here."""

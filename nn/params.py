@@ -8,12 +8,14 @@ from math import prod
 
 import numpy as np
 
-from nn.backend import Array, Backend, namespace, replaceable
+from nn.array import Array
+from nn.device import Backend
+from nn.ops.bf16 import to_bf16
 
 ALIGN = 16
 """Parameters start at multiples of this many elements (64 bytes of float32)."""
 
-TAIL = ("loss", "correct", "stop")
+STEP_METRICS = ("loss", "correct", "stop")
 """Scalars behind the gradient that are summed over ranks with it, so that they cost no message."""
 
 
@@ -31,9 +33,9 @@ class Spec:
 class Parameter:
     """A named slice [start, stop) of the flat vectors.
 
-    A convolution's is indexed as (kh, kw, C, O). In memory it lies so on the host, and as (O, kh, kw, C) on a GPU,
-    as cuDNN's tensor-core kernels expect; other shapes are what they are. `compute` is what convolutions read:
-    `value` itself, or its copy in another type.
+    A convolution's is indexed as (kh, kw, C, O). In memory it lies so on the host, and as (O, kh, kw, C) on a
+    GPU, as cuDNN's tensor-core kernels expect; other shapes are what they are. `compute` is what convolutions
+    read: `value` itself, or its copy in another type.
     """
 
     name: str
@@ -69,9 +71,10 @@ class Parameter:
 class Parameters:
     """The flat vectors `values` and `grads` and their named views.
 
-    `grads` is followed in memory by one element for each name in TAIL; `wire` is both together, the
-    vector that travels between ranks. Padding between parameters is and stays zero. With `narrow`, a dtype
-    other than `dtype`, `compute` is a copy of the values in it, which the optimizer keeps up to date; else None.
+    `grads` is followed in memory by one element for each name in STEP_METRICS; `comm_buffer` is both
+    together, the vector that travels between ranks. Padding between parameters is and stays zero. With
+    `narrow`, a dtype other than `dtype`, `compute` is a copy of the values in it, which the optimizer keeps
+    up to date; else None.
     """
 
     def __init__(self, specs: list[Spec], backend: Backend, dtype: str, narrow: str | None = None) -> None:
@@ -81,8 +84,8 @@ class Parameters:
             starts.append(size)
             size += -(-prod(spec.shape) // ALIGN) * ALIGN
         self.values = backend.xp.zeros(size, self.dtype)
-        self.wire = backend.xp.zeros(size + len(TAIL), self.dtype)
-        self.grads, self.tail = self.wire[:size], self.wire[size:]
+        self.comm_buffer = backend.xp.zeros(size + len(STEP_METRICS), self.dtype)
+        self.grads, self.step_metrics = self.comm_buffer[:size], self.comm_buffer[size:]
         self.compute: Array | None = backend.xp.zeros(size, narrow) if narrow and narrow != dtype else None
         self._specs = specs
         self._named = {spec.name: self._view(spec, start) for spec, start in zip(specs, starts, strict=True)}
@@ -131,20 +134,4 @@ class Parameters:
     def refresh(self) -> None:
         """Copy the values to `compute`, where there is one."""
         if self.compute is not None:
-            narrow(self.values, self.compute)
-
-
-@replaceable
-def narrow(x: Array, y: Array) -> None:
-    """y, uint16 holding the bits of bfloat16, = x (float32), rounded to nearest, ties to even; NaN stays NaN."""
-    xp = namespace(x)
-    bits = x.view(np.uint32)
-    rounded = xp.where(xp.isnan(x), bits | 0x400000, bits + (0x7FFF + ((bits >> 16) & 1)))
-    y[...] = (rounded >> 16).astype(np.uint16)
-
-
-@replaceable
-def widen(x: Array, y: Array) -> None:
-    """The reverse: y (float32) = x (uint16 holding the bits of bfloat16)."""
-    y.view(np.uint32)[...] = x
-    y.view(np.uint32)[...] <<= 16
+            to_bf16(self.values, self.compute)

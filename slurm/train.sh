@@ -56,6 +56,10 @@ case ${defaults:-on}" $*" in
     *" --recipe"*) RECIPE=() ;; # a recipe brings its own batch
     *) RECIPE=("${RECIPE[@]:0:2}") ;;
 esac
+case $run_dir in # of --run-dir=~/a the shell leaves ~ as it is
+    '~' | '~/'*) run_dir=$HOME${run_dir#\~} ;;
+    '~'*) say "--run-dir $run_dir: give the whole path"; exit 2 ;;
+esac
 seed=()
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     seed=(--seed "$SLURM_ARRAY_TASK_ID")
@@ -222,7 +226,7 @@ elif [ -n "$cancelled" ]; then
     say "job $job: cancelled, stopped $at"
 else
     verdict=''
-    [ "$code" = 2 ] || verdict=$("$python" -m distrib.board "$run_dir" 2>/dev/null)
+    [ "$code" = 2 ] || verdict=$("$python" -m launch.cli verdict "$run_dir" 2>/dev/null)
     case $verdict in
         *" failed at step "*) ;;
         *) verdict=$last ;;

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 
-from distrib.command import run_app
+from distrib.train import run_app
 
 ROOT = Path(__file__).parent.parent
 collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
@@ -97,13 +97,13 @@ def before_each_step(code: str) -> str:
     """A program that trains, and does `code`, one statement in which `self` is the Trainer, before each step."""
     return f"""
 import os, signal, sys, time
-from distrib import train
+from distrib import loop as train
 plain = train.Trainer.step
 def step(self):
     {code}
     plain(self)
 train.Trainer.step = step
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
 
@@ -160,14 +160,18 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Call a command's function as the command line does, within this process: (exit code, standard output, standard error)."""
+    """Call a command's function, or a whole app, as the command line does, within this process.
 
-    def call(function: Callable[..., None], *arguments: object) -> tuple[int, str, str]:
-        app = typer.Typer(add_completion=False)
-        app.command()(function)
-        monkeypatch.setattr(sys, "argv", [function.__name__, *map(str, arguments)])
-        code = run_app(app)
-        return code, *capsys.readouterr()
+    Gives exit code, standard output and standard error.
+    """
+
+    def call(command: Callable[..., None] | typer.Typer, *arguments: object) -> tuple[int, str, str]:
+        app = command if isinstance(command, typer.Typer) else typer.Typer(add_completion=False)
+        if app is not command:
+            app.command()(command)
+        monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])
+        capsys.readouterr()
+        return run_app(app), *capsys.readouterr()
 
     return call
 

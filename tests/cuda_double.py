@@ -1,6 +1,6 @@
 """Double of `cupy.RawModule` for tests without a GPU: the CUDA C++ text is compiled by g++ and run on the CPU.
 
-    module = HostModule(nn.kernels.source("float32"))
+    module = HostModule(nn.cuda.kernels.source("float32"))
     module.get_function("scale")((blocks,), (256,), (x, np.float32(2), np.int32(x.size)))
 
 * Fibers stand for threads, one block runs after another (cuda_on_cpu.h says how barriers work). `order` is
@@ -99,7 +99,9 @@ def _kernels(code: str) -> dict[str, Kernel]:
         plain = declaration.replace(bounds[0], " ") if bounds else declaration
         match = re.fullmatch(r"(.*)\bvoid\s+(\w+)\s*\((.*)\)\s*", plain, re.S)
         if not match or not (block or re.search(r'extern\s*"C"', match[1])):
-            raise ValueError(f'not of the form extern "C" __global__ void name(…): {declaration.strip()}')
+            raise ValueError(
+                f'not of the algorithm extern "C" __global__ void name(…): {declaration.strip()}'
+            )
         parameters = [_parameter(part) for part in _split(match[3]) if part != "void"]
         found[match[2]] = Kernel(parameters, _split(bounds[1][1:-1])[0] if bounds else str(MAX_THREADS))
     return found

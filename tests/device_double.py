@@ -22,10 +22,12 @@ from nccl_double import Nccl, _bound, _Stream
 from needs import REAL_GPU as REAL
 from strict_array import StrictArray, only_views, strict, synchronisation
 
-from nn.backend import Backend, Branch, cupy_backend, register
-from nn.cudnn import Convolutions
-from nn.kernels import Kernels
-from nn.kernels.dropins import DropIns, Stem
+from nn.array import register
+from nn.cuda.backend import cupy_backend
+from nn.cuda.cudnn import Convolutions
+from nn.cuda.kernels import Kernels
+from nn.cuda.ops import CudaOps, Stem
+from nn.device import Backend, SideStream
 
 PLANS: dict[str, dict[str, str]] = {}
 double_only = pytest.mark.needs("double")
@@ -194,20 +196,24 @@ def device(precision: str = "float64") -> Iterator[Any]:
     if REAL:
         backend = cupy_backend(precision)
         if (
-            "cudnn" in backend.forms
+            "cudnn" in backend.algorithms
         ):  # one choice of plans for all backends of a process, or their bits may differ
-            backend.forms["cudnn"].plans = PLANS.setdefault(precision, {})
+            backend.algorithms["cudnn"].plans = PLANS.setdefault(precision, {})
         yield backend
         return
     cuda, launched = Cuda(), []  # type: ignore[var-annotated]
     kernels = Kernels(lambda code: _Module(cuda, code, launched))
-    drop_ins = DropIns(kernels)
-    register(StrictArray, strict, drop_ins.operations())
-    branch = Branch(cuda)
-    forms: dict[str, Any] = {"stem": Stem(kernels)}
+    operations = CudaOps(kernels)
+    register(StrictArray, strict, operations.by_name())
+    side_stream = SideStream(cuda)
+    algorithms: dict[str, Any] = {"stem": Stem(kernels)}
     if precision != "float64":
-        forms["cudnn"] = Convolutions(CapturedCudnn(cuda), cuda, precision, drop_ins.widen, branch)
+        algorithms["cudnn"] = Convolutions(
+            CapturedCudnn(cuda), cuda, precision, operations.from_bf16, side_stream
+        )
     try:
-        yield DoubleBackend("double", strict, "NHWC", forms, (), cuda, cuda.stream, branch, launched)
+        yield DoubleBackend(
+            "double", strict, "NHWC", algorithms, (), cuda, cuda.stream, side_stream, launched
+        )
     finally:
         register(StrictArray, strict)

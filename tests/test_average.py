@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_graph import a_trainer
 
-from nn.backend import NUMPY
+from nn.device import NUMPY
 
 pytestmark = pytest.mark.quick
 

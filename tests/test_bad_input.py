@@ -1,4 +1,4 @@
-"""Wrong data, options and folders: one line with name, value and remedy, exit code 2, nothing saved is harmed."""
+"""Wrong data, options and folders: one line with name, value and remedy, exit code 2, nothing is harmed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from conftest import losses, run, train
 from safetensors.numpy import save_file
 
-from distrib import checkpoint as ckpt
-from distrib.command import main
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.run import checkpoint as ckpt
+from distrib.train import main
 from distrib.trainer import Trainer
 
 SMALL = ("--width", 0.0625, "--batch-size", 16, "--epochs", 1, "--backend", "numpy")
@@ -28,7 +28,7 @@ Call = Callable[..., tuple[int, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """The command line within this process: (exit code, stderr)."""
-    monkeypatch.setattr("distrib.train.listening", lambda _: nullcontext())
+    monkeypatch.setattr("distrib.loop.listening", lambda _: nullcontext())
 
     def command(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])
@@ -170,7 +170,7 @@ LATE = "import os, sys, time; time.sleep(float(os.environ['OMPI_COMM_WORLD_RANK'
 @pytest.mark.parametrize("late", [0, 1])  # the rank that starts a second later
 @pytest.mark.parametrize("option", ["--batch-size 1", "--lr nan"])  # found with, and before, MPI
 def test_two_ranks_say_it_once(option: str, late: int, small_data: Path, tmp_path: Path) -> None:
-    code = LATE + "from distrib.command import main; sys.exit(main())"
+    code = LATE + "from distrib.train import main; sys.exit(main())"
     options = (*SMALL, *option.split(), "--run-dir", tmp_path / "run", "--data", small_data)
     done = run("-c", code, late, *options, ranks=2, check=False)
     assert done.returncode == EXIT_USAGE
@@ -183,11 +183,11 @@ def test_two_ranks_say_it_once(option: str, late: int, small_data: Path, tmp_pat
 def test_a_rank_alone_with_a_mistake_before_mpi_says_it(small_data: Path, tmp_path: Path) -> None:
     """As where one host has no MPI library: rank 0 waits in MPI_Init and can say nothing."""
     code = (
-        "import os, sys; from distrib import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
+        "import os, sys; from distrib.comm import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
         "plain = world.import_mpi\n"
         "def missing():\n    raise RuntimeError('no MPI library (planted)')\n"
         "world.import_mpi = missing if alone else plain\n"
-        "from distrib.command import main; sys.exit(main())"
+        "from distrib.train import main; sys.exit(main())"
     )
     done = run("-c", code, *SMALL, "--run-dir", tmp_path / "run", "--data", small_data, ranks=2, check=False)
     assert done.returncode == EXIT_USAGE

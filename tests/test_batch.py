@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_torch_parity import import_torch
 
-from distrib.sampler import warps
-from nn.batch import WARPED_AT_ONCE, take_batch, warp
+from distrib.data.sampler import warps
+from nn.ops.batch import LABELS, WARPED_AT_ONCE, Source, check_labels, gather_batch, warp
 
 pytestmark = pytest.mark.quick
 
@@ -18,9 +18,9 @@ def rows(*each: tuple[float, float, float]) -> np.ndarray:
 
 
 def warped(images: np.ndarray, table: np.ndarray) -> np.ndarray:
-    out = np.full(images.shape, np.nan)
-    warp(images, table, out)
-    return out
+    out = np.full((*images.shape, 1), np.nan)
+    warp(images[..., None], table, out)
+    return out[..., 0]
 
 
 def test_nothing_whole_pixels_and_right_angles_are_exact() -> None:
@@ -38,7 +38,9 @@ def test_nothing_whole_pixels_and_right_angles_are_exact() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 28, 28), (3, 6, 9)])
 def test_against_pytorch(shape: tuple[int, int, int]) -> None:
-    """`grid_sample`, which takes positions as (x, y) from -1 to 1 between the middles of the outermost pixels."""
+    """`grid_sample`, which takes positions as (x, y) from -1 to 1 between the middles of the outermost
+    pixels.
+    """
     torch = import_torch()
     n, h, w = shape
     rng = np.random.default_rng(1)
@@ -54,14 +56,28 @@ def test_against_pytorch(shape: tuple[int, int, int]) -> None:
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-9)
 
 
-def test_each_image_of_a_batch_has_its_own_row() -> None:
-    """More images than are warped at once, in another order, into both memory layouts."""
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_of_a_batch_has_its_own_row(channels: int) -> None:
+    """More images than are warped at once, in another order, into both memory layouts; labels above a byte."""
     rng, n = np.random.default_rng(2), 2 * WARPED_AT_ONCE + 3
-    images, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
+    images, labels = rng.integers(0, 256, (n, 20, 28, channels), np.uint8), rng.integers(0, 1000, n, LABELS)
     order, table = rng.permutation(n).astype(np.int32), warps(0, 0, n, 2, 20)
-    expected = warped(images, table.astype("float64"))[order] / 255
-    for x in (np.empty((n, 28, 28, 1)), np.empty((28, 28, n, 1)).transpose(2, 0, 1, 3)):
-        y = np.empty(n, np.uint8)
-        take_batch(images, labels, order, np.zeros(1, np.int64), n, 0, x, y, table)
-        np.testing.assert_allclose(x[..., 0], expected, atol=1e-12)
+    planes = [warped(images[..., channel], table.astype("float64")) for channel in range(channels)]
+    expected = np.stack(planes, -1)[order] / 255
+    for x in (np.empty(images.shape), np.empty((20, 28, n, channels)).transpose(2, 0, 1, 3)):
+        y = np.empty(n, LABELS)
+        gather_batch(x, y, Source(images, labels, order, table), np.zeros(1, np.int64), n, 0)
+        np.testing.assert_allclose(x, expected, atol=1e-12)
         np.testing.assert_array_equal(y, labels[order])
+        assert y.max() > 255
+
+
+def test_labels_outside_the_classes_are_refused() -> None:
+    check_labels(np.array([0, 999, 3]), 1000)
+    check_labels(np.array([], np.uint8), 10)
+    with pytest.raises(ValueError, match="label 10 at index 2: labels go from 0 to 9"):
+        check_labels(np.array([0, 9, 10, 11], np.uint8), 10)
+    with pytest.raises(ValueError, match="label -1 at index 0"):
+        check_labels(np.array([-1]), 10)
+    with pytest.raises(ValueError, match="labels are float64"):
+        check_labels(np.array([1.0]), 10)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, in a short form; and a step allocates nothing large."""
+"""The benchmarks measure what they say, in a short algorithm; and a step allocates nothing large."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run
+from networks import resnet9
 from test_torch_parity import import_torch
 
-import distrib.train
-from distrib import mnist
-from distrib.comm import SingleControl
+import distrib.loop
+from distrib.comm.base import SingleControl
+from distrib.comm.world import World, connect
 from distrib.config import Config
-from distrib.failure import Watchdog
-from distrib.laps import PHASES
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
+from distrib.timing import PHASES
 from distrib.trainer import Trainer
-from distrib.world import World, connect
+from launch import cli
 from launch.bench_step import ours
 from launch.torch_bench import Worker
-from nn.backend import NUMPY
-from nn.resnet9 import ResNet9
+from nn.device import NUMPY
 
 SMALL = ("--width", "0.0625", "--repeats", "2", "--json")
 
@@ -110,7 +111,9 @@ def test_ops() -> None:
     assert len(convolutions) == 6, "equal shapes once"
     for found in convolutions:
         assert set(found["ms"]) == {
-            f"{form} {way}" for form in ("patches", "winograd", "torch") for way in ("forward", "backward")
+            f"{algorithm} {way}"
+            for algorithm in ("patches", "winograd", "torch")
+            for way in ("forward", "backward")
         }
         assert {len(ms) for ms in found["ms"].values()} == {2}, "every repeat, for the spread"
         assert 1e-8 < found["error"] < 1e-5
@@ -162,11 +165,11 @@ def test_run_against_torch() -> None:
         (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
     ],
 )
-def test_wrong_use(arguments: tuple[str, ...], message: str) -> None:
-    done = run("-m", "launch.cli", "bench", *arguments, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_wrong_use(arguments: tuple[str, ...], message: str, command_line) -> None:
+    code, out, err = command_line(cli.app, "bench", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["ops", "run"])
@@ -188,10 +191,10 @@ def test_flops() -> None:
         (3, 256, 256),
     ]
     exact = 6 * sum(9 * side**2 * a * b for side, a, b in layers) + 4 * 9 * 28**2 * 64 + 6 * 256 * 10
-    assert ResNet9().flops() == exact
+    assert resnet9().flops() == exact
     assert exact == pytest.approx(1.28e9, rel=0.01)
     assert (
-        3 * ResNet9().flops(train=False) == exact + 2 * 9 * 28**2 * 64
+        3 * resnet9().flops(training=False) == exact + 2 * 9 * 28**2 * 64
     )  # as if the first layer had an input gradient
 
 
@@ -209,7 +212,7 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
 
     for _ in range(3):
         step()
-    held = trainer.model.ws.nbytes()
+    held = trainer.model.buffers.nbytes()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -217,7 +220,7 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
         peak = tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
-    assert trainer.model.ws.nbytes() == held
+    assert trainer.model.buffers.nbytes() == held
     assert held > 50 * 2**20
     assert peak < 160 * 2**10, f"{peak} bytes"
 
@@ -238,10 +241,10 @@ def test_how_many_ranks_to_start(
     cores: int, ranks: int, threads: int, batch: int, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setattr(distrib.train, "blas_threads", lambda: threads)
+    monkeypatch.setattr(distrib.loop, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
     world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"] * ranks)
-    line = distrib.train.advice(world, Config(batch_size=batch))
+    line = distrib.loop.advice(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)
 

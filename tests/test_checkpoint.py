@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified before use, and kept through full disks and non-finite numbers."""
+"""Checkpoints: whole or not there, verified before use, kept through full disks and non-finite numbers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from needs import require
 from safetensors.numpy import load_file
 from test_bad_input import SMALL, assert_one_line, snapshot
 
-import distrib.train
-from distrib import checkpoint as ckpt
-from distrib.command import main
+import distrib.loop
 from distrib.config import Config
 from distrib.errors import UserError
+from distrib.run import checkpoint as ckpt
+from distrib.train import main
 
 LENGTHS = (0, 1, 7, 8, 9, 100, 0.5, -1)  # bytes, a fraction, or from the end
 LIMITED = """import resource, sys
 size = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-from distrib.command import main
+from distrib.train import main
 from distrib.config import Config
 sys.exit(main())"""
 Call = Callable[..., tuple[int, str, str]]
@@ -39,7 +39,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_data: Path) -> Call:
     """A small training run within this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("distrib.train.listening", lambda _: nullcontext())
+    monkeypatch.setattr("distrib.loop.listening", lambda _: nullcontext())
 
     def command(folder: Path, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(
@@ -260,13 +260,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         seen.append((step, made[0].at.step))
         return plain(*arguments)
 
-    class Known(distrib.train.Trainer):
+    class Known(distrib.loop.Trainer):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(self)
 
     monkeypatch.setattr(ckpt, "save_checkpoint", slow)
-    monkeypatch.setattr(distrib.train, "Trainer", Known)
+    monkeypatch.setattr(distrib.loop, "Trainer", Known)
     options = Config(
         epochs=1,
         batch_size=8,
@@ -276,7 +276,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         checkpoint_every=1,
         run_dir=str(tmp_path),
     )
-    assert distrib.train.train(options) == 0
+    assert distrib.loop.train(options) == 0
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert all(at > step for step, at in seen[:3])
     for path in ckpt.list_checkpoints(tmp_path / "checkpoints"):

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, environment, run, summary, train
 from PIL import Image
 
-from distrib import mnist
+from distrib.data import idx as mnist
+from launch import cli
 
 SMALL = (
     "--epochs",
@@ -92,12 +93,18 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
         (("nonsense",), "No such command 'nonsense'"),
     ],
 )
-def test_mistakes(trained: Path, arguments: tuple, words: str) -> None:
-    done = distrib(*(trained if word == "RUN" else word for word in arguments), check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("distrib: error: ")
-    assert words in done.stderr
+def test_mistakes(trained: Path, arguments: tuple, words: str, command_line) -> None:
+    code, _, err = command_line(cli.app, *(trained if word == "RUN" else word for word in arguments))
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("distrib: error: ")
+    assert words in err
+
+
+def test_a_mistake_in_a_process_of_its_own() -> None:
+    done = distrib("evaluate", "nowhere", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("distrib: error: nowhere: no such file")
 
 
 def test_help_teaches() -> None:

@@ -7,17 +7,17 @@ import itertools
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from networks import resnet9
 
-from distrib import mnist
-from distrib.comm import DONE, SingleCommunicator, SingleControl
+from distrib.comm.base import DONE, SingleCommunicator, SingleControl
+from distrib.comm.reducer import Reducer
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.failure import Watchdog
-from distrib.reducer import Reducer
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
-from distrib.world import World
-from nn.backend import NUMPY
-from nn.params import TAIL, Parameters, Spec
-from nn.resnet9 import ResNet9
+from nn.device import NUMPY
+from nn.params import STEP_METRICS, Parameters, Spec
 
 
 class Counting(SingleCommunicator):
@@ -54,14 +54,14 @@ def test_collectives_of_a_step(variant: str) -> None:
     comm = Counting()
     trainer = a_trainer(comm, variant)
     trainer.step()
-    channels = [conv.c_out for conv in trainer.model.convs()]
+    channels = [conv.out for conv in trainer.model.convs()]
     assert len(channels) == CONVS[variant]
     now = [size for overlap, size, _ in comm.sent if not overlap]
     # forward: Σx and Σ(x−mean)² of each layer; backward: Σdy and Σdy·x̂ in one message
     assert sorted(now) == sorted([*channels, *channels, *(2 * c for c in channels)])
     assert {dtype for overlap, _, dtype in comm.sent if not overlap} == {"float64"}
     buckets = [(size, dtype) for overlap, size, dtype in comm.sent if overlap]
-    assert buckets == [(trainer.params.wire.size, "float32")]
+    assert buckets == [(trainer.params.comm_buffer.size, "float32")]
     assert comm.waits == 1
 
 
@@ -73,15 +73,15 @@ def test_local_batch_norm_sends_only_gradients() -> None:
 
 def test_buckets_of_the_whole_network() -> None:
     """At full width: buckets of at least 1 MiB, contiguous, from the end of the vector to its start."""
-    params = ResNet9().params
+    params = resnet9().params
     buckets = Reducer(params, SingleCommunicator()).buckets
     three = 9 * 256 * 256 + 2 * 256  # a convolution of 256 channels with its batch norm
     fc = 10 * 256 + 16  # the bias is padded to 16
     two = 2 * (9 * 128 * 128 + 2 * 128)  # res1
     first = 9 * 64 + 2 * 64 + 9 * 64 * 128 + 2 * 128  # stem and stage1: what is left
-    sizes = [fc + three + len(TAIL), three, three, 9 * 128 * 256 + 2 * 256, two, first]
+    sizes = [fc + three + len(STEP_METRICS), three, three, 9 * 128 * 256 + 2 * 256, two, first]
     assert [b.stop - b.start for b in buckets] == sizes
-    assert buckets[0].stop == params.grads.size + len(TAIL)
+    assert buckets[0].stop == params.grads.size + len(STEP_METRICS)
     assert buckets[-1].start == 0
     assert all(later.stop == earlier.start for earlier, later in itertools.pairwise(buckets))
     assert all((b.stop - b.start) * 4 >= 1 << 20 for b in buckets[:-1])
@@ -111,7 +111,7 @@ def test_a_bucket_waits_for_all_its_parameters_and_for_its_turn() -> None:
 
 SUITE = """
 import numpy as np, sys
-from distrib.world import connect
+from distrib.comm.world import connect
 world = connect(comm=sys.argv[1], backend="numpy")
 comm, rank, size = world.comm, world.comm.rank, world.comm.size
 for _ in range(2):  # twice: what works once may leave state behind

@@ -6,7 +6,7 @@ import pytest
 from cuda_double import signatures
 from nvrtc import ARCHITECTURES, compile_cuda
 
-from nn import kernels
+from nn.cuda import kernels
 
 pytestmark = pytest.mark.needs("cupy")
 

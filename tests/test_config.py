@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from distrib.command import parse
-from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options
+from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
+from distrib.train import parse
 
 pytestmark = pytest.mark.quick
 
@@ -214,3 +214,61 @@ def test_free_options_may_differ() -> None:
         }
     )
     assert free.differences(stored) == []
+
+
+@pytest.mark.parametrize("recipe", ["demo", "fast99"])
+def test_a_recipe_s_limit_is_a_cap_and_a_person_s_a_demand(recipe: str) -> None:
+    config = build({"recipe": recipe})
+    few = config.resolve(1, 64, 32)
+    assert few.limit_train == 64
+    assert few.resolve(1, 64, 32) == few
+    assert few.differences(json.loads(json.dumps(dataclasses.asdict(few)))) == []
+    assert config.resolve(1, RECIPES[recipe]["limit_train"], 32) == config
+    given = build({"recipe": recipe, "limit_train": RECIPES[recipe]["limit_train"]})
+    with pytest.raises(UserError, match=r"--limit-train \d+: the data has only 64 images"):
+        given.resolve(1, 64, 32)
+
+
+@pytest.mark.parametrize("name", ["run_dir", "data", "resume"])
+def test_paths_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    option = f"--{name.replace('_', '-')}"
+    assert getattr(build({name: "~/a"}), name) == "/home/of/mine/a"
+    assert getattr(build({name: "~root/a"}), name).endswith("/a")
+    assert getattr(build({name: "a/~/b"}), name) == "a/~/b"
+    for wrong, message in (
+        (
+            "~nobodyatall/a",
+            f"{option} ~nobodyatall/a: there is no user nobodyatall: give the whole path, or ./~",
+        ),
+        ("", f"{option} (nothing): give a name"),
+        ("a\0\x1bb", f"{option} a??b: give a name"),
+    ):
+        with pytest.raises(UserError) as caught:
+            build({name: wrong})
+        assert str(caught.value).startswith(message)
+
+
+WRONG = [
+    ("epochs", "8"),
+    ("epochs", 8.0),
+    ("epochs", None),
+    ("lr", True),
+    ("lr", "x"),
+    ("data", 3),
+    ("nesterov", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_stored_value_of_another_type(name: str, value: Any) -> None:
+    stored = dataclasses.asdict(build({"seed": 1 << 100, "lr": 1}))
+    require_types(stored, "config.json")
+    with pytest.raises(UserError, match=rf"^config\.json: has {name} .*, not .*: restore the file$"):
+        require_types({**stored, name: value}, "config.json")
+
+
+def test_a_stored_value_is_shown_in_a_line() -> None:
+    text = build({}).differences({**dataclasses.asdict(build({})), "loss": "\x1b\n" + "x" * 10_000})[0]
+    assert text.isprintable()
+    assert len(text) < 120

@@ -1,4 +1,4 @@
-"""Convolution in its three forms against PyTorch and against each other."""
+"""Convolution in its three algorithms against PyTorch and against each other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_torch_parity import import_torch
 
-from nn import conv, winograd
-from nn.backend import NUMPY, Backend
-from nn.conv import Geometry, conv_backward, conv_forward
-from nn.workspace import Workspace
+from nn.buffers import Buffers
+from nn.device import NUMPY, Backend
+from nn.ops import conv, winograd
+from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 pytestmark = pytest.mark.quick
 
@@ -25,33 +25,35 @@ both_orders = pytest.mark.parametrize("order", ["NHWC", "HWNC"])
 each_seed = pytest.mark.parametrize("seed", [1, 2])
 
 
-def workspace(order: str, dtype: str = "float64") -> Workspace:
+def workspace(order: str, dtype: str = "float64") -> Buffers:
     """A workspace whose activations lie in memory as `order` says."""
-    return Workspace(Backend("numpy", np, order), dtype)
+    return Buffers(Backend("numpy", np, order), dtype)
 
 
-def activations(ws: Workspace, values: np.ndarray, name: str) -> np.ndarray:
-    """A copy of `values` in the memory order of `ws`."""
-    image = ws.image(f"test.{name}", values.shape)
+def activations(buffers: Buffers, values: np.ndarray, name: str) -> np.ndarray:
+    """A copy of `values` in the memory order of `buffers`."""
+    image = buffers.image(f"test.{name}", values.shape)
     image[...] = values
     return image
 
 
-def unwritten(ws: Workspace, shape: tuple[int, ...], name: str) -> np.ndarray:
+def unwritten(buffers: Buffers, shape: tuple[int, ...], name: str) -> np.ndarray:
     """Activations that an operation must overwrite everywhere, lest NaN remain."""
-    return activations(ws, np.full(shape, np.nan, ws.dtype), name)
+    return activations(buffers, np.full(shape, np.nan, buffers.dtype), name)
 
 
-def run(ws: Workspace, form: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray, g: Geometry) -> Result:
+def run(
+    buffers: Buffers, algorithm: str, x: np.ndarray, w: np.ndarray, dy: np.ndarray, g: Geometry
+) -> Result:
     """y, dx and dw of our convolution."""
-    image, y = activations(ws, x, "x"), unwritten(ws, g.out_shape(x.shape, w.shape), "y")
-    saved = conv_forward(image, w, g, y, ws, form)
-    other = workspace(ws.backend.order, str(ws.dtype))
-    assert conv_forward(image, w, g, unwritten(other, y.shape, "y"), other, form, keep=False) is None
+    image, y = activations(buffers, x, "x"), unwritten(buffers, g.out_shape(x.shape, w.shape), "y")
+    saved = conv_forward(image, w, g, y, buffers, algorithm)
+    other = workspace(buffers.backend.order, str(buffers.dtype))
+    assert conv_forward(image, w, g, unwritten(other, y.shape, "y"), other, algorithm, keep=False) is None
     assert np.array_equal(y, other.image("test.y", y.shape)), "what is kept changes nothing"
     image[...] = np.nan  # the backward has kept what it needs
-    dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan, w.dtype)
-    conv_backward(activations(ws, dy, "dy"), saved, w, g, dw, dx, ws, form)
+    dx, dw = unwritten(buffers, x.shape, "dx"), np.full(w.shape, np.nan, w.dtype)
+    conv_backward(activations(buffers, dy, "dy"), saved, w, g, dw, dx, buffers, algorithm)
     return y, dx, dw
 
 
@@ -85,10 +87,10 @@ def draw(rng: np.random.Generator, x_shape: tuple[int, ...], w_shape: tuple[int,
 
 
 @both_orders
-@pytest.mark.parametrize("form", ["loop", "patches"])
+@pytest.mark.parametrize("algorithm", ["loop", "patches"])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
-def test_any_geometry(kernel: int, stride: int, form: str, order: str) -> None:
+def test_any_geometry(kernel: int, stride: int, algorithm: str, order: str) -> None:
     """Every padding and dilation; sizes, channels, batch and the kernel's width are drawn."""
     for padding, dilation in product((0, 1, 2), (1, 2)):
         rng = np.random.default_rng([kernel, stride, padding, dilation])
@@ -96,7 +98,7 @@ def test_any_geometry(kernel: int, stride: int, form: str, order: str) -> None:
         n, c, c_out = map(int, rng.integers(1, 4, 3))
         h, w = (max(1, dilation * (k - 1) + 1 - 2 * padding) + int(rng.integers(0, 5)) for k in (kernel, kw))
         x, weights, dy = draw(rng, (n, h, w, c), (kernel, kw, c, c_out), g)
-        ours = run(workspace(order), form, x, weights, dy, g)
+        ours = run(workspace(order), algorithm, x, weights, dy, g)
         assert_close(ours, reference(x, weights, dy, g), BOUND, (g, x.shape, weights.shape))
 
 
@@ -129,36 +131,36 @@ def test_patches_in_chunks(elements: int, order: str, seed: int, monkeypatch: py
 
 
 def test_winograd_refuses_another_memory_order() -> None:
-    ws = workspace("NHWC")
-    x = activations(ws, np.ones((2, 4, 4, 3)), "x")
+    buffers = workspace("NHWC")
+    x = activations(buffers, np.ones((2, 4, 4, 3)), "x")
     with pytest.raises(ValueError, match="H,W,N,C order"):
-        conv_forward(x, np.ones((3, 3, 3, 3)), Geometry(1, 1, 1), x, ws, "winograd")
-    assert conv.choose_form(x.shape, (3, 3, 3, 3), Geometry(1, 1, 1), Backend("test", np)) == "patches"
+        conv_forward(x, np.ones((3, 3, 3, 3)), Geometry(1, 1, 1), x, buffers, "winograd")
+    assert conv.choose_algorithm(x.shape, (3, 3, 3, 3), Geometry(1, 1, 1), Backend("test", np)) == "patches"
 
 
-@pytest.mark.parametrize("form", ["loop", "patches"])
+@pytest.mark.parametrize("algorithm", ["loop", "patches"])
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("orders", [("NHWC", "HWNC"), ("HWNC", "NHWC")])
-def test_input_in_another_memory_order(orders: tuple[str, str], size: int, form: str) -> None:
+def test_input_in_another_memory_order(orders: tuple[str, str], size: int, algorithm: str) -> None:
     """x and dx lie in memory in one order, y and dy in the other: the values are the same."""
     rng, g = np.random.default_rng(5), Geometry(1, 1, 1)
     x, w, dy = draw(rng, (3, size, size + 1, 2), (3, 3, 2, 4), g)
     expected = run(workspace("NHWC"), "loop", x, w, dy, g)
-    ws, other = workspace(orders[0]), workspace(orders[1])
-    image, y = activations(ws, x, "x"), unwritten(other, dy.shape, "y")
-    saved = conv_forward(image, w, g, y, ws, form)
-    dx, dw = unwritten(ws, x.shape, "dx"), np.full(w.shape, np.nan)
-    conv_backward(activations(other, dy, "dy"), saved, w, g, dw, dx, ws, form)
+    buffers, other = workspace(orders[0]), workspace(orders[1])
+    image, y = activations(buffers, x, "x"), unwritten(other, dy.shape, "y")
+    saved = conv_forward(image, w, g, y, buffers, algorithm)
+    dx, dw = unwritten(buffers, x.shape, "dx"), np.full(w.shape, np.nan)
+    conv_backward(activations(other, dy, "dy"), saved, w, g, dw, dx, buffers, algorithm)
     assert_close((y, dx, dw), expected, BOUND)
 
 
 @both_orders
-@pytest.mark.parametrize("form", ["loop", "patches"])
-def test_one_pixel_in_several_out(form: str, order: str) -> None:
+@pytest.mark.parametrize("algorithm", ["loop", "patches"])
+def test_one_pixel_in_several_out(algorithm: str, order: str) -> None:
     """An image of one pixel lies the same in either memory order, the larger output does not."""
     rng, g = np.random.default_rng(6), Geometry(1, 2, 1)
     x, w, dy = draw(rng, (3, 1, 1, 2), (3, 3, 2, 4), g)
-    assert_close(run(workspace(order), form, x, w, dy, g), reference(x, w, dy, g), BOUND)
+    assert_close(run(workspace(order), algorithm, x, w, dy, g), reference(x, w, dy, g), BOUND)
 
 
 @pytest.mark.parametrize("size_channels", [(28, 64, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256)])
@@ -175,33 +177,39 @@ def test_winograd_error_in_float32(size_channels: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(("form", "order"), [("patches", "HWNC"), ("patches", "NHWC"), ("winograd", "HWNC")])
+@pytest.mark.parametrize(
+    ("algorithm", "order"), [("patches", "HWNC"), ("patches", "NHWC"), ("winograd", "HWNC")]
+)
 def test_scratch_does_not_grow_with_the_batch(
-    form: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight times the images need the same scratch: only what is kept for the backward is as large as the batch."""
     monkeypatch.setattr(conv, "PATCH_ELEMENTS", 1 << 14)
     monkeypatch.setattr(winograd, "CHUNK", 64)
     g, w, held = Geometry(1, 1, 1), np.ones((3, 3, 4, 5)), []
     for n in (16, 128):
-        ws = workspace(order)
-        like = workspace(order)  # holds the activations, so that `ws` holds only what the operation takes
+        buffers = workspace(order)
+        like = workspace(
+            order
+        )  # holds the activations, so that `buffers` holds only what the operation takes
         x, y = activations(like, np.ones((n, 14, 14, 4)), "x"), unwritten(like, (n, 14, 14, 5), "y")
-        saved = conv_forward(x, w, g, y, ws, form, keep)
+        saved = conv_forward(x, w, g, y, buffers, algorithm, keep)
         kept = saved if isinstance(saved, tuple) else (saved,)
         if keep:
-            conv_backward(y, saved, w, g, np.empty_like(w), np.empty_like(x), ws, form)
-        held.append(ws.nbytes() - sum(array.nbytes for array in kept if isinstance(array, np.ndarray)))
+            conv_backward(y, saved, w, g, np.empty_like(w), np.empty_like(x), buffers, algorithm)
+        held.append(buffers.nbytes() - sum(array.nbytes for array in kept if isinstance(array, np.ndarray)))
     assert held[1] == held[0]
     assert held[0] < 2**20
 
 
 def test_shapes_that_do_not_fit() -> None:
-    ws, y = workspace("HWNC"), np.empty((1, 1, 1, 1))
+    buffers, y = workspace("HWNC"), np.empty((1, 1, 1, 1))
     with pytest.raises(ValueError, match="does not fit an input of 4"):
-        conv_forward(np.ones((1, 9, 4, 1)), np.ones((3, 3, 1, 1)), Geometry(dilation=2), y, ws, "patches")
+        conv_forward(
+            np.ones((1, 9, 4, 1)), np.ones((3, 3, 1, 1)), Geometry(dilation=2), y, buffers, "patches"
+        )
     with pytest.raises(ValueError, match="3 channels, the weights expect 2"):
-        conv_forward(np.ones((1, 5, 5, 3)), np.ones((3, 3, 2, 1)), Geometry(), y, ws, "patches")
+        conv_forward(np.ones((1, 5, 5, 3)), np.ones((3, 3, 2, 1)), Geometry(), y, buffers, "patches")
     assert Geometry(dilation=2).out_size(5, 3) == 1
 
 
@@ -213,10 +221,10 @@ def test_chosen_form() -> None:
         (3, 2, Geometry(2, 1, 1)),
         (3, 2, Geometry(1, 0, 1)),
     ):
-        form = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
-        assert conv.choose_form((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == form
+        algorithm = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
+        assert conv.choose_algorithm((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == algorithm
     deep = (3, 3, 256, 256)  # where reading the kernel counts
-    assert [conv.choose_form((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == [
+    assert [conv.choose_algorithm((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == [
         "patches",
         "winograd",
     ]

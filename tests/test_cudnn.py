@@ -1,4 +1,4 @@
-"""The cuDNN form of convolution on a double of the library: results, choice of plans, streams, refusals.
+"""The cuDNN algorithm of convolution on a double of the library: results, choice of plans, streams, refusals.
 
 The double cannot tell whether the real library behaves as it does: the last test compares names and parameters with
 the real package, and the tests on a GPU compare results.
@@ -10,7 +10,6 @@ import importlib
 import inspect
 import re
 import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,12 @@ from cudnn_double import Cudnn, Offer, _pygraph, from_bf16, parameters, to_bf16
 from device_double import CapturedCudnn, Cuda
 from strict_array import StrictArray, strict
 
-import nn.cudnn
-from nn.backend import Backend, register
-from nn.conv import Geometry, conv_backward, conv_forward
-from nn.cudnn import KINDS, Convolutions, NoPlan, load
-from nn.workspace import Workspace
+import nn.cuda.cudnn
+from nn.array import register
+from nn.buffers import Buffers
+from nn.cuda.cudnn import KINDS, Convolutions, NoPlan, load
+from nn.device import Backend
+from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 pytestmark = pytest.mark.quick
 
@@ -69,7 +69,7 @@ class Case:
         rng = np.random.default_rng(seed)
         self.g, self.bf16 = g, precision == "bf16"
         self.dtype = "uint16" if self.bf16 else "float32"
-        self.ws = Workspace(DEVICE, "float32")
+        self.buffers = Buffers(DEVICE, "float32")
         y = g.out_shape(x, w)
         self.x, self.dy = self.put(rng.standard_normal(x)), self.put(rng.standard_normal(y))
         self.w = self.put(rng.standard_normal((w[3], *w[:3]))).transpose(1, 2, 3, 0)
@@ -85,18 +85,20 @@ class Case:
         host = array._a
         return (from_bf16(host) if host.dtype == np.uint16 else host).astype(np.float64)
 
-    def run(self, form: Convolutions) -> list[np.ndarray]:
+    def run(self, algorithm: Convolutions) -> list[np.ndarray]:
         """y, dx and dw."""
-        saved = form.forward(self.x, self.w, self.g, self.y, self.ws, True)
-        form.backward(self.dy, saved, self.w, self.g, self.dw, self.dx, self.ws)
+        saved = algorithm.forward(self.x, self.w, self.g, self.y, self.buffers, True)
+        algorithm.backward(self.dy, saved, self.w, self.g, self.dw, self.dx, self.buffers)
         return [self.values(a) for a in (self.y, self.dx, self.dw)]
 
     def reference(self) -> list[np.ndarray]:
         """The same from patches, in float64."""
-        ws = Workspace(Backend("numpy", np, "NHWC"), "float64")
+        buffers = Buffers(Backend("numpy", np, "NHWC"), "float64")
         x, w, dy = (np.ascontiguousarray(self.values(a)) for a in (self.x, self.w, self.dy))
         y, dx, dw = np.empty(self.y.shape), np.empty(x.shape), np.empty(w.shape)
-        conv_backward(dy, conv_forward(x, w, self.g, y, ws, "patches"), w, self.g, dw, dx, ws, "patches")
+        conv_backward(
+            dy, conv_forward(x, w, self.g, y, buffers, "patches"), w, self.g, dw, dx, buffers, "patches"
+        )
         return [y, dx, dw]
 
 
@@ -117,44 +119,44 @@ def executed(cudnn: Cudnn) -> list[tuple]:
 @pytest.mark.parametrize("precision", BOUND)
 @pytest.mark.parametrize(("x", "w", "g"), SHAPES, ids=str)
 def test_agrees_with_patches(x: tuple, w: tuple, g: tuple, precision: str) -> None:
-    form, _, _ = a_form(Offer("eng1", workspace=64), precision=precision)
+    algorithm, _, _ = a_form(Offer("eng1", workspace=64), precision=precision)
     case = Case(x, w, Geometry(*g), precision)
-    for name, ours, theirs in zip(("y", "dx", "dw"), case.run(form), case.reference(), strict=True):
+    for name, ours, theirs in zip(("y", "dx", "dw"), case.run(algorithm), case.reference(), strict=True):
         assert np.abs(ours - theirs).max() <= BOUND[precision] * np.abs(theirs).max(), name
 
 
 def test_interface_of_a_form() -> None:
-    form, cudnn, _ = a_form()
+    algorithm, cudnn, _ = a_form()
     case = Case(X, W, G, "float32")
-    assert form.forward(case.x, case.w, G, case.y, case.ws, keep=False) is None
-    assert form.forward(case.x, case.w, G, case.y, case.ws, keep=True) is case.x
-    form.backward(case.dy, case.x, case.w, G, case.dw, None, case.ws)
+    assert algorithm.forward(case.x, case.w, G, case.y, case.buffers, keep=False) is None
+    assert algorithm.forward(case.x, case.w, G, case.y, case.buffers, keep=True) is case.x
+    algorithm.backward(case.dy, case.x, case.w, G, case.dw, None, case.buffers)
     assert {entry[1] for entry in executed(cudnn)} == {"conv_fprop", "conv_wgrad"}, "dx is not wanted"
 
 
 @pytest.mark.parametrize("precision", BOUND)
 def test_rank_without_images(precision: str) -> None:
-    form, cudnn, _ = a_form(precision=precision)
+    algorithm, cudnn, _ = a_form(precision=precision)
     case = Case((0, *X[1:]), W, G, precision)
-    y, dx, dw = case.run(form)
+    y, dx, dw = case.run(algorithm)
     assert (len(y), len(dx)) == (0, 0)
     assert not dw.any()
     assert not executed(cudnn)
-    assert form.supports((0, *X[1:]), W, G)
+    assert algorithm.supports((0, *X[1:]), W, G)
 
 
 def test_fastest_plan_is_taken_and_named() -> None:
-    form, cudnn, cuda = a_form(
+    algorithm, cudnn, cuda = a_form(
         Offer("slow", milliseconds=3),
         Offer("fast", milliseconds=1, workspace=1024),
         Offer("middling", milliseconds=2),
     )
     case = Case(X, W, G, "float32")
-    case.run(form)
-    assert form.plans == {f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "fast" for kind in KINDS}
+    case.run(algorithm)
+    assert algorithm.plans == {f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "fast" for kind in KINDS}
     log = len(cudnn.log)
     before = cuda.clock
-    case.run(form)
+    case.run(algorithm)
     assert {entry[:3] for entry in cudnn.log[log:]} == {
         ("execute", node, "fast") for node, _, _ in KINDS.values()
     }
@@ -165,19 +167,19 @@ def test_fastest_plan_is_taken_and_named() -> None:
 
 def test_only_the_first_plans_that_build_are_timed() -> None:
     many = [Offer(f"eng{i}", milliseconds=20 - i, builds=i % 2 == 0) for i in range(20)]
-    form, cudnn, _ = a_form(*many)
+    algorithm, cudnn, _ = a_form(*many)
     case = Case(X, W, G, "float32")
-    form.forward(case.x, case.w, G, case.y, case.ws, False)
+    algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
     assert builds(cudnn) == [f"eng{i}" for i in range(0, 16, 2)] + ["eng14"]
 
 
 def test_stored_plan_is_built_without_timing() -> None:
     offers = [Offer("slow", milliseconds=3), Offer("fast", milliseconds=1)]
-    form, cudnn, cuda = a_form(*offers)
-    form.plans.update({f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "slow" for kind in KINDS})
-    stored = dict(form.plans)
-    Case(X, W, G, "float32").run(form)
-    assert (builds(cudnn), form.plans, cuda.clock) == (["slow"] * 3, stored, 9)
+    algorithm, cudnn, cuda = a_form(*offers)
+    algorithm.plans.update({f"{kind} 2x6x5x4 3x3x4x8 s1p1d1 float32": "slow" for kind in KINDS})
+    stored = dict(algorithm.plans)
+    Case(X, W, G, "float32").run(algorithm)
+    assert (builds(cudnn), algorithm.plans, cuda.clock) == (["slow"] * 3, stored, 9)
 
 
 @pytest.mark.parametrize(
@@ -189,15 +191,15 @@ def test_stored_plan_is_built_without_timing() -> None:
     ],
 )
 def test_stored_plan_that_cannot_be_had(offer: Offer, why: str) -> None:
-    form, _, _ = a_form(offer)
-    form.plans["forward 2x6x5x4 3x3x4x8 s1p1d1 float32"] = "old"
+    algorithm, _, _ = a_form(offer)
+    algorithm.plans["forward 2x6x5x4 3x3x4x8 s1p1d1 float32"] = "old"
     case = Case(X, W, G, "float32")
     message = (
         f"cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32' ({why}): "
         "remove plans.json"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        form.forward(case.x, case.w, G, case.y, case.ws, False)
+        algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_stored_plan_that_cannot_be_had(offer: Offer, why: str) -> None:
     [("float32", "plain"), ("tf32", "tensor"), ("bf16", "converting")],
 )
 def test_what_each_precision_excludes(precision: str, chosen: str) -> None:
-    form, cudnn, _ = a_form(
+    algorithm, cudnn, _ = a_form(
         Offer("atomics", ("NONDETERMINISTIC", "TENSOR_CORE"), milliseconds=1),
         Offer("sloppy", ("TENSOR_CORE", "REDUCED_PRECISION_REDUCTION"), milliseconds=2),
         Offer("converting", ("TENSOR_CORE", "DOWN_CONVERT_INPUTS"), milliseconds=3),
@@ -213,28 +215,28 @@ def test_what_each_precision_excludes(precision: str, chosen: str) -> None:
         Offer("plain", milliseconds=5),
         precision=precision,
     )
-    Case(X, W, G, precision).run(form)
-    assert set(form.plans.values()) == {chosen}
+    Case(X, W, G, precision).run(algorithm)
+    assert set(algorithm.plans.values()) == {chosen}
     assert not {"atomics", "sloppy"} & set(builds(cudnn))
 
 
 def test_fallbacks_and_large_workspaces() -> None:
-    form, _, _ = a_form(
+    algorithm, _, _ = a_form(
         Offer("tensor", ("TENSOR_CORE",)),
-        Offer("huge", workspace=nn.cudnn.WORKSPACE_LIMIT + 1),
+        Offer("huge", workspace=nn.cuda.cudnn.WORKSPACE_LIMIT + 1),
         Offer("fallback", milliseconds=9, mode="FALLBACK"),
     )
-    Case(X, W, G, "float32").run(form)
-    assert set(form.plans.values()) == {"fallback"}
+    Case(X, W, G, "float32").run(algorithm)
+    assert set(algorithm.plans.values()) == {"fallback"}
 
 
 def test_supports() -> None:
-    form, cudnn, _ = a_form(Offer("eng0"))
-    assert form.supports(X, W, G)
+    algorithm, cudnn, _ = a_form(Offer("eng0"))
+    assert algorithm.supports(X, W, G)
     log = len(cudnn.log)
-    assert form.supports(X, W, G)
+    assert algorithm.supports(X, W, G)
     assert len(cudnn.log) == log, "asked once"
-    assert not form.plans
+    assert not algorithm.plans
     assert not executed(cudnn)
     for offer in (Offer("eng0", nodes=("conv_fprop", "conv_dgrad")), Offer("eng0", ("NONDETERMINISTIC",))):
         assert not a_form(offer)[0].supports(X, W, G)
@@ -242,16 +244,16 @@ def test_supports() -> None:
 
 @pytest.mark.parametrize("offers", [[Offer("eng0", mode="B")], [Offer("eng0", builds=False)]])
 def test_no_plan(offers: list[Offer]) -> None:
-    form, _, _ = a_form(*offers)
+    algorithm, _, _ = a_form(*offers)
     case = Case(X, W, G, "float32")
     with pytest.raises(
         NoPlan, match=r"^cuDNN 9\.28\.0 has no plan for forward 2x6x5x4 3x3x4x8 s1p1d1 float32.*$"
     ):
-        form.forward(case.x, case.w, G, case.y, case.ws, False)
+        algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
 
 
 def test_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    form, cudnn, _ = a_form()
+    algorithm, cudnn, _ = a_form()
 
     def fail(self: Any) -> None:
         raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR\n{a dump}")
@@ -259,18 +261,18 @@ def test_error_of_the_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cudnn.pygraph, "build_operation_graph", fail)
     message = r"^cuDNN 9\.28\.0, forward 2x6x5x4 3x3x4x8 s1p1d1 float32: CUDNN_STATUS_INTERNAL_ERROR$"
     with pytest.raises(RuntimeError, match=message):
-        form.supports(X, W, G)
+        algorithm.supports(X, W, G)
 
 
 def test_each_stream_has_its_handle_and_workspace() -> None:
-    form, cudnn, cuda = a_form(Offer("eng0", workspace=256))
+    algorithm, cudnn, cuda = a_form(Offer("eng0", workspace=256))
     beside = cuda.Stream(non_blocking=True)
     case = Case(X, W, G, "float32")
     for _ in range(2):
-        form.forward(case.x, case.w, G, case.y, case.ws, False)
-        form.input_gradient(case.dy, case.w, G, case.dx)
+        algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
+        algorithm.input_gradient(case.dy, case.w, G, case.dx)
         with beside:
-            form.weight_gradient(case.dy, case.x, G, case.dw, case.ws)
+            algorithm.weight_gradient(case.dy, case.x, G, case.dw, case.buffers)
     beside.synchronize()
     streams = {
         node: {entry[3] for entry in executed(cudnn) if entry[1] == node} for node, _, _ in KINDS.values()
@@ -288,50 +290,49 @@ def test_each_stream_has_its_handle_and_workspace() -> None:
 
 def test_outgrown_workspace_is_kept() -> None:
     """A graph captured for one batch size still writes into it."""
-    form, cudnn, cuda = a_form(Offer("eng0", workspace=256))
-    Case(X, W, G, "float32").run(form)
+    algorithm, cudnn, cuda = a_form(Offer("eng0", workspace=256))
+    Case(X, W, G, "float32").run(algorithm)
     cudnn.offers = [Offer("eng0", workspace=512)]
-    Case((1, *X[1:]), W, G, "float32").run(form)
+    Case((1, *X[1:]), W, G, "float32").run(algorithm)
     cudnn.offers = [Offer("eng0", workspace=128)]
-    Case((3, *X[1:]), W, G, "float32").run(form)
+    Case((3, *X[1:]), W, G, "float32").run(algorithm)
     assert cuda.allocations == [256, 512]
-    assert [size for size, _ in form._lanes[cuda.stream.ptr].workspaces] == [256, 512]
+    assert [size for size, _ in algorithm._lanes[cuda.stream.ptr].workspaces] == [256, 512]
 
 
 def test_arrays_in_another_layout_or_type_are_refused() -> None:
-    form, _, _ = a_form()
+    algorithm, _, _ = a_form()
     case = Case(X, W, G, "float32")
     c_order = StrictArray(aligned(W, "float32"))
     with pytest.raises(AssertionError, match="not dense"):
-        form.forward(case.x, c_order, G, case.y, case.ws, False)
+        algorithm.forward(case.x, c_order, G, case.y, case.buffers, False)
     with pytest.raises(AssertionError, match="dense as"):
-        form.weight_gradient(case.dy, case.x, G, c_order, case.ws)
+        algorithm.weight_gradient(case.dy, case.x, G, c_order, case.buffers)
     with pytest.raises(AssertionError, match="uint16 at"):
-        form.forward(StrictArray(aligned(X, "uint16")), case.w, G, case.y, case.ws, False)
+        algorithm.forward(StrictArray(aligned(X, "uint16")), case.w, G, case.y, case.buffers, False)
     off = StrictArray(aligned((int(np.prod(X)) + 1,), "float32")[1:].reshape(X))
     with pytest.raises(AssertionError, match="float32 at"):
-        form.forward(off, case.w, G, case.y, case.ws, False)
+        algorithm.forward(off, case.w, G, case.y, case.buffers, False)
 
 
 def test_wrong_precision() -> None:
     cuda = Cuda()
     with pytest.raises(ValueError, match="'half' is none of float32, tf32, bf16"):
         Convolutions(Cudnn(cuda), cuda, "half")
-    with pytest.raises(ValueError, match="widen"):
+    with pytest.raises(ValueError, match="from_bf16"):
         Convolutions(Cudnn(cuda), cuda, "bf16")
 
 
 def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     cudnn: Any = Cudnn(cuda)
-    monkeypatch.setattr(nn.cudnn, "import_cupy", lambda: types.SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(sys.modules, "cudnn", None)
     with pytest.raises(
         RuntimeError, match=r"^cuDNN's Python frontend cannot be imported .*pip install nvidia-cudnn-frontend"
     ):
-        load("float32")
+        load(cuda, "float32")
     monkeypatch.setitem(sys.modules, "cudnn", cudnn)
-    assert load("tf32").precision == "tf32"
+    assert load(cuda, "tf32").precision == "tf32"
 
     def fail() -> None:
         raise RuntimeError("cudnnHandle Create failed\nand more")
@@ -340,7 +341,7 @@ def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         RuntimeError, match=r"^cuDNN cannot be used \(cudnnHandle Create failed\): pip install .*$"
     ):
-        load("float32")
+        load(cuda, "float32")
 
 
 def a_graph(cudnn: Cudnn, cuda: BareCuda) -> Any:
@@ -435,7 +436,7 @@ def test_listed_parameters_are_the_real_ones() -> None:
     for enum, members in {
         "data_type": ("FLOAT", "BFLOAT16"),
         "heur_mode": ("A", "FALLBACK"),
-        "numerical_note": sorted(set().union(*nn.cudnn.NOTES.values())),
+        "numerical_note": sorted(set().union(*nn.cuda.cudnn.NOTES.values())),
     }.items():
         assert all(hasattr(getattr(cudnn, enum), member) for member in members), enum
     assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception)

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment, run, write_idx
 
-from distrib import mnist
+from distrib.data import idx as mnist
 from launch import doctor
 from launch.doctor import FAILURE, OK, WARNING, Facts, Finding, look, merge
 
 PROGRAM = """
 import sys, typer, distrib
-from distrib.command import run_app
+from distrib.train import run_app
 from launch.doctor import doctor
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(doctor)

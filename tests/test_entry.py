@@ -16,8 +16,8 @@ import pytest
 from conftest import run, train
 from safetensors.numpy import save
 
-from distrib import checkpoint as ckpt
 from distrib.errors import UserError
+from distrib.run import checkpoint as ckpt
 from launch.cli import evaluate
 from launch.entry import one_process
 from launch.export import export

@@ -10,14 +10,14 @@ import pytest
 from conftest import at, metrics, run, train
 from test_resume import BASE, OPTIMIZERS
 
-from distrib import events
+from distrib.run import events
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TensorBoard's own imports
 OPTIONS = (*BASE, *OPTIMIZERS["adam"])
 
 
 class Reader:
-    """TensorBoard's own reader of a folder, as it runs with --load_fast false; it may stay open over a resume."""
+    """TensorBoard's own reader of a folder, as with --load_fast false; it may stay open over a resume."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.backend.event_processing import plugin_event_accumulator

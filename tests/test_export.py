@@ -12,9 +12,10 @@ import pytest
 from conftest import train
 from safetensors import safe_open
 
-from distrib import __version__, mnist
-from distrib import checkpoint as ckpt
+from distrib import __version__
+from distrib.data import idx as mnist
 from distrib.predict import Loaded, load, logits
+from distrib.run import checkpoint as ckpt
 from launch import export as module
 from launch.export import TOLERANCE, export
 from nn.resnet9 import VARIANTS
@@ -162,7 +163,7 @@ def node(model, name: str):
 
 def short_cut(model) -> None:
     """Leave the first residual's addition out."""
-    node(model, "res1.1.relu").input[0] = "res1.1.norm"
+    node(model, "res1.relu").input[0] = "res1.1.norm"
 
 
 def average(model) -> None:

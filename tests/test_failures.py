@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, at, environment, pause, run, summary, train, wait_for
 
-from distrib import checkpoint as ckpt
-from distrib.board import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
-from distrib.failure import Watchdog
+from distrib.faults.heartbeat import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
+from distrib.faults.watchdog import Watchdog
+from distrib.run import checkpoint as ckpt
 
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "1"))
 TIMEOUT = 8
@@ -97,7 +97,7 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     if not (
         folder / "failure.json"
     ).exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
-        run("-m", "distrib.board", folder)
+        run("-m", "distrib.faults.heartbeat", folder)
     verdict = json.loads((folder / "failure.json").read_text())
     assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
     assert verdict["host"] == os.uname().nodename
@@ -142,10 +142,10 @@ def test_a_resumed_run_that_fails_at_once_tells_its_step(tmp_path: Path) -> None
     train(tmp_path / "run", *OPTIONS, "--max-steps", 8)
     code = """
 import sys
-from distrib import train
+from distrib import loop as train
 def warm_up(*_): raise ValueError("planted")
 train.warm_up = warm_up
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     run("-c", code, "--run-dir", tmp_path / "run", *OPTIONS, check=False)
@@ -185,11 +185,13 @@ def test_a_rank_that_is_unlike_is_refused(tmp_path: Path, what: str) -> None:
     script = f"""
 import os, sys
 from dataclasses import replace
-from distrib import guard, mnist, reducer
+from distrib import checks as guard
+from distrib.data import idx as mnist
+from distrib.comm import reducer
 from distrib.trainer import Trainer
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     {how}
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
@@ -241,7 +243,8 @@ def test_a_rank_that_hangs_after_its_last_line_ends_the_job(tmp_path: Path) -> N
     """In MPI_Finalize no thread runs: what ends it is a timer in C."""
     script = """
 import sys, os, signal
-from distrib import train, world
+from distrib import loop as train
+from distrib.comm import world
 world.PATIENCE = 1
 plain = train.Trainer.close
 def close(self):
@@ -249,7 +252,7 @@ def close(self):
         os.kill(os.getpid(), signal.SIGSTOP)
     plain(self)
 train.Trainer.close = close
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, "--timeout", 3, ranks=2, check=False)
@@ -265,7 +268,7 @@ def test_a_rank_with_another_option_is_named(tmp_path: Path, option: tuple[str, 
 import os, sys
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     sys.argv += {list(option)!r}
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *OPTIONS, ranks=2, check=False)
@@ -284,12 +287,12 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
         stdout=subprocess.DEVNULL,
     )
     wait_for(lambda: read(folder), "the first word", process)
-    assert run("-m", "distrib.board", folder).stdout == f"distrib: {folder}: the run goes on\n"
+    assert run("-m", "distrib.faults.heartbeat", folder).stdout == f"distrib: {folder}: the run goes on\n"
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 0
-    assert "tells of no rank" in run("-m", "distrib.board", folder).stdout
+    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", folder).stdout
     assert train(tmp_path / "refused", *OPTIONS, "--lr", 1e30, check=False).returncode == 2
-    assert "tells of no rank" in run("-m", "distrib.board", tmp_path / "refused").stdout
+    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", tmp_path / "refused").stdout
     assert not list(tmp_path.glob("*/failure.json"))
 
 
@@ -298,7 +301,7 @@ def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
         Board(tmp_path, rank, 3).publish(
             now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {})
         )
-    assert run("-m", "distrib.board", tmp_path).stdout.startswith("distrib: rank 1 on ")
+    assert run("-m", "distrib.faults.heartbeat", tmp_path).stdout.startswith("distrib: rank 1 on ")
     assert json.loads((tmp_path / "failure.json").read_text())["cause"] == "ValueError: planted"
 
 
@@ -307,7 +310,7 @@ def test_a_late_signal_does_not_kill() -> None:
     code = """
 import os, signal
 from types import SimpleNamespace
-from distrib.signals import listening
+from distrib.faults.signals import listening
 with listening(SimpleNamespace(stop_requested=False)) as _: pass
 os.kill(os.getpid(), signal.SIGUSR1)
 print("alive")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from distrib import checkpoint, files
+from distrib import files
 from distrib.errors import UserError
+from distrib.run import checkpoint
 
 
 def test_a_planted_temporary_is_never_written_through(tmp_path: Path) -> None:

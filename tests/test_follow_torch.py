@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distrib import mnist, sampler
-from distrib.comm import SingleCommunicator, SingleControl
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.failure import Watchdog
+from distrib.data import idx as mnist
+from distrib.data import sampler
+from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
-from distrib.world import World
-from nn.backend import NUMPY
+from nn.device import NUMPY
 
 pytestmark = pytest.mark.needs("torch")
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from networks import resnet9
 from test_conv import activations, both_orders, each_seed, unwritten, workspace
 from test_torch_parity import import_torch
 
-from nn import backend, losses
-from nn import functional as F
-from nn.layers import Pass
-from nn.resnet9 import VARIANTS, ResNet9
+from nn import array
+from nn.layer import StepContext
+from nn.ops import loss as losses
+from nn.ops import norm as F
+from nn.ops import pool
+from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.quick
 
-each_block = pytest.mark.parametrize("block", [64, backend.HOST_BLOCK])
+each_block = pytest.mark.parametrize("block", [64, array.HOST_BLOCK])
 each_size = pytest.mark.parametrize("size", [2, 3])
 
 
@@ -32,7 +35,7 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def on_ranks(count: int, work: Callable[[int, F.SumOverRanks], Any]) -> list[Any]:
+def on_ranks(count: int, work: Callable[[int, F.AllReduce], Any]) -> list[Any]:
     """`work(rank, sum_over_ranks)` on `count` threads, which meet in every sum."""
     barrier, parts = threading.Barrier(count, timeout=60), [np.empty(0)] * count
 
@@ -57,14 +60,14 @@ def test_batch_norm_statistics(
     mean: float, std: float, block: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two passes in longer precision; E[x²] − E[x]² would lose all of mean² / std² · 1e-16 = 1e-4."""
-    monkeypatch.setattr(backend, "HOST_BLOCK", block)
-    rng, ws = np.random.default_rng(seed), workspace(order)
+    monkeypatch.setattr(array, "HOST_BLOCK", block)
+    rng, buffers = np.random.default_rng(seed), workspace(order)
     x = rng.normal(mean, std, (7, 9, 8, 3))
     wide = x.astype(np.longdouble)
     exact_mean = wide.mean((0, 1, 2))
     exact_variance = ((wide - exact_mean) ** 2).mean((0, 1, 2))
-    z = activations(ws, x, "z")
-    got_mean, got_variance = F.batch_norm_statistics(z, 7 * 9 * 8, ws, None)
+    z = activations(buffers, x, "z")
+    got_mean, got_variance = F.batch_norm_statistics(z, F.Count(7 * 9 * 8), buffers)
     assert got_mean.dtype == got_variance.dtype == np.float64
     scale = np.abs(x).max()
     assert np.abs(got_mean - exact_mean).max() <= 1e-15 * scale
@@ -77,15 +80,17 @@ def test_batch_norm_statistics(
 @each_block
 def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 4, 0 and 2 images with sums over ranks: the same statistics, dx, dγ and dβ as the whole."""
-    monkeypatch.setattr(backend, "HOST_BLOCK", block)
+    monkeypatch.setattr(array, "HOST_BLOCK", block)
     rng, shape, count = np.random.default_rng(seed), (6, 5, 4, 3), 6 * 5 * 4
     x, r, gamma = rng.normal(2, 3, shape), rng.standard_normal(shape), rng.standard_normal(3)
 
-    def work(images: slice, sums: F.SumOverRanks | None) -> tuple[np.ndarray, ...]:
-        ws = workspace(order)
-        z, dx = activations(ws, x[images], "z"), activations(ws, r[images], "dy")
-        mean, variance = F.batch_norm_statistics(z, count, ws, sums)
-        grads = F.batch_norm_backward(dx, z, (variance + 1e-5) ** -0.5, gamma, count, ws, sums, dx)
+    def work(images: slice, sums: F.AllReduce | None) -> tuple[np.ndarray, ...]:
+        buffers = workspace(order)
+        z, dx = activations(buffers, x[images], "z"), activations(buffers, r[images], "dy")
+        over = F.Count(count, sums)
+        mean, variance = F.batch_norm_statistics(z, over, buffers)
+        saved = F.Saved(z, (variance + 1e-5) ** -0.5, None, False)
+        grads = F.batch_norm_backward(dx, saved, gamma, over, dx, buffers)
         return dx, mean, variance, *grads
 
     whole = work(slice(0, 6), None)
@@ -108,12 +113,12 @@ def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> No
     rng = np.random.default_rng(sizes[0])
     x, labels, stops = rng.random((6, 28, 28, 1)), rng.integers(0, 10, 6), np.cumsum((0, *sizes))
 
-    def work(images: slice, sums: F.SumOverRanks | None) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-        model, this = ResNet9(variant, 1 / 32, seed=2, dtype="float64"), Pass(True, 6, sums)
-        logits = model.forward(activations(model.ws, x[images], "x"), this)
+    def work(images: slice, sums: F.AllReduce | None) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+        model, this = resnet9(variant, 1 / 32, seed=2, dtype="float64"), StepContext(True, 6, sums)
+        logits = model.forward(activations(model.buffers, x[images], "x"), this)
         value, dlogits = losses.LOSSES[loss](logits, labels[images], 6)
         model.backward(dlogits, this)
-        return model.params.grads, value, model.buffers
+        return model.params.grads, value, model.running
 
     grads, value, buffers = work(slice(0, 6), None)
     parts = on_ranks(len(sizes), lambda rank, sums: work(slice(stops[rank], stops[rank + 1]), sums))
@@ -129,12 +134,12 @@ def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> No
 @each_size
 def test_max_pool_ties(size: int, order: str, seed: int) -> None:
     """Three values only, so most windows have ties; 7×8 leaves a row, or a row and two columns, over."""
-    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    torch, rng, buffers = import_torch(), np.random.default_rng(seed), workspace(order)
     shape, out = (4, 7, 8, 3), (4, 7 // size, 8 // size, 3)
     x, r = rng.integers(0, 3, shape).astype(float), rng.standard_normal(out)
-    image, y, dx = activations(ws, x, "x"), unwritten(ws, out, "y"), unwritten(ws, shape, "dx")
-    F.max_pool_forward(image, size, y)
-    F.max_pool_backward(activations(ws, r, "dy"), image, y, size, dx, ws)
+    image, y, dx = activations(buffers, x, "x"), unwritten(buffers, out, "y"), unwritten(buffers, shape, "dx")
+    pool.max_pool_forward(image, (size, size), y)
+    pool.max_pool_backward(activations(buffers, r, "dy"), image, y, (size, size), dx, buffers)
     x_t = to_torch(x)
     y_t = torch.nn.functional.max_pool2d(x_t, size)
     y_t.backward(to_torch(r).detach())
@@ -168,8 +173,8 @@ def test_activate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Few values, so that maxima tie, at zero and below it too: y and the way of the gradient, to the bit."""
-    monkeypatch.setattr(backend, "HOST_BLOCK", block)
-    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    monkeypatch.setattr(array, "HOST_BLOCK", block)
+    torch, rng, buffers = import_torch(), np.random.default_rng(seed), workspace(order)
     shape = (4, *size, 4)
     z, more = (rng.integers(-2, 2, shape).astype(float) for _ in range(2))
     gamma, beta, inverse_std = (
@@ -182,44 +187,32 @@ def test_activate(
     y_t = torch.nn.functional.max_pool2d(y_t, 2) if pool else y_t
     r = rng.standard_normal(to_numpy(y_t).shape)
     y_t.backward(to_torch(r).detach())
-    y, gate = unwritten(ws, r.shape, "y"), None
-    if relu or pool:
-        gate = F.Gate(ws.image("passed", shape, "bool"))
-        gate.passed[...] = rng.random(shape) < 0.5
-    if pool:
-        gate = F.Gate(gate.passed, unwritten(ws, r.shape, "top"), ws.image("open", r.shape, "bool"))
-    F.activate(
-        activations(ws, z, "z"),
-        inverse_std,
-        gamma,
-        beta,
-        y,
-        ws,
-        relu=relu,
-        pool=pool,
-        gate=gate,
-        residual=activations(ws, more, "more") if residual else None,
-    )
+    y, image = unwritten(buffers, r.shape, "y"), activations(buffers, z, "z")
+    after = F.After(relu, pool, activations(buffers, more, "more") if residual else None)
+    mask = F.BackwardMask.allocate(image, y, after, buffers)
+    if mask:
+        mask.mask[...] = rng.random(shape) < 0.5
+    F.activate(image, inverse_std, F.Norm(gamma, beta, None, None), y, after, buffers, mask)
     assert np.array_equal(y, to_numpy(y_t))
-    if gate:
+    if mask:
         back = r.repeat(2, 1).repeat(2, 2) if pool else r
         wide = np.zeros(shape)
         wide[:, : back.shape[1], : back.shape[2]] = back
         live = np.arange(4) < (3 if pool else 4)  # at γ = 0 every window ties, and here the largest x̂ wins
-        assert np.array_equal((wide * gate.passed)[..., live], to_numpy(whole.grad)[..., live])
-        assert gate.passed[:, : back.shape[1], : back.shape[2]].sum() == (to_numpy(whole.grad) != 0).sum()
+        assert np.array_equal((wide * mask.mask)[..., live], to_numpy(whole.grad)[..., live])
+        assert mask.mask[:, : back.shape[1], : back.shape[2]].sum() == (to_numpy(whole.grad) != 0).sum()
 
 
 @each_seed
 @both_orders
 @each_size
 def test_avg_pool(size: int, order: str, seed: int) -> None:
-    torch, rng, ws = import_torch(), np.random.default_rng(seed), workspace(order)
+    torch, rng, buffers = import_torch(), np.random.default_rng(seed), workspace(order)
     shape, out = (4, 7, 8, 3), (4, 7 // size, 8 // size, 3)
     x, r = rng.standard_normal(shape), rng.standard_normal(out)
-    y, dx = unwritten(ws, out, "y"), unwritten(ws, shape, "dx")
-    F.avg_pool_forward(activations(ws, x, "x"), size, y)
-    F.avg_pool_backward(activations(ws, r, "dy"), size, dx)
+    y, dx = unwritten(buffers, out, "y"), unwritten(buffers, shape, "dx")
+    pool.avg_pool_forward(activations(buffers, x, "x"), (size, size), y)
+    pool.avg_pool_backward(activations(buffers, r, "dy"), (size, size), dx)
     x_t = to_torch(x)
     y_t = torch.nn.functional.avg_pool2d(x_t, size)
     y_t.backward(to_torch(r).detach())

@@ -15,9 +15,9 @@ from cudnn_double import from_bf16, to_bf16
 from device_double import device
 from test_graph import a_trainer, steps
 
-from nn.backend import NUMPY
-from nn.conv import Geometry, conv_backward, conv_forward
-from nn.workspace import Workspace
+from nn.buffers import Buffers
+from nn.device import NUMPY
+from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 LAYERS = [
     (28, 64, 128),
@@ -43,28 +43,28 @@ def test_cudnn_against_patches(n: int, layer: tuple[int, int, int], precision: s
     host = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
     found: list[dict[str, np.ndarray]] = []
     with device(precision) as backend:
-        form, xp, bf16 = backend.forms["cudnn"], backend.xp, precision == "bf16"
+        algorithm, xp, bf16 = backend.algorithms["cudnn"], backend.xp, precision == "bf16"
         if bf16:
             host = {name: from_bf16(to_bf16(values)) for name, values in host.items()}
         on = {name: xp.asarray(to_bf16(values) if bf16 else values) for name, values in host.items()}
-        ws = Workspace(backend, "uint16" if bf16 else "float32")
+        buffers = Buffers(backend, "uint16" if bf16 else "float32")
         kind = "uint16" if bf16 else "float32"
         for _ in range(2):
             y, dx = xp.zeros((n, side, side, o), kind), xp.zeros((n, side, side, c), kind)
             dw = xp.zeros((o, 3, 3, c), "float32")
             w = on["w"].transpose(1, 2, 3, 0)
-            saved = form.forward(on["x"], w, g, y, ws, True)
-            form.backward(on["dy"], saved, w, g, dw.transpose(1, 2, 3, 0), dx, ws)
-            backend.branch.close()
+            saved = algorithm.forward(on["x"], w, g, y, buffers, True)
+            algorithm.backward(on["dy"], saved, w, g, dw.transpose(1, 2, 3, 0), dx, buffers)
+            backend.side_stream.close()
             got = {"y": y, "dx": dx, "dw": dw}
             found.append({name: backend.to_host(a) for name, a in got.items()})
     for name, first in found[0].items():
         assert (first == found[1][name]).all(), f"{name} differs from run to run"
     wide = {name: values.astype("float64") for name, values in host.items()}
-    ws, weights = Workspace(NUMPY, "float64"), wide["w"].transpose(1, 2, 3, 0)
+    buffers, weights = Buffers(NUMPY, "float64"), wide["w"].transpose(1, 2, 3, 0)
     expected = {"y": np.empty(shapes["dy"]), "dx": np.empty(shapes["x"]), "dw": np.empty((3, 3, c, o))}
-    saved = conv_forward(wide["x"], weights, g, expected["y"], ws, "patches")
-    conv_backward(wide["dy"], saved, weights, g, expected["dw"], expected["dx"], ws, "patches")
+    saved = conv_forward(wide["x"], weights, g, expected["y"], buffers, "patches")
+    conv_backward(wide["dy"], saved, weights, g, expected["dw"], expected["dx"], buffers, "patches")
     expected["dw"] = expected["dw"].transpose(3, 0, 1, 2)
     apart = {}
     for name, values in expected.items():
@@ -182,7 +182,7 @@ if MPI.COMM_WORLD.Get_rank() == 1:
     threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()
 sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
             "--timeout", "10", "--batch-size", "64", "--width", "0.125"]
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, ranks=2, check=False, env=SHARED)

@@ -47,7 +47,7 @@ def test_every_part_can_be_called(name: str) -> None:
     context = sub.make_context(command[start], list(command[start + 1 :]))
     assert context.params["as_json"]
     if command[start] == "run":
-        from distrib.command import parse  # what is left over are options of `distrib train`
+        from distrib.train import parse  # what is left over are options of `distrib train`
 
         assert parse(context.args).backend == "cupy"
 

@@ -15,15 +15,17 @@ from cudnn_double import from_bf16, to_bf16
 from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from test_functional import on_ranks
 
-from distrib import sampler
-from nn import functional as F
-from nn import losses, optim, params
-from nn.backend import NUMPY, REPLACEABLE
-from nn.batch import take_batch
-from nn.conv import Geometry, conv_backward, conv_forward
-from nn.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
-from nn.kernels.dropins import DropIns, rows_of
-from nn.workspace import Workspace
+from distrib.data import sampler
+from nn.array import OPS
+from nn.buffers import Buffers
+from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
+from nn.cuda.ops import CudaOps, rows_of
+from nn.device import NUMPY
+from nn.ops import bf16, linear, pool, residual, update
+from nn.ops import loss as losses
+from nn.ops import norm as F
+from nn.ops.batch import LABELS, Source, gather_batch
+from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 pytestmark = needs_device
 
@@ -36,14 +38,15 @@ TESTED: set[str] = set()
 
 
 class Both:
-    """The same arrays twice: float64 on the host for the plain operation, and on the device in the type under test.
+    """The same arrays twice: float64 on the host for the plain operation, and on the device in the type under
+    test.
 
     Values are rounded to that type first, so that both sides start from the same numbers.
     """
 
     def __init__(self, element: str, backend: DoubleBackend, seed: int = 0) -> None:
         self.element, self.backend, self.rng = element, backend, np.random.default_rng(seed)
-        self.ws = Workspace(NUMPY, "float64"), Workspace(backend, DTYPE[element])
+        self.buffers = Buffers(NUMPY, "float64"), Buffers(backend, DTYPE[element])
         self.pairs: dict[str, tuple[np.ndarray, Any]] = {}
 
     def add(self, name: str, values: Any, real: bool = False) -> None:
@@ -109,6 +112,10 @@ def norm_case(
     return out, {"relu": relu, "pool": pool}
 
 
+def norm_of(a: Callable[[str], Any]) -> F.Norm:
+    return F.Norm(a("gamma"), a("beta"), a("mean"), a("var"))
+
+
 KINDS = [
     (False, True, False),
     (True, True, False),
@@ -129,33 +136,15 @@ def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
     for side, (forward, backward) in enumerate(
         ((F.norm_forward.plain, F.norm_backward.plain), (F.norm_forward, F.norm_backward))
     ):
-        a, ws = both[side], both.ws[side]
+        a, buffers = both[side], both.buffers[side]
         saved = forward(
-            a("z"),
-            a("gamma"),
-            a("beta"),
-            a("mean"),
-            a("var"),
-            a("y"),
-            ws,
-            count=count,
-            sum_over_ranks=None,
-            residual=a("residual"),
-            **kind,
+            a("z"), norm_of(a), a("y"), F.After(**kind, residual=a("residual")), F.Count(count), buffers
         )
-        results.append(
-            backward(
-                a("dy"),
-                saved,
-                a("gamma"),
-                a("beta"),
-                a("dgamma"),
-                a("dbeta"),
-                ws,
-                count=count,
-                sum_over_ranks=None,
-            )
+        dz, d_residual = backward(
+            a("dy"), saved, norm_of(a), a("dgamma"), a("dbeta"), F.Count(count), buffers
         )
+        results.append(dz)
+        assert d_residual is (a("dy") if residual else None)
     both.check("y")
     both.check("mean", "var", bound=1e-6 if both.element != "float64" else None)
     expected, found = both.pairs["y"]
@@ -193,32 +182,12 @@ def test_norm_over_ranks(
         start = {name: inputs[name].copy() for name in inputs}
 
         def work(images: slice, sums: Any) -> dict[str, np.ndarray]:
-            ws = Workspace(backend, DTYPE[element])
+            buffers = Buffers(backend, DTYPE[element])
             part = {name: xp.array(v[images] if v.ndim == 4 else v) for name, v in start.items()}
-            saved = F.norm_forward(
-                part["z"],
-                part["gamma"],
-                part["beta"],
-                part["mean"],
-                part["var"],
-                part["y"],
-                ws,
-                count=150,
-                sum_over_ranks=sums,
-                residual=part.get("residual"),
-                **kind,
-            )
-            dz = F.norm_backward(
-                part["dy"],
-                saved,
-                part["gamma"],
-                part["beta"],
-                part["dgamma"],
-                part["dbeta"],
-                ws,
-                count=150,
-                sum_over_ranks=sums,
-            )
+            norm, over = norm_of(part.__getitem__), F.Count(150, sums)
+            after = F.After(**kind, residual=part.get("residual"))
+            saved = F.norm_forward(part["z"], norm, part["y"], after, over, buffers)
+            dz, _ = F.norm_backward(part["dy"], saved, norm, part["dgamma"], part["dbeta"], over, buffers)
             return {name: one.found(v) for name, v in {**part, "dz": dz}.items()}
 
         def on_device(sums: Any) -> Any:
@@ -252,49 +221,80 @@ def test_norm_inference(both: Both, shape: tuple[int, ...], pool: bool, relu: bo
     _, kind = norm_case(both, shape, pool, relu, residual)
     for side, run in enumerate((F.norm_inference.plain, F.norm_inference)):
         a = both[side]
-        run(
-            a("z"),
-            a("gamma"),
-            a("beta"),
-            a("mean"),
-            a("var"),
-            a("y"),
-            both.ws[side],
-            residual=a("residual"),
-            **kind,
-        )
+        run(a("z"), norm_of(a), a("y"), F.After(**kind, residual=a("residual")), both.buffers[side])
     both.check("y", "mean", "var")
     TESTED.add("norm_inference")
 
 
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize(("n", "side", "c", "k"), [(5, 3, 16, 10), (1, 7, 40, 10), (3, 1, 3, 4)])
-def test_head(both: Both, n: int, side: int, c: int, k: int, average: bool) -> None:
-    rng = both.rng
-    both.add("x", rng.integers(0, 6, (n, side, side, c)))  # many equal maxima
-    for name, shape in {"w": (k, c), "b": (k,), "dlogits": (n, k)}.items():
-        both.add(name, rng.normal(0, 1, shape), real=True)
-    for name, shape in {"pooled": (n, 1, 1, c), "logits": (n, k), "dw": (k, c), "db": (k,)}.items():
-        both.add(name, np.full(shape, np.nan), real=True)
-    both.add("dx", np.full((n, side, side, c), np.nan))
+@pytest.mark.parametrize("shape", [(5, 3, 3, 16), (1, 7, 5, 40), (3, 1, 1, 3), (0, 2, 2, 3)])
+def test_global_pool(both: Both, shape: tuple[int, ...], average: bool) -> None:
+    both.add("x", both.rng.integers(0, 6, shape))  # many equal maxima
+    pooled = shape[0], shape[3]
+    both.add("dy", both.rng.normal(0, 1, pooled), real=True)
+    both.add("y", np.full(pooled, np.nan), real=True)
+    both.add("dx", np.full(shape, np.nan))
     for i, (forward, backward) in enumerate(
-        ((F.head_forward.plain, F.head_backward.plain), (F.head_forward, F.head_backward))
+        (
+            (pool.global_pool_forward.plain, pool.global_pool_backward.plain),
+            (pool.global_pool_forward, pool.global_pool_backward),
+        )
     ):
         a = both[i]
-        forward(a("x"), a("w"), a("b"), a("pooled"), a("logits"), average)
-        backward(a("dlogits"), a("x"), a("pooled"), a("w"), a("dw"), a("db"), a("dx"), both.ws[i], average)
-    both.check("pooled", "logits", "dw", "db", "dx", "x", "w", "b", "dlogits")
-    TESTED.update({"head_forward", "head_backward"})
+        forward(a("x"), a("y"), average)
+        backward(a("dy"), a("x"), a("y"), a("dx"), both.buffers[i], average)
+    both.check("y", "dx", "x", "dy")
+    TESTED.update({"global_pool_forward", "global_pool_backward"})
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 16, 10), (1, 40, 300), (3, 3, 4), (0, 3, 2)])
+def test_linear(both: Both, n: int, c: int, k: int) -> None:
+    for name, shape in {"x": (n, c), "w": (k, c), "b": (k,), "dy": (n, k)}.items():
+        both.add(name, both.rng.normal(0, 1, shape), real=True)
+    for name, shape in {"y": (n, k), "dw": (k, c), "db": (k,), "dx": (n, c)}.items():
+        both.add(name, np.full(shape, np.nan), real=True)
+    for i, (forward, backward) in enumerate(
+        (
+            (linear.linear_forward.plain, linear.linear_backward.plain),
+            (linear.linear_forward, linear.linear_backward),
+        )
+    ):
+        a = both[i]
+        forward(a("x"), a("w"), a("b"), a("y"))
+        backward(a("dy"), a("x"), a("w"), a("dw"), a("db"), a("dx"))
+    both.check("y", "dw", "db", "dx", "x", "w", "b", "dy")
+    TESTED.update({"linear_forward", "linear_backward"})
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (0, 2, 2, 3)])
+def test_add_relu(both: Both, shape: tuple[int, ...]) -> None:
+    for name in ("x", "residual", "dy"):
+        both.add(name, both.rng.normal(0, 1, shape))
+    for name in ("y", "d_residual"):
+        both.add(name, np.full(shape, np.nan))
+    for i, (forward, backward) in enumerate(
+        (
+            (residual.add_relu_forward.plain, residual.add_relu_backward.plain),
+            (residual.add_relu_forward, residual.add_relu_backward),
+        )
+    ):
+        a = both[i]
+        saved = forward(a("x"), a("residual"), a("y"), both.buffers[i])
+        backward(a("dy"), saved, a("d_residual"))
+    both.check("y", "dy", "d_residual", "x", "residual")
+    expected, _ = both.pairs["dy"]
+    assert not expected.size or (0 < (expected == 0).mean() < 1)
+    TESTED.update({"add_relu_forward", "add_relu_backward"})
 
 
 @pytest.mark.parametrize(("loss", "smoothing"), [("ce", 0.0), ("ce", 0.1), ("bce", 0.0)])
-@pytest.mark.parametrize("n", [1, 8, 300, 0])
-def test_loss(both: Both, loss: str, smoothing: float, n: int) -> None:
+@pytest.mark.parametrize(("n", "k"), [(1, 10), (8, 10), (300, 10), (0, 10), (9, 1000)])
+def test_loss(both: Both, loss: str, smoothing: float, n: int, k: int) -> None:
     rng = both.rng
-    both.add("logits", rng.normal(0, 3, (n, 10)) * np.where(np.arange(n) % 7 == 0, 30, 1)[:, None], real=True)
-    both.exact("labels", rng.integers(0, 10, n, np.uint8))
+    both.add("logits", rng.normal(0, 3, (n, k)) * np.where(np.arange(n) % 7 == 0, 30, 1)[:, None], real=True)
+    both.exact("labels", rng.integers(0, k, n, LABELS))
     both.add("stop", [1.0], real=True)
-    for name, shape in {"dlogits": (n, 10), "own": (1,), "tail": (3,)}.items():
+    for name, shape in {"dlogits": (n, k), "own": (1,), "tail": (3,)}.items():
         both.add(name, np.full(shape, np.nan), real=True)
     for side, run in enumerate((losses.loss_and_gradient.plain, losses.loss_and_gradient)):
         a = both[side]
@@ -315,37 +315,29 @@ def test_loss(both: Both, loss: str, smoothing: float, n: int) -> None:
 
 @pytest.mark.parametrize("warped", [False, True])
 @pytest.mark.parametrize("n", [3, 0])
-def test_take_batch(both: Both, n: int, warped: bool) -> None:
+@pytest.mark.parametrize("shape", [(28, 28, 1), (12, 9, 3)])
+def test_gather_batch(both: Both, shape: tuple[int, ...], n: int, warped: bool) -> None:
     warps = sampler.warps(1, 2, 20, 30, 180)  # some beyond the edges
-    both.exact("images", both.rng.integers(0, 256, (20, 28, 28), np.uint8))
-    both.exact("labels", both.rng.integers(0, 10, 20, np.uint8))
+    both.exact("images", both.rng.integers(0, 256, (20, *shape), np.uint8))
+    both.exact("labels", both.rng.integers(0, 1000, 20, LABELS))
     both.exact("order", both.rng.permutation(20).astype(np.int32))
     both.exact("at", np.array([2]))
-    both.add("x", np.full((n, 28, 28, 1), np.nan))
-    both.exact("y", np.full(n, 255, np.uint8))
+    both.add("x", np.full((n, *shape), np.nan))
+    both.exact("y", np.full(n, -1, LABELS))
     both.exact("warps", warps)
-    for side, run in enumerate((take_batch.plain, take_batch)):
+    for side, run in enumerate((gather_batch.plain, gather_batch)):
         a = both[side]
-        run(
-            a("images"),
-            a("labels"),
-            a("order"),
-            a("at"),
-            5,
-            1,
-            a("x"),
-            a("y"),
-            a("warps") if warped else None,
-        )
+        source = Source(a("images"), a("labels"), a("order"), a("warps") if warped else None)
+        run(a("x"), a("y"), source, a("at"), 5, 1)
     both.check("x", bound=2e-5 if warped and both.element == "float32" else None)
     both.check("images", "labels", "order", "at", "y", bound=0)
-    TESTED.add("take_batch")
+    TESTED.add("gather_batch")
 
 
 def test_add(both: Both) -> None:
     for name in ("x", "y"):
         both.add(name, both.rng.normal(0, 1, (3, 5, 5, 7)))
-    for side, run in enumerate((F.add.plain, F.add)):
+    for side, run in enumerate((residual.add.plain, residual.add)):
         run(both[side]("x"), both[side]("y"))
     both.check("x", "y")
     TESTED.add("add")
@@ -356,13 +348,13 @@ def test_end_step(both: Both) -> None:
     both.add("own", [3.0], real=True)
     both.add("tail", [1.0, 2.0, 0.0], real=True)
     both.exact("at", np.array([6]))
-    for side, run in enumerate((F.end_step.plain, F.end_step)):
+    for side, run in enumerate((update.record_step.plain, update.record_step)):
         a = both[side]
         run(a("history"), a("own"), a("tail"), a("at"))
     both.check("history", "own", "tail", "at", bound=0)
     assert both.pairs["at"][0] == [7]
     assert (both.pairs["history"][0][2] == [3, 1, 2, 0]).all()
-    TESTED.add("end_step")
+    TESTED.add("record_step")
 
 
 OPTIMIZERS = {
@@ -387,7 +379,7 @@ def test_optimizers(both: Both, name: str, options: dict) -> None:
     both.exact("rates", np.array([[1.0, 1.0], [1e-2, 3e-3]]))
     both.exact("at", np.array([1]))
     compute = both.backend.xp.asarray(np.zeros(size, np.uint16)) if both.element == "bfloat16" else None
-    for side, run in enumerate((getattr(optim, name).plain, getattr(optim, name))):
+    for side, run in enumerate((getattr(update, name).plain, getattr(update, name))):
         a = both[side]
         state = [a(s) for s in states] if name == "adam" or states else [None]
         run(
@@ -410,7 +402,7 @@ def test_optimizers(both: Both, name: str, options: dict) -> None:
 def test_average(both: Both) -> None:
     both.add("mean", both.rng.normal(0, 1, 1000), real=True)
     both.add("values", both.rng.normal(0, 1, 1000), real=True)
-    for side, run in enumerate((optim.average.plain, optim.average)):
+    for side, run in enumerate((update.average.plain, update.average)):
         a = both[side]
         run(a("mean"), a("values"), np.empty((2, 100)), decay=0.75)
     both.check("mean", "values", bound=1e-12 if both.element == "float64" else 3e-7)
@@ -443,17 +435,17 @@ def test_narrow_and_widen() -> None:
     x = np.where(np.isnan(x), np.float32(np.nan), x)
     with device() as backend, np.errstate(invalid="ignore"):
         narrow, back = backend.xp.zeros(len(x), np.uint16), backend.xp.zeros(len(x), np.float32)
-        params.narrow(backend.xp.asarray(x), narrow)
-        params.widen(narrow, back)
+        bf16.to_bf16(backend.xp.asarray(x), narrow)
+        bf16.from_bf16(narrow, back)
         on_host, back_on_host = np.zeros(len(x), np.uint16), np.zeros(len(x), np.float32)
-        params.narrow.plain(x, on_host)
-        params.widen.plain(on_host, back_on_host)
+        bf16.to_bf16.plain(x, on_host)
+        bf16.from_bf16.plain(on_host, back_on_host)
         assert (backend.to_host(narrow) == on_host).all()
         assert (backend.to_host(back).view(np.uint32) == back_on_host.view(np.uint32)).all()
         finite = np.isfinite(x)
         assert (on_host[finite] == to_bf16(x[finite])).all()
         assert (np.isnan(back_on_host) == np.isnan(x)).all()
-    TESTED.update({"narrow", "widen"})
+    TESTED.update({"to_bf16", "from_bf16"})
 
 
 @pytest.mark.parametrize(
@@ -468,18 +460,18 @@ def test_stem(both: Both, shape: tuple[int, ...]) -> None:
     both.add("dy", both.rng.normal(0, 1, shape))
     both.add("y", np.full(shape, np.nan))
     both.add("dw", np.full((c, 3, 3, 1), np.nan), real=True)
-    for side, form in enumerate(("patches", "stem")):
-        a, ws = both[side], both.ws[side]
+    for side, algorithm in enumerate(("patches", "stem")):
+        a, buffers = both[side], both.buffers[side]
         weights, dw = (a(name).transpose(1, 2, 3, 0) for name in ("w", "dw"))
-        saved = conv_forward(a("x"), weights, g, a("y"), ws, form)
-        conv_backward(a("dy"), saved, weights, g, dw, None, ws, form)
+        saved = conv_forward(a("x"), weights, g, a("y"), buffers, algorithm)
+        conv_backward(a("dy"), saved, weights, g, dw, None, buffers, algorithm)
     both.check("y")
     both.check("dw", bound={"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-6}[both.element])
 
 
 def test_every_operation_that_can_be_replaced_was_tested() -> None:
     """Runs last in this file; where it is picked alone there is nothing to say."""
-    names = set(DropIns(Kernels(HostModule)).operations())
-    assert names == set(REPLACEABLE), "a replaceable operation has no drop-in, or the other way round"
+    names = set(CudaOps(Kernels(HostModule)).by_name())
+    assert names == set(OPS), "a op operation has no drop-in, or the other way round"
     if TESTED:
         assert names == TESTED

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from conftest import LIMIT, ROOT, environment, summary, train
 
-from distrib import checkpoint as ckpt
-from distrib.board import read
+from distrib.faults.heartbeat import read
+from distrib.run import checkpoint as ckpt
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (
     "--epochs",
-    40,
+    max(16, ROUNDS),
     "--batch-size",
     16,
     "--limit-train",

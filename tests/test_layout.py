@@ -1,8 +1,9 @@
-"""Imports go downward only, CuPy is imported in one place, and files stay small."""
+"""Imports go downward only and never in a circle, CuPy is imported in one place, and files stay small."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,6 @@ TO_SPLIT = {  # formatting showed that they are longer
     "launch/doctor.py",
     "launch/reproduce.py",
     "launch/scale.py",
-    "nn/functional.py",
-    "nn/kernels/dropins.py",
 }
 FILES = [path for package in LEVEL for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -45,8 +44,8 @@ def test_imports_go_downward(path: Path) -> None:
 
 def test_who_may_import_what() -> None:
     allowed = {
-        "cupy": {"nn/backend.py", "distrib/world.py"},  # world: only cupy.cuda.nccl
-        "mpi4py": {"distrib/mpi.py", "distrib/world.py"},
+        "cupy": {"nn/cuda/backend.py", "distrib/comm/world.py"},  # world: only cupy.cuda.nccl
+        "mpi4py": {"distrib/comm/mpi.py", "distrib/comm/world.py"},
         "torch": {
             "launch/torch_resnet9.py",
             "launch/torch_bench.py",
@@ -72,3 +71,50 @@ def test_no_skip_but_by_needs(path: Path) -> None:
     names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     skips = names & {"skip", "skipif", "importorskip", "xfail", "SkipTest"}
     assert skips == ({"skip"} if path.name == "needs.py" else set())
+
+
+def imported_files(path: Path) -> set[Path]:
+    """Our files that a file imports anywhere, inside functions too; for type checkers alone does not count."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {place for name in names if (place := ROOT / f"{name.replace('.', '/')}.py") in FILES}
+
+
+def circle(graph: dict[Path, set[Path]]) -> list[Path]:
+    """Files that import each other in a circle, if there are any."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    graph = {path: imported_files(path) for path in FILES}
+    layers, buffers = ROOT / "nn/layers.py", ROOT / "nn/buffers.py"
+    assert buffers in graph[layers], "imports are read"
+    assert not circle(graph)
+    assert circle({**graph, buffers: {layers}}), "a circle would be found"
+
+
+def test_nothing_in_nn_knows_the_gpu_wing() -> None:
+    for path in (ROOT / "nn").rglob("*.py"):
+        wing = {place for place in imported_files(path) if place.is_relative_to(ROOT / "nn/cuda")}
+        assert not wing or path.is_relative_to(ROOT / "nn/cuda"), f"{path} imports {wing}"
+
+
+def test_nn_imports_at_the_top_of_files_only() -> None:
+    for path in (ROOT / "nn").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inner = [
+            node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in tree.body
+        ]
+        assert not [node.module for node in inner if (node.module or "").startswith("nn")], path

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import write_idx
 
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.errors import UserError
 
 pytestmark = pytest.mark.quick

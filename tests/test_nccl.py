@@ -16,8 +16,8 @@ from mpi4py import MPI
 import numpy as np
 from nccl_double import Cuda, Nccl, Call, OrderError
 from strict_array import StrictArray, strict
-from distrib.nccl import NcclCommunicator
-from distrib.failure import Watchdog
+from distrib.comm.nccl import NcclCommunicator
+from distrib.faults.watchdog import Watchdog
 log = []
 world = MPI.COMM_WORLD
 rank, size = world.Get_rank(), world.Get_size()
@@ -130,12 +130,12 @@ time.sleep(3600)
 
 
 TRAINING = """
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.config import Config
 from distrib.trainer import Trainer
-from distrib.world import World
-from distrib.reducer import Reducer
-from distrib.comm import SingleCommunicator, SingleControl
+from distrib.comm.world import World
+from distrib.comm.reducer import Reducer
+from distrib.comm.base import SingleCommunicator, SingleControl
 from test_strict import STRICT
 rng = np.random.default_rng(1)
 images, labels = rng.integers(0, 256, (26, 28, 28), np.uint8), rng.integers(0, 10, 26, np.uint8)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, run, summary
 
-from distrib.board import read
+from distrib.faults.heartbeat import read
 
 TRAIN = [
     sys.executable,
@@ -113,7 +113,9 @@ def test_a_log_file_gets_no_bars_from_one_rank_under_mpirun(tmp_path: Path) -> N
 
 
 def test_progress_right_after_a_logged_step_has_a_speed(tmp_path: Path) -> None:
-    code = "from distrib import console; console.PLAIN_SECONDS = 0\nfrom distrib.command import main; main()"
+    code = (
+        "from distrib.run import console; console.PLAIN_SECONDS = 0\nfrom distrib.train import main; main()"
+    )
     done = run("-c", code, *SHORT[3:], "--log-every", 1, "--run-dir", tmp_path / "run")
     progress = [line for line in done.stdout.splitlines() if "images/s  left" in line]
     assert len(progress) == 10

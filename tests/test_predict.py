@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_idx
+from networks import resnet9
 from PIL import Image
 
-from distrib import checkpoint as ckpt
-from distrib import mnist
+from distrib.data import idx as mnist
 from distrib.predict import probabilities
+from distrib.run import checkpoint as ckpt
 from launch import predict as module
 from launch.predict import SHADES, bars, drawing, line, predict
-from nn.resnet9 import ResNet9
 
 pytestmark = pytest.mark.quick
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.quick
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of an untrained network whose logits differ."""
     network, about = (
-        ResNet9(width=0.0625, seed=3),
+        resnet9(width=0.0625, seed=3),
         {"variant": "baseline", "width": 0.0625, "loss": request.param, "dtype": "float32"},
     )
     network.params["fc.bias"].value[...] = np.arange(10)[::-1] / 3
@@ -93,7 +93,7 @@ def test_the_digit_is_of_the_largest_logit_where_sigmoids_are_equal(
     tmp_path: Path, files: tuple[Path, Path], call
 ) -> None:
     network, about = (
-        ResNet9(width=0.0625),
+        resnet9(width=0.0625),
         {"variant": "baseline", "width": 0.0625, "loss": "bce", "dtype": "float32"},
     )
     network.params["fc.weight"].value[...] = 0

@@ -17,7 +17,7 @@ from needs import chromium
 from PIL import Image
 from safetensors.numpy import load_file
 
-from distrib import mnist
+from distrib.data import idx as mnist
 from launch.plots import short
 from launch.records import line_of
 from launch.report import digits, label_of, page, points_of, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
-from launch import reproduce
+from distrib import board
+from launch import cli, reproduce
 from launch.reproduce import ROWS, Settings, jobs, spread, time_table
 
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
@@ -79,13 +81,16 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(list((tmp_path / "out").glob("runs/*/metrics.jsonl"))) > 1, "a run", process)
+    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
+    job = every[1]
+    wait_for(lambda: (job.folder / "metrics.jsonl").exists() and board.read(job.folder), "a run", process)
+    pid = board.read(job.folder)[0].pid
+    os.kill(pid, signal.SIGSTOP)  # it does not end before the signal comes
     process.send_signal(signal.SIGINT)
+    os.kill(pid, signal.SIGCONT)
     assert process.wait(LIMIT) == 85
     assert run(*command[1:]).stdout.count("there already") >= 1
-    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     assert all(job.finished() for job in every)
-    job = every[1]  # the one that was stopped
     subprocess.run(
         [*job.command, "--run-dir", str(tmp_path / "again")],
         cwd=ROOT,
@@ -115,10 +120,10 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
         (("--report",), "holds nothing yet"),
     ],
 )
-def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str) -> None:
-    done = run("-m", "launch.cli", "reproduce", "--out", tmp_path / "out", *arguments, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert words in done.stderr
+def test_mistakes(tmp_path: Path, arguments: tuple[Any, ...], words: str, command_line) -> None:
+    code, _, err = command_line(cli.app, "reproduce", "--out", tmp_path / "out", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert words in err
     assert not (tmp_path / "out").exists()
 
 
@@ -263,11 +268,14 @@ def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
 import runpy
 import numpy as np, torch
 from launch import torch_bench
+from distrib.data import idx as mnist
+from nn.network import Network
 from nn.resnet9 import ResNet9
 plain = torch_bench.TorchSide.__init__
 def init(self, config, kind, threads):
     plain(self, config, kind, threads)
-    state = ResNet9(config.variant, config.width, seed=config.seed).state_dict()
+    options = {"variant": config.variant, "width": config.width}
+    state = Network(ResNet9, mnist.SHAPE, mnist.CLASSES, options, seed=config.seed).state_dict()
     self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
 torch_bench.TorchSide.__init__ = init
 runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)

@@ -94,9 +94,16 @@ def test_stopped_after_any_step(whole: tuple[Path, tuple], step: int, tmp_path: 
 
 
 def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:
-    """Fourteen processes of one step each, in one folder."""
-    for step in range(1, STEPS + 1):
-        train(tmp_path / "run", *whole[1], "--max-steps", step)
+    """Fourteen starts of one step each, in one folder."""
+    script = f"""
+import sys
+from distrib.train import main
+given = list(sys.argv)
+for step in range(1, {STEPS} + 1):
+    sys.argv[:] = [*given, "--max-steps", str(step)]
+    assert main() == 0
+"""
+    run("-c", script, "--run-dir", tmp_path / "run", *whole[1])
     compare(tmp_path / "run", whole[0])
 
 
@@ -180,9 +187,9 @@ def test_other_code_is_said(tmp_path: Path) -> None:
     train(tmp_path / "run", *options, "--max-steps", 5)
     script = """
 import sys
-from distrib import run
+from distrib.run import folder as run
 run.code_digest = lambda: "another version"
-from distrib.command import main
+from distrib.train import main
 sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *options)
@@ -204,7 +211,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     assert (second.returncode, second.stderr) == (
         2,
         (
-            f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there: wait for its end, or give another folder\n"
+            f"distrib: error: --run-dir {tmp_path / 'run'}: another run is writing there:"
+            " wait for its end, or give another folder\n"
         ),
     )
     (tmp_path / "go on").touch()
@@ -219,7 +227,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}; echo $? > {tmp_path / 'rc'}"
+    train = f"-m distrib.train --run-dir {tmp_path / 'run'} {' '.join(map(str, BASE))}"
+    command = f"{sys.executable} {train}; echo $? > {tmp_path / 'rc'}"
     subprocess.run(
         ["bash", "-c", f"({command}) | head -1"],
         cwd=ROOT,

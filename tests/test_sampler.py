@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distrib.sampler import batch_indices, permutation, share, steps_per_epoch, warps
+from distrib.data.sampler import batch_indices, permutation, share, steps_per_epoch, warps
 
 pytestmark = pytest.mark.quick
 

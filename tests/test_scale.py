@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import LIMIT, ROOT, environment, run, wait_for
+from networks import resnet9
 
+import launch.scale
 from distrib.errors import UserError
 from launch.scale import child
 from launch.scale_model import Level, Model, Point, fit, greatest, least_squares, left_out, levels, predict
-from nn.layers import Pass
-from nn.resnet9 import VARIANTS, ResNet9
+from nn.layer import StepContext
+from nn.resnet9 import VARIANTS
 
 HOST, NET = Level(2e-6, 1e-10), Level(5e-6, 2e-10)
 BARE = Model(HOST, NET, ranks_per_host=8, full=8, sums=24, sum_bytes=49152, buckets=7, gradient_bytes=9756456)
@@ -218,16 +220,16 @@ def test_a_free_network_scales_perfectly_in_the_weak_sense() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sums_of_a_real_step_are_as_many_as_the_model_counts(variant: str) -> None:
     """`scale` counts three a layer, of four float64 a channel in all."""
-    network, sent = ResNet9(variant, 1 / 16), []
-    this = Pass(True, 2, lambda x: sent.append(x.nbytes))
+    network, sent = resnet9(variant, 1 / 16), []
+    this = StepContext(True, 2, lambda x: sent.append(x.nbytes))
     network.backward(network.forward(np.ones((2, 28, 28, 1), np.float32), this), this)
     assert len(sent) == 3 * len(network.convs())
-    assert sum(sent) == 4 * 8 * sum(conv.c_out for conv in network.convs())
+    assert sum(sent) == 4 * 8 * sum(conv.out for conv in network.convs())
 
 
 COMMAND = """
 import sys, typer, distrib
-from distrib.command import run_app
+from distrib.train import run_app
 from launch.scale import scale
 app = typer.Typer()
 app.command("scale")(scale)
@@ -260,7 +262,9 @@ def interrupt(out: Path) -> None:
             lambda: any(" -n 2 " in line for line in children(process.pid).values()), "two ranks", process
         )
         (launcher,) = children(process.pid)
+        os.kill(launcher, signal.SIGSTOP)  # it does not end before the signal comes
         process.send_signal(signal.SIGINT)
+        os.kill(launcher, signal.SIGCONT)
         process.communicate(timeout=LIMIT)
         assert process.returncode not in (0, 1)
         assert not Path(f"/proc/{launcher}").exists(), "the launcher it started is ended"
@@ -404,11 +408,11 @@ def test_nothing_is_measured_twice(folder: Path) -> None:
         (("--out", "/dev/null/x"), "--out /dev/null/x: Not a directory: give a folder"),
     ],
 )
-def test_wrong_use(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
-    out = () if "--out" in arguments else ("--out", tmp_path / "out")
-    done = scale(*arguments, *out, check=False)
-    errors = [line for line in done.stderr.splitlines() if not re.match(r"\d+/\d+  bench", line)]
-    assert (done.returncode, done.stdout, len(errors)) == (2, "", 1), done.stderr
+def test_wrong_use(arguments: tuple[object, ...], message: str, tmp_path: Path, command_line) -> None:
+    folder = () if "--out" in arguments else ("--out", tmp_path / "out")
+    code, out, err = command_line(launch.scale.scale, *arguments, *folder)
+    errors = [line for line in err.splitlines() if not re.match(r"\d+/\d+  bench", line)]
+    assert (code, out, len(errors)) == (2, "", 1), err
     assert message in errors[0]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, metrics, summary
 
-from distrib.checkpoint import newest_valid
+from distrib.run.checkpoint import newest_valid
 
 pytestmark = pytest.mark.needs("slurm")
 

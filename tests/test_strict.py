@@ -15,13 +15,14 @@ from strict_array import (
     synchronisation,
 )
 
-from distrib import mnist
-from distrib.comm import SingleCommunicator, SingleControl
+from distrib.comm.base import SingleCommunicator, SingleControl
+from distrib.comm.world import World
 from distrib.config import Config
-from distrib.failure import Watchdog
+from distrib.data import idx as mnist
+from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
-from distrib.world import World
-from nn.backend import NUMPY, Backend, register
+from nn.array import register
+from nn.device import NUMPY, Backend
 from nn.params import Parameters
 from nn.resnet9 import VARIANTS
 
@@ -90,12 +91,12 @@ def test_whole_step_never_waits_for_the_device(variant: str, loss: str, options:
     assert strict_trainer.results["loss"] == pytest.approx(plain.results["loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize("form", ["loop", "patches"])
-def test_every_form_of_convolution(form: str) -> None:
+@pytest.mark.parametrize("algorithm", ["loop", "patches"])
+def test_every_form_of_convolution(algorithm: str) -> None:
     trainers = [a_trainer(b, precision="float64", batch_size=2) for b in (STRICT, NUMPY)]
     for trainer in trainers:
         for conv in trainer.model.convs()[1:3]:
-            conv.form = form
+            conv.algorithm = algorithm
         trainer.step()
     assert apart(trainers[0].params, trainers[1].params, "grads") < 1e-9
 

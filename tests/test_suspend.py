@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, run, summary, train
 
-from distrib.board import read
+from distrib.faults.heartbeat import read
 
 ROUNDS = int(os.environ.get("SUSPEND_ROUNDS", "0"))
 TIMEOUT = 6
@@ -134,7 +134,7 @@ WAITS = {  # name: the block that the process is suspended in
 def test_time_in_which_nothing_ran_is_no_waiting_time(what: str) -> None:
     code = f"""
 import os, signal
-from distrib import failure
+from distrib.faults import watchdog as failure
 with {WAITS[what]}:
     os.kill(os.getpid(), signal.SIGSTOP)
 print("alive")
@@ -151,7 +151,7 @@ print("alive")
 def test_a_wait_without_end_is_ended(what: str) -> None:
     code = f"""
 import time
-from distrib import failure
+from distrib.faults import watchdog as failure
 with {WAITS[what]}:
     time.sleep(3600)
 """

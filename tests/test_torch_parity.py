@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from needs import require
+from networks import resnet9
 
-from nn.layers import Pass
-from nn.losses import LOSSES
+from nn.layer import StepContext
+from nn.ops.loss import LOSSES
 from nn.optim import SGD, Adam, Optimizer
-from nn.resnet9 import VARIANTS, ResNet9
+from nn.resnet9 import VARIANTS
 
 WIDTH, BATCH, STEPS = 0.0625, 5, 10
 LR = {"float64": 1e-2, "float32": 1e-3}
@@ -69,7 +70,7 @@ class Pair:
         from launch.torch_resnet9 import TorchResNet9
 
         self.rng, self.loss, self.dtype = np.random.default_rng(seed), loss, dtype
-        self.ours = ResNet9(variant, WIDTH, seed=seed, dtype=dtype)
+        self.ours = resnet9(variant, WIDTH, seed=seed, dtype=dtype)
         self.theirs = TorchResNet9(variant, WIDTH).to(getattr(torch, dtype))
         state = self.ours.state_dict()
         for name, value in state.items():  # start from no special values of γ, β and the running statistics
@@ -84,7 +85,7 @@ class Pair:
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """Images with values in [0, 1] as our network takes them, and labels."""
-        x = self.ours.ws.image("input", (BATCH, 28, 28, 1))
+        x = self.ours.buffers.image("input", (BATCH, 28, 28, 1))
         x[...] = self.rng.random(x.shape)
         return x, self.rng.integers(0, 10, BATCH)
 
@@ -99,7 +100,7 @@ class Pair:
 
     def step(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """One step of each; returns loss, logits and all gradients of each."""
-        (x, labels), this = self.batch(), Pass(True, BATCH)
+        (x, labels), this = self.batch(), StepContext(True, BATCH)
         logits = self.ours.forward(x, this)
         loss, dlogits = LOSSES[self.loss](logits, labels, BATCH)
         self.ours.backward(dlogits, this)
@@ -180,7 +181,7 @@ def test_their_weights_in_evaluation(variant: str, seed: int) -> None:
     x = pair.batch()[0]
     pair.theirs.eval()
     theirs = {"logits": pair.their_logits(x).detach().numpy()}
-    assert difference({"logits": pair.ours.forward(x, Pass(False))}, theirs) <= (1e-12,)
+    assert difference({"logits": pair.ours.forward(x, StepContext(False))}, theirs) <= (1e-12,)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -190,7 +191,7 @@ def test_images_in_plain_order(train: bool) -> None:
     x, _ = pair.batch()
     pair.theirs.train(train)
     theirs = {"logits": pair.their_logits(x).detach().numpy()}
-    ours = {"logits": pair.ours.forward(np.ascontiguousarray(x), Pass(train, BATCH))}
+    ours = {"logits": pair.ours.forward(np.ascontiguousarray(x), StepContext(train, BATCH))}
     assert difference(ours, theirs) <= (1e-12,)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from distrib import board
+from distrib.faults import heartbeat as board
 from launch import watch as module
 from launch.watch import Follower, sparkline, view, watch
 
@@ -36,7 +36,7 @@ TRAINING = (
 )
 ENDLESS = (*TRAINING, "--epochs", "10000")
 PROGRAM = (
-    "import sys, typer\nfrom distrib.command import run_app\nfrom launch.watch import watch\n"
+    "import sys, typer\nfrom distrib.train import run_app\nfrom launch.watch import watch\n"
     "app = typer.Typer()\napp.command()(watch)\nsys.exit(run_app(app))"
 )
 
@@ -335,7 +335,7 @@ def test_progress_and_many_ranks(tmp_path: Path) -> None:
     run = Follower(make(tmp_path / "run", *words), 60)
     run.look()
     assert run.progress() == (7 / 20, "epoch 1/2", "7/20  left 0:00:26")
-    console = module.Lines(force_terminal=False, width=120)
+    console = module.Console(force_terminal=False, width=120)
     with console.capture() as captured:
         console.print(view(run, console))
     out = captured.get().splitlines()

@@ -1,0 +1,1 @@
+"""Data sets, their formats, and which images a rank computes."""

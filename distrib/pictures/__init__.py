@@ -1,0 +1,1 @@
+"""Pictures of any kind, prepared as the network has seen digits."""

@@ -1,0 +1,370 @@
+"""Picture files as small sheets of light: upright, of any mode, in bounded memory; what is no picture is named."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from distrib.errors import UserError
+
+T = TypeVar("T")
+
+FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "DIB", "WEBP", "PPM", "ICO", "AVIF", "JPEG2000", "QOI")
+"""What is opened. Others are rare, and EPS would start Ghostscript."""
+
+MOST_BYTES = 180_000_000
+"""Memory that a decoded picture may take."""
+MOST_PIXELS = 178_000_000
+"""Pixels of a picture that is decoded in parts or reduced, so that it ends within seconds; 200 would be Pillow's bomb."""
+MOST_PAGES = 1000
+WORK_PIXELS = 1_000_000
+"""Pixels of a sheet at most."""
+STRIP_BYTES = 4_000_000
+
+KINDS = (
+    (0, b"%PDF", "a PDF document: export the page as PNG"),
+    (4, b"ftyphei", "a HEIC picture: export it as JPEG or PNG"),
+    (4, b"ftyphev", "a HEIC picture: export it as JPEG or PNG"),
+    (4, b"ftypmif1", "a HEIF picture: export it as JPEG or PNG"),
+    (4, b"ftypmsf1", "a HEIF picture: export it as JPEG or PNG"),
+    (4, b"ftypavif", "an AVIF picture that this Pillow cannot read: export it as PNG"),
+    (4, b"ftyp", "a video: save one frame as PNG"),
+    (0, b"\x1a\x45\xdf\xa3", "a video: save one frame as PNG"),
+    (8, b"AVI ", "a video: save one frame as PNG"),
+    (0, b"\x00\x00\x01\xba", "a video: save one frame as PNG"),
+    (0, b"\x00\x00\x01\xb3", "a video: save one frame as PNG"),
+    (0, b"FLV\x01", "a video: save one frame as PNG"),
+    (0, b"PK\x03\x04", "a zip archive or an office document: unpack or export the picture"),
+    (0, b"PK\x05\x06", "an empty zip archive: give the picture itself"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (0, b"Rar!", "a RAR archive: unpack it first"),
+    (0, b"BZh", "a bzip2 file: unpack it first"),
+    (0, b"\xfd7zXZ", "an xz file: unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
+    (257, b"ustar", "a tar archive: unpack it first"),
+    (0, b"\xd0\xcf\x11\xe0", "an office document: export the picture as PNG"),
+    (0, b"%!PS", "a PostScript document: export the page as PNG"),
+    (0, b"\xc5\xd0\xd3\xc6", "an EPS document: export it as PNG"),
+    (0, b"8BPS", "a Photoshop document: export it as PNG"),
+    (0, b"gimp xcf", "a GIMP document: export it as PNG"),
+    (0, b"\xff\x0a", "a JPEG XL picture: export it as PNG"),
+    (4, b"JXL ", "a JPEG XL picture: export it as PNG"),
+    (0, b"\x93NUMPY", "a NumPy array: save it as PNG or IDX"),
+    (0, b"\x89HDF", "an HDF5 file: save the images as PNG or IDX"),
+    (0, b"SQLite format 3", "a database: give pictures"),
+    (0, b"\x7fELF", "a program: give pictures"),
+    (0, b"MZ", "a program: give pictures"),
+    (8, b"WAVE", "a sound: give pictures"),
+    (0, b"ID3", "a sound: give pictures"),
+    (0, b"OggS", "a sound or a video: save one frame as PNG"),
+    (0, b"fLaC", "a sound: give pictures"),
+)
+"""(offset, bytes, what a file is that has them there, with the remedy)."""
+
+
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError, AttributeError),
+    *(struct.error, zlib.error),
+)
+"""What Pillow raises on damaged files."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One picture, upright: float32 light (H, W, C) in [0, 1], C 1 or 3, and opacity (H, W) where it has some."""
+
+    light: np.ndarray
+    alpha: np.ndarray | None
+    size: tuple[int, int]  # (width, height) in the file
+
+
+def kind_of(head: bytes) -> str:
+    """What a file that is no picture is, by its first bytes, and what to do."""
+    if not head:
+        return "an empty file: copy it again"
+    for offset, magic, what in KINDS:
+        if head[offset : offset + len(magic)] == magic:
+            return what
+    try:
+        text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4 or error.encoding != "utf-8":
+            return "of an unknown kind: give PNG or other pictures, or IDX files"
+        text = head[: error.start].decode("utf-8-sig")
+    start = text.lstrip()[:500].lower()
+    if "<svg" in start:
+        return "an SVG drawing: export it as PNG"
+    if start.startswith(("<!doctype html", "<html")) or "<html" in start:
+        return "an HTML page, perhaps an error page saved as a picture: download it again"
+    if start.startswith("version https://git-lfs"):
+        return "a pointer of Git LFS: run git lfs pull"
+    if "\0" in text:
+        return "of an unknown kind: give PNG or other pictures, or IDX files"
+    return "a text file: give PNG or other pictures, or IDX files"
+
+
+def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:
+    """use(page) for each page of the picture file `path`, one after the other; None of a file that is no picture."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: give the files in it, {path}/*")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file: save the picture in one")
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with _mistakes(path):
+        file = path.open("rb")
+    with file:
+        try:
+            with _mistakes(path):
+                pages = _pages(path, Image.open(file, formats=known), file)
+        except UnidentifiedImageError:
+            return None
+        results: list[T] = []
+        while True:
+            with _mistakes(path):
+                page = next(pages, None)
+            if page is None:
+                return results
+            results.append(use(page))
+
+
+@contextmanager
+def _mistakes(path: Path) -> Iterator[None]:
+    """What Pillow says of a bad file, as a UserError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and odd metadata; errors stay errors
+            yield
+    except (UserError, UnidentifiedImageError):
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: holds more than {MOST_PIXELS // 10**6} megapixels: scale it down") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give PNG or other pictures, or IDX files") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read: change its permissions") from None
+    except MemoryError:
+        raise UserError(f"{path}: takes more memory than there is: scale it down") from None
+    except BROKEN as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error}): save it again as PNG") from None
+
+
+def _pages(path: Path, picture: Any, file: BinaryIO) -> Iterator[Sheet]:
+    count = getattr(picture, "n_frames", 1)
+    if picture.format != "TIFF":
+        if count > 1 and picture.format in ("GIF", "PNG", "WEBP", "AVIF"):
+            raise UserError(f"{path}: an animation of {count} frames: save one of them as PNG")
+        count = 1  # other pictures in a JPEG or an icon are versions of the first
+    if count > MOST_PAGES:
+        raise UserError(f"{path}: {count} pages, at most {MOST_PAGES} are taken: split the file")
+    pixels = 0
+    for page in range(count):
+        if count > 1:
+            picture.seek(page)
+            if page and picture.tag_v2.get(254, 0) & 1:  # a smaller version of another page
+                continue
+        pixels += picture.size[0] * picture.size[1]
+        if pixels > MOST_PIXELS:
+            raise _too_large(path, picture, MOST_PIXELS)
+        yield _sheet(path, picture, file)
+
+
+def _sheet(path: Path, picture: Any, file: BinaryIO) -> Sheet:
+    """One page, reduced as it is decoded."""
+    width, height = picture.size
+    step = max(1, int(np.sqrt(width * height / WORK_PIXELS)))
+    if picture.format == "JPEG" or picture.format == "MPO":
+        coefficients = 2 * sum(h * v for _, h, v, _ in picture.layer) if "progressive" in picture.info else 0
+        most = max((h * v for _, h, v, _ in picture.layer), default=1)
+        _check_memory(path, picture, coefficients / most + 4 / min(step, 8) ** 2)
+        picture.draft(None, (max(1, width // step), max(1, height // step)))
+        step = max(1, round(step * picture.size[0] / width))
+        strips: Iterator[Any] = _cut(picture, step)
+    elif picture.format == "PNG" and width * height > 16 * WORK_PIXELS and _plain_png(file):
+        strips = _png_strips(file, step)
+    else:
+        _check_memory(path, picture, _bytes_a_pixel(picture))
+        strips = _cut(picture, step)
+    light, alpha, exif = _join(strips, step)
+    orientation = exif if exif is not None else picture.getexif().get(0x0112, 1)
+    return Sheet(
+        _turned(light, orientation),
+        None if alpha is None else _turned(alpha, orientation),
+        (width, height),
+    )
+
+
+def _too_large(path: Path, picture: Any, most: float) -> UserError:
+    size = f"{picture.size[0]}×{picture.size[1]}"
+    return UserError(
+        f"{path}: {size} pixels; of this kind ({picture.format}, {picture.mode}) at most"
+        f" {most / 1e6:.0f} megapixels are taken: scale it down"
+    )
+
+
+def _bytes_a_pixel(picture: Any) -> float:
+    plain = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}.get(picture.mode, 4)
+    return plain * {"WEBP": 2, "AVIF": 2, "JPEG2000": 4, "GIF": 2}.get(picture.format, 1)
+
+
+def _check_memory(path: Path, picture: Any, bytes_a_pixel: float) -> None:
+    if picture.size[0] * picture.size[1] * bytes_a_pixel > MOST_BYTES:
+        raise _too_large(path, picture, MOST_BYTES / bytes_a_pixel)
+
+
+def _cut(picture: Any, step: int) -> Iterator[Any]:
+    """A picture in strips of whole steps; only one strip is ever converted."""
+    picture.load()
+    width, height = picture.size
+    rows = max(step, STRIP_BYTES // (4 * width) // step * step)
+    for y in range(0, height, rows):
+        strip = picture.crop((0, y, width, min(height, y + rows)))
+        strip.info = picture.info
+        yield strip
+
+
+def _join(strips: Iterator[Any], step: int) -> tuple[np.ndarray, np.ndarray | None, int | None]:
+    """Light and opacity of all strips, means over step × step pixels, and an orientation met on the way."""
+    parts, exif = [], None
+    for strip in strips:
+        if isinstance(strip, int):
+            exif = strip
+        else:
+            parts.append(_reduced(strip, step))
+    whole = np.concatenate(parts)
+    if whole.shape[2] == 1 and whole.dtype == np.float32:
+        whole = np.nan_to_num(whole, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = float(whole.min()), float(whole.max())
+        return (whole - low) / max(high - low, 1e-30), None, exif
+    scaled = whole.astype(np.float32) / 255
+    channels = scaled.shape[2]
+    alpha = scaled[..., -1] if channels in (2, 4) and scaled[..., -1].min() < 0.98 else None
+    return scaled[..., : 1 if channels < 3 else 3], alpha, exif
+
+
+def _reduced(strip: Any, step: int) -> np.ndarray:
+    """Pixels (h, w, C): uint8 of L, LA, RGB or RGBA, or float32 of a mode with numbers of other sizes."""
+    if strip.mode.startswith(("I", "F")):
+        values = np.asarray(strip).astype(np.float32)
+        return _block_means(values, step)[..., None]
+    if "transparency" in strip.info or strip.mode in ("PA", "LA", "La", "RGBa", "RGBA"):
+        strip = strip.convert("RGBA")
+    elif strip.mode in ("1", "L"):
+        strip = strip.convert("L")
+    else:
+        strip = strip.convert("RGB")
+    pixels = np.asarray(strip.reduce(step) if step > 1 else strip)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _block_means(values: np.ndarray, step: int) -> np.ndarray:
+    for axis in (0, 1):
+        starts = np.arange(0, values.shape[axis], step)
+        counts = np.diff(np.append(starts, values.shape[axis])).astype(np.float32)
+        values = np.add.reduceat(values, starts, axis) / (counts[:, None] if axis == 0 else counts)
+    return values
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Upright, by EXIF's orientation 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# --- large PNG pictures -----------------------------------------------------------------------------------------
+
+
+def _plain_png(file: BinaryIO) -> bool:
+    """Whether a PNG file has 8 bits a sample and is not interlaced."""
+    file.seek(0)
+    head = file.read(29)
+    return head[24] == 8 and head[28] == 0
+
+
+def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        size, name = int.from_bytes(head[:4], "big"), head[4:]
+        while size and name == b"IDAT":
+            part = file.read(min(size, 1 << 16))
+            if not part:
+                raise OSError("image file is truncated")
+            size -= len(part)
+            yield name, part
+        if name != b"IDAT":
+            if size > 1 << 24:
+                raise OSError(f"a chunk {name!r} of {size} bytes")
+            yield name, file.read(size)
+        file.read(4)
+
+
+def _png_strips(file: BinaryIO, step: int) -> Iterator[Any]:
+    """A PNG in strips, each a small PNG for Pillow: unpacked as it is read, so that no more is held.
+
+    A row is stored as its difference from the row above, so each strip starts with the last row of the one before.
+    """
+    about, orientation, before, waiting = b"", None, b"", b""
+    unpack = zlib.decompressobj()
+    for name, data in _chunks(file):
+        if name == b"IHDR":
+            width, height = struct.unpack(">II", data[:8])
+            header = data
+            row = width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[data[9]]
+            rows = max(step, STRIP_BYTES // row // step * step)
+            left = height
+        elif name in (b"PLTE", b"tRNS"):
+            about += _chunk(name, data)
+        elif name == b"eXIf":
+            exif = Image.Exif()
+            exif.load(data)
+            orientation = exif.get(0x0112)
+        while name == b"IDAT" and data and left:
+            waiting += unpack.decompress(data, 1 << 20)
+            data = unpack.unconsumed_tail
+            while left and len(waiting) >= (count := min(rows, left)) * (row + 1):
+                used = count * (row + 1)
+                strip = _small_png(header, about, b"\0" * bool(before) + before + waiting[:used])
+                strip = strip.crop((0, bool(before), width, count + bool(before)))
+                last = strip.crop((0, count - 1, width, count))
+                before, waiting, left = last.tobytes(), waiting[used:], left - count
+                yield strip
+    if left:
+        raise OSError("image file is truncated")
+    yield int(orientation or 1)  # Pillow would unpack the whole picture to look for it
+
+
+def _small_png(header: bytes, about: bytes, rows: bytes) -> Any:
+    width = int.from_bytes(header[:4], "big")
+    height = len(rows) // (width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header[9]] + 1)
+    head = header[:4] + struct.pack(">I", height) + header[8:]
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", head)
+        + about
+        + _chunk(b"IDAT", zlib.compress(rows, 0))
+        + _chunk(b"IEND", b"")
+    )
+    picture = Image.open(BytesIO(data), formats=("PNG",))
+    picture.load()
+    strip = picture.copy()
+    strip.info = picture.info
+    return strip
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,0 +1,149 @@
+"""Picture and IDX files as the network takes them: 28×28, white on black."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from distrib.data import idx as mnist
+from distrib.errors import UserError
+from distrib.pictures.digit import stroke_width
+from distrib.pictures.files import Sheet, kind_of, read_sheets
+from distrib.pictures.paper import find_digit
+
+MOST_IMAGES = 1_000_000
+"""Images of an IDX file."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of one file as the network takes them, white on black: uint8 (N, 28, 28)."""
+
+    path: Path
+    pixels: np.ndarray
+    inverted: np.ndarray  # bool (N,): the image has dark ink on a bright ground
+    drawn: np.ndarray  # bool (N,): there is something on it
+
+    def name(self, i: int) -> str:
+        return f"{self.path}[{i}]" if len(self.pixels) > 1 else str(self.path)
+
+
+def read_pictures(path: Path, as_is: bool = False) -> Pictures:
+    """The images in the picture or IDX file `path`; with `as_is` they are scaled at most."""
+    found = read_sheets(path, as_it_is if as_is else prepare)
+    if found is None:
+        return read_idx(path, as_is)
+    pixels = np.stack([pixels for pixels, _ in found])
+    return Pictures(path, pixels, np.array([dark for _, dark in found]), pixels.max((1, 2)) > 0)
+
+
+def as_it_is(sheet: Sheet) -> tuple[np.ndarray, bool]:
+    """(uint8 (28, 28), False): a picture, white on black already, in grey, on a black ground where it is transparent, scaled to 28×28."""
+    grey = luminance(sheet.light) if sheet.alpha is None else luminance(sheet.light) * sheet.alpha
+    picture = Image.fromarray(np.round(255 * grey).astype(np.uint8))
+    return np.asarray(picture.resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS)), False
+
+
+def luminance(light: np.ndarray) -> np.ndarray:
+    return light[..., 0] if light.shape[2] == 1 else light @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
+    """(uint8 (28, 28), whether the ink is dark) of a picture; all black where nothing is drawn."""
+    if sheet.alpha is None and sheet.size == (mnist.SIDE, mnist.SIDE):
+        own = mnist_like(sheet.light)
+        if own is not None:
+            return own
+    found, dark = None, None
+    if sheet.alpha is None or is_paper(sheet.alpha):
+        found = find_digit(on_its_ground(sheet))
+    if found is None and sheet.alpha is not None:
+        found = find_digit(sheet.alpha[..., None])
+        dark = (
+            bool(np.median(luminance(sheet.light)[sheet.alpha > 0.5]) < 0.5)
+            if (sheet.alpha > 0.5).any()
+            else None
+        )
+    if found is None:
+        return np.zeros((mnist.SIDE, mnist.SIDE), np.uint8), False
+    return found.pixels, found.dark if dark is None else dark
+
+
+def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
+    """A picture of 28×28 that is made as MNIST's are, pixel for pixel, or None."""
+    pixels = np.round(255 * luminance(light)).astype(np.uint8)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    dark = bool(np.median(border) > 127)
+    drawn = 255 - pixels if dark else pixels
+    edge = 255 - border if dark else border
+    if np.percentile(edge, 75) > 32 or drawn.max() < 160:
+        return None
+    rows, cols = (np.flatnonzero((drawn > 32).any(axis)) for axis in (1, 0))
+    mass = [float(drawn.sum(axis) @ np.arange(mnist.SIDE)) / float(drawn.sum()) for axis in (1, 0)]
+    size = max(np.ptp(rows), np.ptp(cols)) + 1
+    return (drawn, dark) if abs(size - 20) <= 1 and all(abs(m - 14) < 0.75 for m in mass) else None
+
+
+def is_paper(alpha: np.ndarray) -> bool:
+    """Whether what is opaque is a sheet, not strokes: wide, compared with its length."""
+    opaque = alpha > 0.5
+    if not opaque.any():
+        return False
+    rows, cols = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
+    box = (np.ptp(rows) + 1) * (np.ptp(cols) + 1)
+    return stroke_width(np.pad(opaque, 1)) > 0.42 * np.sqrt(box)
+
+
+def on_its_ground(sheet: Sheet) -> np.ndarray:
+    """The light of a sheet, where it is transparent the middle of its colours."""
+    if sheet.alpha is None:
+        return sheet.light
+    opaque = sheet.alpha > 0.98
+    if not opaque.any():
+        return sheet.light
+    return np.where(opaque[..., None], sheet.light, np.median(sheet.light[opaque], 0))
+
+
+def read_idx(path: Path, as_is: bool) -> Pictures:
+    """The images of an IDX file: all inverted where most of their border is bright, unless `as_is`."""
+    check_idx(path)
+    images = mnist.read_idx(path, mnist.IMAGES)
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
+    dark = not as_is and bool(border.size) and bool(np.median(border) > 127)
+    pixels = 255 - images if dark else images
+    return Pictures(path, pixels, np.full(len(images), dark), pixels.max((1, 2)) > 0)
+
+
+def check_idx(path: Path) -> None:
+    """UserError where a file is of another kind, or a small one that unpacks to a very large one."""
+    with path.open("rb") as file:
+        head = file.read(2048)
+        if head[:2] == b"\x1f\x8b":
+            file.seek(0)
+            try:
+                with gzip.open(file) as packed:
+                    head = packed.read(2048)
+                    size = len(head) + skip(packed, 16 + 784 * MOST_IMAGES)
+            except (OSError, EOFError, zlib.error):
+                return  # read_idx says what is wrong
+            if head[:2] != b"\0\0":
+                raise UserError(f"{path}: is packed by gzip and holds {kind_of(head)}")
+        else:
+            size = path.stat().st_size
+    if head[:2] != b"\0\0" or head[:4] == b"\0\0\x01\0":
+        raise UserError(f"{path}: is {kind_of(head)}")
+    if size > 16 + 784 * MOST_IMAGES:
+        raise UserError(f"{path}: unpacks to more than {MOST_IMAGES:,} images of 28×28: split the file")
+
+
+def skip(file: gzip.GzipFile, most: int) -> int:
+    """Bytes that are left in a file, counted no further than just past `most`."""
+    count = 0
+    while count <= most and (part := file.read(1 << 20)):
+        count += len(part)
+    return count

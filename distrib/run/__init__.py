@@ -1,0 +1,1 @@
+"""What a run leaves behind: its folder, checkpoints, and what a person sees of it."""

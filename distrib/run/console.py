@@ -1,0 +1,134 @@
+"""What a person sees of a run: a table at the start, progress, and the result. Rank 0 alone prints."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from distrib import LAUNCHERS, parent
+
+PLAIN_SECONDS = 10.0
+"""Seconds between lines of progress where the output is a file."""
+
+
+def on_terminal() -> bool:
+    """Whether a person reads along. mpirun gives its ranks a terminal of their own, even into a log file."""
+    if not sys.stdout.isatty():
+        return False
+    pid, name = parent()
+    if name not in LAUNCHERS:
+        return True
+    try:
+        return os.readlink(f"/proc/{pid}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+class Unfailing(io.FileIO):
+    """Standard output or error whose reader, terminal or disk may go away: what cannot be written is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def secure_output() -> None:
+    """From here on printing never fails, and no file of the run takes the number of a standard stream that is closed.
+
+    A terminal without UTF-8 gets "?" for what it cannot show.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # not where a caller has put another
+            raw = io.BufferedWriter(Unfailing(number, "w", closefd=False))
+            lines, encoding = (
+                bool(getattr(stream, "line_buffering", False)),
+                getattr(stream, "encoding", None),
+            )
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=lines))
+
+
+class Screen:
+    """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
+
+    def __init__(self, active: bool) -> None:
+        self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
+        if not self._console.is_terminal:  # a log file has no width to wrap at
+            self._console.width = 200
+        self._bar: Progress | None = None
+        self._last_line = time.monotonic()
+        self._active = active
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """Print names and values, one a line."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        for name, value in rows.items():
+            table.add_row(name, Text(str(value)))
+        self._console.print(table)
+
+    def start(self, steps: int, done: int, epochs: int) -> None:
+        """Begin to show progress over `steps` steps, `done` of which lie behind."""
+        self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
+        if not (self._active and self._console.is_terminal):
+            return
+        self._bar = bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}"),
+            console=self._console,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,  # a crash must reach the real stderr
+        )
+        self._task = bar.add_task(f"epoch 1/{epochs}", total=steps, completed=done, info="")
+        bar.start()
+
+    def due(self) -> bool:
+        """Whether `progress` would show anything now; asking costs next to nothing."""
+        if not self._active:
+            return False
+        interval = 0.25 if self._bar else PLAIN_SECONDS
+        return time.monotonic() - self._last_line >= interval
+
+    def progress(self, step: int, epoch: int, loss: float, images_per_second: float) -> None:
+        """Show that `step` steps are done."""
+        self._last_line = time.monotonic()
+        info = f"loss {loss:.4f}  {images_per_second:.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}", info=info
+            )
+            return
+        rate = (time.monotonic() - self._begin) / max(1, step - self._first)
+        left = timedelta(seconds=round(rate * (self._steps - step)))
+        self.say(f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._steps}  {info}  left {left}")
+
+    def close(self) -> None:
+        """End the progress display."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

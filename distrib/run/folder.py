@@ -1,0 +1,317 @@
+"""A run's folder: config.json, metrics.jsonl, checkpoints/, summary.json. Rank 0 alone writes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors.numpy import save
+from threadpoolctl import threadpool_info
+
+import distrib
+import nn
+from distrib import __version__
+from distrib.config import Config, require_types
+from distrib.errors import UserError
+from distrib.files import (
+    append,
+    create,
+    fits,
+    number,
+    open_to_append,
+    open_to_read,
+    parse_object,
+    read_json,
+    reason,
+    replace,
+    write_atomically,
+)
+from distrib.run import checkpoint as ckpt
+from distrib.run import events
+from nn.device import Backend
+
+LONGEST_LINE = 1 << 20
+"""Bytes of a line of metrics.jsonl that is kept; ours have a few hundred."""
+
+
+def new_folder(config: Config) -> Path:
+    """runs/<time>-<name>, not yet there."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = config.recipe or f"{config.variant}-{config.optimizer}"
+    base = Path("runs") / f"{stamp}-{name}"
+    path, number = base, 1
+    while os.path.exists(path):
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+class Run:
+    """The folder of one run, opened for a new run or to resume the one it holds.
+
+    A context, after which others may have it.
+    """
+
+    def __init__(self, path: Path | None, config: Config | None = None) -> None:
+        """At `path`, or at a new one named after `config`."""
+        self._config = config if path is None else None
+        self._at(path or new_folder(self._config or Config()))
+        self.notes: list[str] = []
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def _at(self, path: Path) -> None:
+        self.path, self.checkpoints, self.metrics_path = path, path / "checkpoints", path / "metrics.jsonl"
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            path.stat()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--run-dir {self.path}: cannot be read {reason(error, path)}") from None
+        return read_json(path, remedy="give another --run-dir, or restore the file")
+
+    def stored(self) -> dict[str, Any] | None:
+        """The configuration of the run that the folder holds."""
+        found = None if self._config else self._read_json("config.json")
+        if found is not None:
+            require_types(found, self.path / "config.json")
+        return found
+
+    def open(self, config: Config, native: bool = True) -> ckpt.Checkpoint | None:
+        """Make the folder or check the run that it holds; returns the checkpoint to resume from.
+
+        UserError: a finished run; a run of other settings; --resume none on a folder that holds a run;
+        checkpoints none of which is valid, or, where it is to be `native`, is not one of `Trainer`.
+        """
+        if not self._config:  # else it is a new folder, whatever another run that starts now puts there
+            self._check(config)
+        found = self._find(config)
+        if found and native:
+            ckpt.require_whole(found)
+        return found
+
+    def _check(self, config: Config) -> None:
+        """Take the folder; UserError where what it holds forbids a run with `config`."""
+        self._claim()
+        stored = self.stored()
+        summary = self._read_json("summary.json") or {}
+        saved = bool(ckpt.list_checkpoints(self.checkpoints))
+        if (stored is not None or saved) and config.resume == "none":
+            raise UserError(
+                f"--run-dir {self.path}: holds a run: give a new folder, or --resume auto to resume it"
+            )
+        if summary.get("finished") and config.epochs <= (stored or {}).get("epochs", 0):
+            raise UserError(
+                f"--run-dir {self.path}: holds a finished run: give a new folder, or more --epochs"
+            )
+        different = config.differences(stored) if stored and saved else []
+        if different:
+            raise UserError(
+                f"--run-dir {self.path}: holds a run with other settings: {'; '.join(different)}:"
+                " give the same ones, or a new folder"
+            )
+
+    def _claim(self) -> None:
+        """UserError where another process has this run's folder; from here on this one has it."""
+        if self._lock or not os.path.isdir(self.path):
+            return
+        path = self.path / "lock"
+        try:
+            self._lock = open_to_append(path)  # held as long as this
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--run-dir {self.path}: another run is writing there:"
+                " wait for its end, or give another folder"
+            ) from None
+        except OSError as error:
+            if os.path.lexists(path) and not (path.is_file() and not path.is_symlink()):
+                raise UserError(f"{path}: cannot be opened {reason(error, path)}") from None
+            # no locks on this file system, or no right to write: that is told where it is tried
+
+    def _find(self, config: Config) -> ckpt.Checkpoint | None:
+        if config.resume not in ("auto", "none"):
+            return ckpt.find(Path(config.resume))
+        if self._config:
+            return None
+        found, problems = ckpt.newest_valid(self.checkpoints)
+        if problems and found is None:
+            raise UserError(f"{self.checkpoints}: no valid checkpoint ({problems[0]}): give a new --run-dir")
+        self.notes += [f"passed over: {problem}" for problem in problems]
+        if found is None and os.path.exists(self.metrics_path):
+            self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
+        return found
+
+    def prepare(self, config: Config, found: ckpt.Checkpoint | None, environment: dict[str, Any]) -> None:
+        """Make the folder ready to resume from `found`: the first change to it."""
+        try:
+            while fresh := self._config:  # runs that start together must not take the same new folder
+                try:
+                    self.path.mkdir(parents=True)
+                    self._config = None
+                except FileExistsError:
+                    self._at(new_folder(fresh))
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--run-dir {self.path}: cannot be made {reason(error, self.path)}") from None
+        self._claim()
+        try:
+            self._clear()
+            whole = {**asdict(config), "environment": environment}
+            replace(self.path / "config.json", json.dumps(whole, indent=2).encode(), sync=True)
+            (self.path / "summary.json").unlink(missing_ok=True)
+            step = found.position["step"] if found else 0
+            if os.path.lexists(self.metrics_path):
+                replace(self.metrics_path, self._kept(step), sync=True)
+            begin = time.time()
+            self.events_path = self.path / events.name(self.path, socket.gethostname(), begin)
+            create(self.events_path, events.head(begin) + events.start(begin, step + 1))
+        except OSError as error:
+            path = Path(str(error.filename or self.path))
+            raise UserError(f"{path}: cannot be used {reason(error, path)}") from None
+
+    def _clear(self) -> None:
+        """Remove what an earlier start said of itself, and the leftovers of one that was killed."""
+        ranks = self.path / "ranks"
+        if ranks.is_symlink():  # what is written there must not land elsewhere
+            ranks.unlink()
+        shutil.rmtree(ranks, ignore_errors=True)
+        for leftover in (self.path / "failure.json", *self.checkpoints.glob(".*.tmp")):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+    def _kept(self, step: int) -> Iterator[bytes]:
+        """The lines of metrics.jsonl that are whole and not past `step`, one at a time."""
+        try:
+            file = open_to_read(self.metrics_path)
+        except FileNotFoundError:
+            return
+        with file:
+            whole = True  # false within a line that is too long to be one of ours
+            while line := file.readline(LONGEST_LINE):
+                ends = line.endswith(b"\n") or len(line) < LONGEST_LINE  # the last may lack its line break
+                if whole and ends and self._within(line, step):
+                    yield line.rstrip(b"\n") + b"\n"
+                whole = ends
+
+    @staticmethod
+    def _within(line: bytes, step: int) -> bool:
+        """Whether a line of metrics.jsonl is whole and not past `step`."""
+        try:
+            at = number(parse_object(line).get("step"))
+        except ValueError:
+            return False
+        return at is not None and at <= step
+
+    def plans(self, about: dict[str, str]) -> dict[str, str]:
+        """The convolution plans chosen for this run on the same GPU model and libraries, by operation."""
+        stored = self._read_json("plans.json") or {}
+        if stored.get("about") != about:
+            return {}
+        plans = stored.get("plans")
+        if not isinstance(plans, dict) or not fits("dict[str, str]", plans):
+            raise UserError(f"{self.path / 'plans.json'}: holds no plans: remove the file")
+        return dict(plans)
+
+    def keep_plans(self, about: dict[str, str], plans: dict[str, str]) -> None:
+        """Write plans.json."""
+        text = json.dumps({"about": about, "plans": plans}, indent=2)
+        write_atomically(self.path / "plans.json", text.encode(), ckpt.AGAIN)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, and to TensorBoard's file."""
+        values = {"time": time.time(), **values}
+        path = self.metrics_path
+        try:
+            append(path, json.dumps(values).encode() + b"\n")
+            path = self.events_path
+            append(path, events.scalars(values))
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            after = "" if gone else ckpt.AGAIN
+            raise UserError(f"{path}: cannot be written {reason(error, path)}{after}") from None
+
+    def keep_logits(self, batches: list[np.ndarray], step: int) -> None:
+        """Write logits.safetensors: the model's answers to the test images after the last step.
+
+        (images, 10) float32. Without batches, of a run that was stopped, an earlier file is removed.
+        """
+        path = self.path / "logits.safetensors"
+        if batches:
+            logits = np.concatenate(batches).astype(np.float32)
+            write_atomically(path, save({"logits": logits}, {"step": str(step)}), ckpt.AGAIN)
+            return
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be removed {reason(error, path)}") from None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the last file of a run."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the sources of `nn` and `distrib`."""
+    sha = hashlib.sha256(__version__.encode())
+    for package in (nn, distrib):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
+            if path.suffix in (".py", ".cu") and path.is_file():
+                sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()
+
+
+def environment(threads: int, backend: Backend) -> dict[str, Any]:
+    """What besides the configuration must be the same for a resumed run to agree to the bit."""
+    blas = next(
+        (
+            f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
+            for p in threadpool_info()
+            if p["user_api"] == "blas"
+        ),
+        "unknown",
+    )
+    return {
+        "distrib": __version__,
+        "code": code_digest()[:12],
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": blas,
+        "processor": _processor(),
+        "threads": threads,
+        "backend": backend.name,
+        **backend.describe(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,61 @@
+// What all kernels share. ELEM is the type of activations in memory, REAL that of parameters and gradients,
+// ACC that of arithmetic on both; `nn/cuda/kernels.py` defines them. Sums over images end in double.
+// Activations are dense N×H×W×C; a row is one pixel of one image: C values.
+// No headers and no atomics on floating-point numbers: the same bits come out of every run.
+
+#define AHEAD 4  // partial results that a thread loads at once
+
+#ifdef BFLOAT16
+struct bf16 { unsigned short bits; };  // the upper half of a float32
+
+static __device__ __forceinline__ ACC value(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+static __device__ __forceinline__ bf16 element(ACC x) {  // to nearest, ties to even; NaN stays NaN
+    unsigned bits = __float_as_uint(x);
+    unsigned rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+    return bf16{(unsigned short)(rounded >> 16)};
+}
+#else
+static __device__ __forceinline__ ACC value(ELEM x) { return x; }
+static __device__ __forceinline__ ELEM element(ACC x) { return x; }
+#endif
+
+// A rank's step counter, which lives on the device: a captured step reads it, so that the host only replays.
+// Sizes and indices of vectors too.
+typedef long long Step;
+
+// The elements of a vector that a thread takes: from its number on, in steps of the grid's threads.
+static __device__ __forceinline__ Step first_of_thread() {
+    return (Step)blockIdx.x * blockDim.x + threadIdx.x;
+}
+static __device__ __forceinline__ Step threads_of_grid() { return (Step)gridDim.x * blockDim.x; }
+
+// x · y + z, rounded once, in every kernel alike: what the forward let through, the backward must find again.
+static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return fma(x, y, z); }
+
+// Sum over threadIdx.y of a block (blockDim.x, blockDim.y a power of two); `shared`: one double a thread.
+static __device__ double sum_over_lanes(double x, double* shared) {
+    int at = threadIdx.y * blockDim.x + threadIdx.x;
+    shared[at] = x;
+    __syncthreads();
+    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+        if (threadIdx.y < half) shared[at] += shared[at + half * blockDim.x];
+        __syncthreads();
+    }
+    double total = shared[threadIdx.x];
+    __syncthreads();  // `shared` may be used again at once
+    return total;
+}
+
+// True in all threads of the block that comes last of gridDim.x; it sees what the others wrote before. The
+// counter is left at zero for the next launch.
+static __device__ bool last_to_arrive(unsigned* arrived) {
+    __threadfence();
+    __syncthreads();
+    bool first_thread = threadIdx.x == 0 && threadIdx.y == 0;
+    bool last = first_thread && atomicAdd(arrived, 1u) == gridDim.x - 1;
+    last = __syncthreads_or(last);
+    if (last && first_thread) *arrived = 0;
+    __threadfence();
+    return last;
+}

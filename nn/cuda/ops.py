@@ -1,0 +1,295 @@
+"""The operations of `nn.ops` on the CUDA kernels of this folder.
+
+Each has its plain version's arguments and effects, up to rounding, and launches one or two kernels; nothing
+here allocates after a shape's first call or waits for the device, so that a CUDA graph may hold all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nn.array import Array
+from nn.buffers import Buffers
+from nn.cuda.kernels import ELEMENT_OF, KEEP, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
+from nn.ops.batch import Source
+from nn.ops.norm import After, Count, Norm
+
+BLOCKS = 1024
+"""Most blocks of a launch: several for each multiprocessor of the largest GPU."""
+
+LOSS_NUMBERS = {"ce": 0, "bce": 1}
+"""How loss.cu knows the losses of `nn.ops.loss.LOSSES`."""
+
+Tiles = tuple[tuple[int, ...], tuple[int, ...]]
+"""(grid, block) of a launch."""
+
+
+def tiling(rows: int, c: int, rows_per_thread: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(grid, block) over rows × channels: channels along x in powers of two up to a warp, rows along y."""
+    lanes = min(32, 1 << max(0, c - 1).bit_length())
+    groups = -(-c // lanes)
+    block = (lanes, THREADS // lanes)
+    chunks = -(-rows // (block[1] * rows_per_thread))
+    return (max(1, min(chunks, BLOCKS // groups)), groups), block
+
+
+def small_tiling(c: int) -> Tiles:
+    """(grid, block) of the kernels of norm_small.cu."""
+    return (-(-c // SMALL_LANES),), (SMALL_LANES, SMALL_ROWS)
+
+
+def flat(size: int) -> Tiles:
+    """(grid, block) over a vector."""
+    return (max(1, min(-(-size // THREADS), BLOCKS)),), (THREADS,)
+
+
+def one_each(count: int) -> Tiles:
+    """(grid, block) of a block each for `count` images or the like."""
+    return (count,), (THREADS,)
+
+
+def rows_of(z: Array, pool: bool) -> int:
+    """What a thread of a kernel takes one after another: pixels, with pooling 2×2 windows."""
+    n, h, w, _ = z.shape
+    return n * -(-h // 2) * -(-w // 2) if pool else n * h * w
+
+
+class SavedNorm(NamedTuple):
+    """What `norm_forward` leaves: masks and maxima are computed again from z, and with a residual from y."""
+
+    z: Array
+    statistics: Array  # (2, C): mean and 1/σ
+    y: Array | None
+    after: After
+
+    def shape(self) -> tuple[int, ...]:
+        """n, h, w, c and whether there is pooling, as the kernels take them."""
+        return (*self.z.shape, self.after.pool)
+
+
+class CudaOps:
+    """The operations by name; `kernels` compiles and launches."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def by_name(self) -> dict[str, Callable[..., Any]]:
+        """Name of each operation (see `nn.array.OPS`) → its version here."""
+        names = [name for name in vars(CudaOps) if not name.startswith("_") and name != "by_name"]
+        return {name: getattr(self, name) for name in names}
+
+    def _launch(self, like: Array, name: str, tiles: Tiles, *arguments: Any) -> None:
+        """Launch the kernel for activations of the dtype of `like`."""
+        self.kernels.launch(ELEMENT_OF[str(like.dtype)], name, *tiles, *arguments)
+
+    # batch norm and what follows it
+
+    def _is_small(self, z: Array, pool: bool, count: Count) -> bool:
+        """Whether norm_small.cu takes it: few rows, and no sum over ranks between its two halves."""
+        keep = KEEP[ELEMENT_OF[str(z.dtype)]] // (4 if pool else 1)
+        return count.all_reduce is None and 0 < rows_of(z, pool) <= SMALL_ROWS * keep
+
+    def norm_forward(
+        self, z: Array, norm: Norm, y: Array, after: After, count: Count, buffers: Buffers
+    ) -> SavedNorm:
+        n, h, w, c = z.shape
+        relu, pool, residual = after
+        statistics = buffers.persistent("norm", (2, c), str(norm.gamma.dtype))
+        running, shape = (norm.running_mean, norm.running_var, statistics, y), (n, h, w, c, pool, relu)
+        if self._is_small(z, pool, count):
+            arguments = z, residual, norm.gamma, norm.beta, *running, *shape
+            self._launch(z, "norm_small_forward", small_tiling(c), *arguments)
+        else:
+            moments = self._statistics(z, count, buffers)
+            tiles = tiling(rows_of(z, pool), c, 4)
+            known = residual, moments, norm.gamma, norm.beta
+            self._launch(z, "norm_apply", tiles, z, *known, *running, count.values, *shape)
+        return SavedNorm(z, statistics, y if residual is not None and relu else None, after)
+
+    def _statistics(self, z: Array, count: Count, buffers: Buffers) -> Array:
+        """moments (3, C) as norm.cu has them, summed over ranks."""
+        c = z.shape[3]
+        rows = rows_of(z, pool=False)
+        tiles = grid, _ = tiling(rows, c, 8)
+        moments = buffers.temporary("norm.moments", (3, c), "float64")
+        partial = buffers.temporary("norm.partial", (grid[0], c, 3), "float64")
+        arrived = buffers.zeros("arrived", grid[1], "uint32")
+        self._launch(z, "norm_statistics", tiles, z, partial, arrived, moments, rows, c)
+        if count.all_reduce:
+            count.all_reduce(moments[1])
+            self._launch(z, "norm_recentre", flat(c), moments, rows, count.values, c)
+            count.all_reduce(moments[2])
+        return moments
+
+    def norm_backward(
+        self,
+        dy: Array,
+        saved: SavedNorm,
+        norm: Norm,
+        d_gamma: Array,
+        d_beta: Array,
+        count: Count,
+        buffers: Buffers,
+    ) -> tuple[Array, Array | None]:
+        z, statistics, y, (relu, pool, residual) = saved
+        c, rows, d_residual = z.shape[3], rows_of(z, pool), None if residual is None else dy
+        known = statistics, norm.gamma, norm.beta
+        if self._is_small(z, pool, count):
+            arguments = dy, z, y, *known, d_gamma, d_beta, *saved.shape(), relu
+            self._launch(z, "norm_small_backward", small_tiling(c), *arguments)
+            return z, d_residual
+        tiles = grid, _ = tiling(rows, c, 8)
+        sums = buffers.temporary("norm.moments", (2, c), "float64")
+        partial = buffers.temporary("norm.partial", (grid[0], c, 2), "float64")
+        into = partial, buffers.zeros("arrived", grid[1], "uint32"), sums, d_gamma, d_beta
+        self._launch(z, "norm_gradient_sums", tiles, dy, z, y, *known, *into, *saved.shape(), relu)
+        if count.all_reduce:
+            count.all_reduce(sums.reshape(-1))
+        arguments = dy, z, *known, sums, count.values, *saved.shape(), relu and y is None
+        self._launch(z, "norm_input_gradient", tiling(rows, c, 4), *arguments)
+        return z, d_residual
+
+    def norm_inference(self, z: Array, norm: Norm, y: Array, after: After, buffers: Buffers) -> None:
+        relu, pool, residual = after
+        tiles = tiling(rows_of(z, pool), z.shape[3], 4)
+        known = norm.gamma, norm.beta, norm.running_mean, norm.running_var
+        self._launch(z, "norm_apply", tiles, z, residual, None, *known, None, y, 1, *z.shape, pool, relu)
+
+    # residuals
+
+    def add_relu_forward(self, x: Array, residual: Array, y: Array, buffers: Buffers) -> Array:
+        self._launch(x, "add_relu_forward", flat(x.size), x, residual, y, x.size)
+        return y
+
+    def add_relu_backward(self, dy: Array, saved: Array, d_residual: Array) -> None:
+        self._launch(dy, "add_relu_backward", flat(dy.size), dy, saved, d_residual, dy.size)
+
+    def add(self, x: Array, y: Array) -> None:
+        self._launch(x, "add", flat(x.size), x, y, x.size)
+
+    # the network's end
+
+    def global_pool_forward(self, x: Array, y: Array, average: bool) -> None:
+        n, h, w, c = x.shape
+        if n:
+            self._launch(x, "global_pool_forward", one_each(n), x, y, h * w, c, average)
+
+    def global_pool_backward(
+        self, dy: Array, x: Array, y: Array, dx: Array, buffers: Buffers, average: bool
+    ) -> None:
+        n, h, w, c = x.shape
+        if n:
+            self._launch(x, "global_pool_backward", one_each(n), dy, x, y, dx, h * w, c, average)
+
+    def linear_forward(self, x: Array, w: Array, b: Array, y: Array) -> None:
+        if len(x):
+            self._launch(x, "linear_forward", one_each(len(x)), x, w, b, y, x.shape[1], len(w))
+
+    def linear_backward(self, dy: Array, x: Array, w: Array, dw: Array, db: Array, dx: Array) -> None:
+        n, c = x.shape
+        self._launch(x, "linear_backward", one_each(n + len(w)), dy, x, w, dw, db, dx, n, c, len(w))
+
+    def loss_and_gradient(
+        self,
+        logits: Array,
+        labels: Array,
+        stop: Array,
+        dlogits: Array,
+        local_loss: Array,
+        step_metrics: Array,
+        *,
+        loss: str,
+        count: int,
+        smoothing: float = 0.0,
+    ) -> None:
+        arrays = logits, labels, stop, dlogits, local_loss, step_metrics
+        numbers = count, smoothing, *logits.shape, LOSS_NUMBERS[loss]
+        self._launch(logits, "loss_and_gradient", ((1,), (1, THREADS)), *arrays, *numbers)
+
+    # a step's two ends
+
+    def gather_batch(self, x: Array, y: Array, source: Source, at: Array, batch: int, start: int) -> None:
+        if len(x):
+            arrays = source.images, source.labels, source.order, at
+            arguments = *arrays, batch, start, x, y, source.warps, *x.shape[1:]
+            self._launch(x, "gather_batch", one_each(len(x)), *arguments)
+
+    def record_step(self, history: Array, local_loss: Array, step_metrics: Array, at: Array) -> None:
+        arguments = history, local_loss, step_metrics, at, len(history)
+        self._launch(history, "record_step", ((1,), (1,)), *arguments)
+
+    def adam(
+        self,
+        values: Array,
+        grads: Array,
+        m: Array,
+        v: Array,
+        rates: Array,
+        at: Array,
+        compute: Array | None,
+        scratch: Array,
+        *,
+        weight_decay: float,
+    ) -> None:
+        arguments = values, grads, m, v, rates, at, compute, weight_decay, values.size
+        self._launch(values if compute is None else compute, "adam", flat(values.size), *arguments)
+
+    def sgd(
+        self,
+        values: Array,
+        grads: Array,
+        velocity: Array | None,
+        rates: Array,
+        at: Array,
+        compute: Array | None,
+        scratch: Array,
+        *,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None:
+        numbers = momentum, nesterov, weight_decay, values.size
+        arguments = values, grads, velocity, rates, at, compute, *numbers
+        self._launch(values if compute is None else compute, "sgd", flat(values.size), *arguments)
+
+    def average(self, mean: Array, values: Array, scratch: Array, *, decay: float) -> None:
+        self._launch(values, "average", flat(values.size), mean, values, decay, values.size)
+
+    def to_bf16(self, x: Array, y: Array) -> None:
+        self._launch(y, "to_bf16", flat(x.size), x, y, x.size)
+
+    def from_bf16(self, x: Array, y: Array) -> None:
+        self._launch(x, "from_bf16", flat(x.size), x, y, x.size)
+
+
+class Stem:
+    """An algorithm of convolution (see `nn.ops.conv`): 3×3 on one channel, nine neighbours in registers."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def supports(
+        self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Any, need_dx: bool = True
+    ) -> bool:
+        """Only where the input's gradient is not wanted: as the first layer of images with one channel."""
+        return not need_dx and tuple(w_shape[:3]) == (3, 3, 1) and tuple(geometry) == (1, 1, 1)
+
+    def forward(self, x: Array, w: Array, g: Any, y: Array, buffers: Buffers, keep: bool) -> Array | None:
+        n, h, width, c = y.shape
+        if n:
+            tiles = tiling(n * h * width, c, 8)
+            arguments = x, w.transpose(3, 0, 1, 2), y, n, h, width, c
+            self.kernels.launch(ELEMENT_OF[str(x.dtype)], "stem_forward", *tiles, *arguments)
+        return buffers.save(x) if keep else None
+
+    def backward(
+        self, dy: Array, x: Array, w: Array, g: Any, dw: Array, dx: Array | None, buffers: Buffers
+    ) -> None:
+        assert dx is None, "the first layer's input has no gradient"
+        n, h, width, c = dy.shape
+        grid, block = tiling(n * h * width, c, 32)
+        partial = buffers.temporary("stem.partial", (grid[0], 9, c), "float64")
+        arrived = buffers.zeros("stem.arrived", grid[1], "uint32")
+        arguments = x, dy, partial, arrived, dw.transpose(3, 0, 1, 2), n, h, width, c
+        self.kernels.launch(ELEMENT_OF[str(x.dtype)], "stem_weight_gradient", grid, block, *arguments)

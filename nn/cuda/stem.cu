@@ -1,0 +1,68 @@
+// The first convolution of images with one channel: 3×3, padding 1.
+
+// The nine pixels around pixel (i, j) of an image, 0 outside it.
+static __device__ __forceinline__ void neighbours(
+    const ELEM* image, int i, int j, int h, int w, ACC around[9]) {
+#pragma unroll
+    for (int k = 0; k < 9; k++) {
+        int y = i + k / 3 - 1, x = j + k % 3 - 1;
+        around[k] = y >= 0 && y < h && x >= 0 && x < w ? value(image[y * w + x]) : (ACC)0;
+    }
+}
+
+// z (N, H, W, O) = x (N, H, W) * weights (O, 3, 3). A thread has one channel; a warp reads the same pixels.
+extern "C" __global__ void __launch_bounds__(THREADS) stem_forward(
+    const ELEM* __restrict__ x, const ELEM* __restrict__ weights, ELEM* __restrict__ z, int n, int h, int w,
+    int c) {
+    int channel = blockIdx.y * blockDim.x + threadIdx.x;
+    if (channel >= c) return;
+    ACC kernel[9], around[9];
+    for (int k = 0; k < 9; k++) kernel[k] = value(weights[channel * 9 + k]);
+    int rows = n * h * w;
+    for (int row = blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += gridDim.x * blockDim.y) {
+        int j = row % w, i = row / w % h;
+        neighbours(x + (size_t)(row / w / h) * h * w, i, j, h, w, around);
+        ACC sum = 0;
+#pragma unroll
+        for (int k = 0; k < 9; k++) sum = multiply_add(around[k], kernel[k], sum);
+        z[(size_t)row * c + channel] = element(sum);
+    }
+}
+
+// dw (O, 3, 3) = Σ over pixels of dz · the nine pixels around. partial (gridDim.x, 9, C), arrived: zeros.
+extern "C" __global__ void __launch_bounds__(THREADS) stem_weight_gradient(
+    const ELEM* __restrict__ x, const ELEM* __restrict__ dz, double* partial, unsigned* arrived, REAL* dw,
+    int n, int h, int w, int c) {
+    __shared__ double shared[THREADS];
+    int channel = blockIdx.y * blockDim.x + threadIdx.x;
+    double sum[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+    int rows = n * h * w, lanes = gridDim.x * blockDim.y;
+    if (channel < c)
+        for (int first = blockIdx.x * blockDim.y + threadIdx.y; first < rows; first += 8 * lanes) {
+            ACC part[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0}, around[9];
+            for (int row = first, i = 0; i < 8 && row < rows; row += lanes, i++) {
+                neighbours(x + (size_t)(row / w / h) * h * w, row / w % h, row % w, h, w, around);
+                ACC g = value(dz[(size_t)row * c + channel]);
+#pragma unroll
+                for (int k = 0; k < 9; k++) part[k] = multiply_add(g, around[k], part[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 9; k++) sum[k] += part[k];
+        }
+#pragma unroll
+    for (int k = 0; k < 9; k++) {
+        double total = sum_over_lanes(sum[k], shared);
+        volatile double* cell = partial + ((size_t)blockIdx.x * 9 + k) * c + channel;
+        if (channel < c && threadIdx.y == 0) *cell = total;
+    }
+    if (!last_to_arrive(arrived + blockIdx.y)) return;
+#pragma unroll
+    for (int k = 0; k < 9; k++) {
+        double total = 0;
+        if (channel < c)
+            for (int b = threadIdx.y; b < gridDim.x; b += blockDim.y)
+                total += *(const volatile double*)(partial + ((size_t)b * 9 + k) * c + channel);
+        total = sum_over_lanes(total, shared);
+        if (channel < c && threadIdx.y == 0) dw[channel * 9 + k] = (REAL)total;
+    }
+}

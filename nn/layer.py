@@ -1,0 +1,110 @@
+"""The protocol of layers.
+
+Activations pass from hand to hand: `forward` takes over x and `backward` takes over dy (each may release or
+overwrite it), and what either returns the caller holds (see `Buffers.activation`). Who needs an array twice
+retains it. Vectors (N, C) are persistent, their maker's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nn.array import Array
+from nn.buffers import Buffers
+from nn.ops.norm import AllReduce
+from nn.params import Parameter, Parameters, Spec
+
+Shape = tuple[int, ...]
+"""Of what goes through a network, for one image: (H, W, C), after global pooling (C,)."""
+
+OnGrad = Callable[[Parameter], Any]
+"""Called with a parameter as soon as its gradient is complete."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What one pass through the network is told.
+
+    `global_batch` is the number of images in the global batch, of which this rank computes a part;
+    `all_reduce` sums batch norm's statistics over ranks (None: use this rank's part alone, and then
+    `global_batch` is its images).
+    """
+
+    training: bool
+    global_batch: int = 0
+    all_reduce: AllReduce | None = None
+
+
+def text(shape: Shape) -> str:
+    """(H, W, C) as "H×W×C"."""
+    return "×".join(map(str, shape))
+
+
+class Layer(ABC):
+    """The protocol. `build` and `bind` come once, in this order, before any pass."""
+
+    name = ""  # the path of names, once built; a layer that is given one before keeps it
+    in_shape: Shape = ()
+    out_shape: Shape = ()
+    need_dx = True  # whether the gradient of its input is wanted
+
+    def build(self, name: str, shape: Shape, need_dx: bool = True) -> Shape:
+        """Take a place in a network; returns what comes out of `shape`. ValueError where it does not fit."""
+        if self.in_shape:
+            raise ValueError(f"{self.name}: one layer stands in two places ({name} too): make one for each")
+        self.name, self.in_shape, self.need_dx = self.name or name, shape, need_dx
+        self.out_shape = self.infer(shape)
+        return self.out_shape
+
+    @abstractmethod
+    def infer(self, shape: Shape) -> Shape:
+        """The shape of what comes out of `shape`; builds the children."""
+
+    def children(self) -> Sequence[Layer]:
+        """The layers inside, in the order of their parameters."""
+        return ()
+
+    def walk(self) -> Iterator[Layer]:
+        """This layer and all inside, in the order of their parameters."""
+        yield self
+        for child in self.children():
+            yield from child.walk()
+
+    def specs(self) -> list[Spec]:
+        """Its own parameters, without the children's."""
+        return []
+
+    def statistics(self) -> dict[str, int]:
+        """Its own running statistics, which a checkpoint holds beside the parameters: name → size."""
+        return {}
+
+    def flops(self, training: bool) -> int:
+        """Its own floating-point operations for one image: two a product, convolutions done directly.
+
+        To train: forward, weight gradient and, where it is wanted, input gradient. Products alone count.
+        """
+        return 0
+
+    def bind(self, params: Parameters, statistics: dict[str, Array], buffers: Buffers) -> None:
+        """Take memory: its views of parameters and statistics, by name, and its scope of `buffers`."""
+        self.buffers, self.dtype = buffers.scope(self.name), str(params.dtype)
+
+    @abstractmethod
+    def forward(self, x: Array, step: StepContext) -> Array:
+        """What comes out of x (N, *in_shape)."""
+
+    @abstractmethod
+    def backward(self, dy: Array, step: StepContext, on_grad: OnGrad) -> Any:
+        """dL/dx for dy = dL/dy, None unless `need_dx`; `on_grad` hears of each gradient as it is queued."""
+
+    def _refuse(self, shape: Shape, why: str, remedy: str) -> ValueError:
+        return ValueError(f"{self.name}: {type(self).__name__} gets {text(shape)}, {why}: {remedy}")
+
+
+def named(name: str, layer: Layer) -> Layer:
+    """`layer`, with a name of its own in checkpoints instead of the path of names."""
+    layer.name = name
+    return layer

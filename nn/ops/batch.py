@@ -1,0 +1,79 @@
+"""The images and labels of a step's batch, from the device's memory; turned and moved by `warp`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nn.array import Array, namespace, op
+
+LABELS = "int32"
+"""dtype of labels on a device: any number of classes."""
+
+WARPED_AT_ONCE = 16
+"""Images that are warped together: their coordinates fit a cache."""
+
+
+class Source(NamedTuple):
+    """What batches are taken from: images (N, H, W, C) uint8, labels (N,) and an epoch's order (N,) int32.
+
+    With `warps` (N, 4) float32 each image is turned and moved by its row (see `warp`).
+    """
+
+    images: Array
+    labels: Array
+    order: Array
+    warps: Array | None = None
+
+
+def check_labels(labels: np.ndarray, classes: int) -> None:
+    """ValueError naming the first of `labels`, integers, that is outside [0, classes)."""
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype}: give integers from 0 to {classes - 1}")
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        at = int(outside.argmax())
+        raise ValueError(f"label {labels[at]} at index {at}: labels go from 0 to {classes - 1}")
+
+
+@op
+def gather_batch(x: Array, y: Array, source: Source, at: Array, batch: int, start: int) -> None:
+    """x (n, H, W, C) and y (n,): images / 255 and labels number order[at·batch + start + i] for i < n.
+
+    `at` (1,) is this rank's step in the epoch, on the device, so that a captured step needs no argument.
+    """
+    images, warps = source.images, source.warps
+    indices = source.order[at * batch + namespace(x).arange(start, start + len(x))]
+    if warps is None:
+        x[...] = images[indices]
+    else:
+        for first in range(0, len(x), WARPED_AT_ONCE):
+            part = indices[first : first + WARPED_AT_ONCE]
+            warp(images[part], warps[part], x[first : first + WARPED_AT_ONCE])
+    x /= 255
+    y[...] = source.labels[indices]
+
+
+def warp(images: Array, warps: Array, out: Array) -> None:
+    """out (n, H, W, C) at (i, j): images (n, H, W, C) at (a·u − b·v + p, b·u + a·v + q) from their centre,
+    for (u, v) = (i, j) from the centre and (a, b, p, q) the rows of `warps` (n, 4): turned and moved.
+    Bilinear; 0 outside.
+    """
+    xp, (n, h, w, c), dtype = namespace(images), images.shape, out.dtype
+    u, v = xp.arange(h, dtype=dtype)[:, None] - (h - 1) / 2, xp.arange(w, dtype=dtype) - (w - 1) / 2
+    a, b, p, q = warps.astype(dtype).T[:, :, None, None]
+    rows = xp.clip(a * u - b * v + (p + (h + 1) / 2), 0, h + 1)
+    columns = xp.clip(b * u + a * v + (q + (w + 1) / 2), 0, w + 1)
+    top, left = xp.minimum(rows.astype(np.int32), h), xp.minimum(columns.astype(np.int32), w)
+    rows -= top
+    columns -= left
+    at = top * (w + 2) + left + xp.arange(n, dtype=np.int32)[:, None, None] * ((h + 2) * (w + 2))
+    framed = xp.zeros((n, h + 2, w + 2), dtype)  # a border of zeros: what is outside is read from it
+    flat = framed.reshape(-1)
+    for channel in range(c):
+        framed[:, 1:-1, 1:-1] = images[..., channel]
+        upper, lower = flat[at], flat[at + (w + 2)]
+        upper += columns * (flat[at + 1] - upper)
+        lower += columns * (flat[at + (w + 3)] - lower)
+        out[..., channel] = upper + rows * (lower - upper)

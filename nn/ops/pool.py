@@ -1,0 +1,90 @@
+"""Pooling of activations (N, H, W, C): over windows of (h, w) pixels side by side, and over whole images."""
+
+from __future__ import annotations
+
+from nn.array import Array, namespace, op
+from nn.buffers import Buffers
+
+Window = tuple[int, int]
+
+
+@op
+def global_pool_forward(x: Array, y: Array, average: bool) -> None:
+    """y (N, C): the largest value, or the mean, of each image x (N, H, W, C)."""
+    (avg_pool_forward if average else max_pool_forward)(x, x.shape[1:3], y[:, None, None, :])
+
+
+@op
+def global_pool_backward(dy: Array, x: Array, y: Array, dx: Array, buffers: Buffers, average: bool) -> None:
+    """dx (N, H, W, C) for dy (N, C) and the forward's x and y: all to the first maximum, or shared."""
+    dy, y, window = dy[:, None, None, :], y[:, None, None, :], x.shape[1:3]
+    if average:
+        avg_pool_backward(dy, window, dx)
+    else:
+        max_pool_backward(dy, x, y, window, dx, buffers)
+
+
+def pool_views(x: Array, window: Window, first: int = 1) -> list[Array]:
+    """The h·w strided views of x, in row-major order, that make up its windows.
+
+    The image's rows and columns are axes `first` and `first + 1` of x: 1 and 2 of (N, H, W, C).
+    """
+    height, width = window
+    h, w = x.shape[first] // height * height, x.shape[first + 1] // width * width
+    lead = (slice(None),) * first
+    return [x[(*lead, slice(i, h, height), slice(j, w, width))] for i in range(height) for j in range(width)]
+
+
+def _leaves_a_rest(x: Array, window: Window, first: int = 1) -> bool:
+    return bool(x.shape[first] % window[0] or x.shape[first + 1] % window[1])
+
+
+def max_pool_forward(x: Array, window: Window, y: Array, first: int = 1) -> None:
+    """y (N, H//h, W//w, C): maximum of each window; rows and columns left over are unused."""
+    one, *others = pool_views(x, window, first)
+    if not others:
+        y[...] = one
+        return
+    namespace(x).maximum(one, others[0], out=y)
+    for view in others[1:]:
+        namespace(x).maximum(y, view, out=y)
+
+
+def mark_winners(x: Array, y: Array, window: Window, free: Array, won: Array, first: int = 1) -> None:
+    """`won`: true at the first maximum of each window that is `free` (row-major, as PyTorch does)."""
+    xp = namespace(x)
+    if _leaves_a_rest(x, window, first):
+        won[...] = False
+    for view, wins in zip(pool_views(x, window, first), pool_views(won, window, first), strict=True):
+        xp.equal(view, y, out=wins)
+        wins &= free
+        free ^= wins
+
+
+def max_pool_backward(dy: Array, x: Array, y: Array, window: Window, dx: Array, buffers: Buffers) -> None:
+    """dx: dy at the first maximum of each window, 0 elsewhere."""
+    free = buffers.image("pool.free", y.shape, "bool", persistent=False)
+    won = buffers.image("pool.won", x.shape, "bool", persistent=False)
+    free[...] = True
+    mark_winners(x, y, window, free, won)
+    if _leaves_a_rest(x, window):
+        dx[...] = 0
+    for wins, view in zip(pool_views(won, window), pool_views(dx, window), strict=True):
+        namespace(dy).multiply(dy, wins, out=view)
+
+
+def avg_pool_forward(x: Array, window: Window, y: Array) -> None:
+    """y (N, H//h, W//w, C): mean of each window."""
+    first, *others = pool_views(x, window)
+    y[...] = first
+    for view in others:
+        y += view
+    y *= 1.0 / (window[0] * window[1])
+
+
+def avg_pool_backward(dy: Array, window: Window, dx: Array) -> None:
+    """dx: dy / (h·w) at every pixel of each window, 0 at those left over."""
+    if _leaves_a_rest(dx, window):
+        dx[...] = 0
+    for view in pool_views(dx, window):
+        namespace(dy).multiply(dy, 1.0 / (window[0] * window[1]), out=view)

@@ -1,0 +1,353 @@
+"""Any network on any pictures: gradients, PyTorch, the device, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from device_double import device
+from networks import NETWORKS
+from test_conv import both_orders
+from test_gradients import check
+from test_torch_parity import difference, import_torch
+
+from nn.device import Backend, capture
+from nn.layer import Layer, StepContext, named
+from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
+from nn.network import Network
+from nn.ops.loss import softmax_cross_entropy
+from nn.resnet9 import MODELS, ResNet9
+
+Model = Callable[..., Layer]
+
+PICTURES = {"digits": ((28, 28, 1), 10), "colours": ((32, 32, 3), 100), "oblong": ((17, 22, 2), 300)}
+
+STEP = 1e-7  # of finite differences: so small that hardly ever one of the ReLUs has its kink within
+
+SMALL: dict[str, Model] = {
+    **NETWORKS,
+    "resnet9": lambda shape, classes: ResNet9(shape, classes, "three-blocks", 1 / 32),
+}
+
+each_model = pytest.mark.parametrize("model", SMALL.values(), ids=SMALL)
+each_pictures = pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+
+
+class Case:
+    """A network whose γ, β and running statistics are off their start, with a batch for it."""
+
+    def __init__(self, model: Model, pictures: tuple[tuple[int, ...], int], n: int = 3, **more: Any) -> None:
+        (self.shape, self.classes), self.n = pictures, n
+        self.rng = np.random.default_rng(5)
+        self.network = Network(model, self.shape, self.classes, seed=1, **more)
+        state = self.network.state_dict()
+        for name, value in state.items():
+            if value.ndim == 1:
+                state[name] = (value + self.rng.uniform(-0.2, 0.2, value.shape)).astype(value.dtype)
+        self.network.load_state_dict(state)
+        self.state = state
+        self.x, self.labels = self.rng.random((n, *self.shape)), self.rng.integers(0, self.classes, n)
+        self.step = StepContext(True, n)
+
+    def image(self) -> Any:
+        network = self.network
+        x = network.buffers.image("input", self.x.shape)
+        x[...] = network.backend.asarray(self.x.astype(network.dtype))
+        return x
+
+    def loss(self) -> tuple[Any, Any]:
+        """Loss and its gradient of a training step's forward pass."""
+        network = self.network
+        labels = network.backend.asarray(self.labels)
+        return softmax_cross_entropy(network.forward(self.image(), self.step), labels, self.n)
+
+    def evaluate(self) -> np.ndarray:
+        """Logits with the running statistics that the network began with."""
+        self.network.load_state_dict(self.state)
+        logits = self.network.forward(self.image(), StepContext(False))
+        return np.array(self.network.backend.to_host(logits))
+
+    def backward(self) -> tuple[float, np.ndarray]:
+        """Loss and flat gradient of a training step."""
+        loss, dlogits = self.loss()
+        self.network.backward(dlogits, self.step)
+        return loss, self.network.params.grads.copy()
+
+
+@each_model
+@each_pictures
+@both_orders
+def test_gradient(model: Model, pictures: tuple, order: str) -> None:
+    """Along a random direction, with NaN over everything that was released."""
+    case = Case(model, pictures, 2, dtype="float64", backend=Backend("numpy", np, order), poison=True)
+    params, flat = case.network.params, case.network.params.values.copy()
+
+    def value(flat: np.ndarray) -> float:
+        params.values[...] = flat
+        return float(case.loss()[0])
+
+    check(value, [flat], [case.backward()[1]], STEP, case.rng)
+
+
+@each_model
+@each_pictures
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_pytorch(model: Model, pictures: tuple, dtype: str, bound: float) -> None:
+    """Training and evaluation, from the same weights under the same names; float32 as in
+    test_torch_parity.py.
+    """
+    torch = import_torch()
+    from launch.torch_resnet9 import TorchNetwork
+
+    case = Case(model, pictures, dtype=dtype, poison=True)
+    network, theirs = case.network, TorchNetwork(model, case.shape, case.classes).to(getattr(torch, dtype))
+    state = {name: torch.from_numpy(np.array(value)) for name, value in network.state_dict().items()}
+    theirs.load_state_dict(state, strict=True)
+    x = torch.from_numpy(np.array(case.x.transpose(0, 3, 1, 2), dtype, order="C"))
+    for _ in range(2):  # the second on buffers that have been used
+        theirs.zero_grad()
+        loss = torch.nn.functional.cross_entropy(theirs(x), torch.from_numpy(case.labels))
+        loss.backward()
+        ours, _ = case.backward()
+        assert ours == pytest.approx(loss.item(), rel=bound)
+        expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+        assert difference(network.params.to_checkpoint(network.params.grads), expected) <= (bound,)
+    after = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    assert difference(network.state_dict(), {**after, **_counted(network)}) <= (bound,)
+    theirs.eval()
+    logits = network.forward(case.image(), StepContext(False))
+    assert difference({"logits": logits}, {"logits": theirs(x).detach().numpy()}) <= (bound,)
+
+
+def _counted(network: Network) -> dict[str, np.ndarray]:
+    """Ours counts the batches of the network, from what it was given."""
+    return {name: value for name, value in network.state_dict().items() if "num_batches" in name}
+
+
+@each_model
+@pytest.mark.parametrize("pictures", [PICTURES["colours"], PICTURES["oblong"]], ids=["colours", "oblong"])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_device(model: Model, pictures: tuple, precision: str) -> None:
+    """A step and an evaluation as on the host; a captured step, and one on a smaller batch before it, to the
+    bit.
+    """
+    expected = Case(model, pictures, dtype="float64")
+    loss, grads = expected.backward()
+    logits = expected.evaluate()
+    bound = 1e-10 if precision == "float64" else 1e-4
+    named_grads = expected.network.params.to_checkpoint(grads)
+    with device(precision) as backend:
+        case = Case(model, pictures, dtype=precision, backend=backend)
+        params = case.network.params
+        half = Case(model, pictures, 1, dtype=precision, backend=backend)
+        half.network = case.network
+
+        def found() -> dict[str, np.ndarray]:
+            return params.to_checkpoint(params.grads)
+
+        case.backward()  # grows buffers, chooses plans
+        half.backward()
+        held = case.network.buffers.nbytes()
+        assert float(backend.to_host(case.backward()[0])) == pytest.approx(loss, rel=bound)
+        eager = found()
+        assert difference(eager, named_grads) <= (bound,)
+        assert case.network.buffers.nbytes() == held
+        assert difference({"logits": case.evaluate()}, {"logits": logits}) <= (bound,)
+        if precision == "float64":
+            return  # patches: cuDNN does no float64
+        _captured(case, backend)
+        assert all((value == eager[name]).all() for name, value in found().items())
+        assert difference({"logits": case.evaluate()}, {"logits": logits}) <= (bound,)
+
+
+def _captured(case: Case, backend: Any) -> None:
+    """The passes of a step as a graph, run once on a gradient full of NaN."""
+    network = case.network
+    x, dlogits = case.image(), case.loss()[1]
+    network.backward(dlogits, case.step)
+    generation = network.buffers.generation
+
+    def step() -> None:
+        network.forward(x, case.step)
+        network.backward(dlogits, case.step)
+
+    assert network.capturable()
+    graph = capture(backend.cuda, step)
+    assert network.buffers.generation == generation, "a buffer moved during a capture"
+    network.params.grads.fill(np.nan)
+    graph.launch(backend.stream)
+
+
+# what is checked about buffers
+
+
+class EarlyRelease(Residual):
+    """Lets go of x too early."""
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        self.buffers.retain(x)
+        y = x
+        for layer in self.body[:-1]:
+            y = layer.forward(y, step)
+        self.buffers.release(x)
+        assert self.adder
+        return self.adder.forward(y, step, x)
+
+
+class Forgetful(Residual):
+    """Never lets go of x."""
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        self.buffers.retain(x)
+        return super().forward(x, step)
+
+
+class Twice(Residual):
+    """Lets go of what it no longer holds."""
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        y = super().forward(x, step)
+        self.buffers.release(x)
+        return y
+
+
+def around(kind: type[Residual]) -> Model:
+    def model(shape: tuple[int, ...], classes: int) -> Sequential:
+        body = ConvBN(4), ConvBN(4), ConvBN(4, relu=False)
+        return Sequential(stem=ConvBN(4), res=kind(*body), head=GlobalMaxPool(), fc=Linear(classes))
+
+    return model
+
+
+def test_a_use_after_the_release_is_seen() -> None:
+    """With poison, its NaN is in the loss and in the gradient; without, the numbers are those of another
+    layer.
+    """
+    right = Case(around(Residual), PICTURES["digits"], dtype="float64").backward()
+    wrong = Case(around(EarlyRelease), PICTURES["digits"], dtype="float64").backward()
+    assert np.isfinite(wrong[1]).all()
+    assert abs(wrong[0] - right[0]) > 1e-3
+    case = Case(around(EarlyRelease), PICTURES["digits"], dtype="float64", poison=True)
+    with np.errstate(invalid="ignore"):
+        loss, grads = case.backward()
+    assert np.isnan(loss)
+    assert np.isnan(grads).any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "message"), [(Forgetful, "did not release"), (Twice, "released twice")])
+def test_holders_are_counted(kind: type[Residual], message: str, training: bool) -> None:
+    case = Case(around(kind), PICTURES["digits"])
+    with pytest.raises(AssertionError, match=message):
+        case.network.forward(case.image(), StepContext(training, case.n))
+
+
+@pytest.mark.parametrize("model", [*SMALL.values()], ids=SMALL)
+def test_buffers_stay_what_they_are(model: Model) -> None:
+    """After a step of the full batch neither another one nor a smaller batch moves a buffer, nor changes a
+    bit.
+    """
+    case, small = Case(model, PICTURES["digits"], 4), Case(model, PICTURES["digits"], 2)
+    small.network = case.network
+    _, first = case.backward()
+    small.backward()
+    generation, held = case.network.buffers.generation, case.network.buffers.nbytes()
+    small.backward()
+    _, again = case.backward()
+    assert (again == first).all()
+    assert (case.network.buffers.generation, case.network.buffers.nbytes()) == (generation, held)
+
+
+# names and refusals
+
+
+def test_names_are_paths() -> None:
+    def model(shape: tuple[int, ...], classes: int) -> Sequential:
+        inner = Residual(ConvBN(4), ConvBN(4, relu=False), shortcut=ConvBN(4, kernel=1, relu=False))
+        own = named("side", ConvBN(4, kernel=1, relu=False))
+        return Sequential(
+            ConvBN(4),
+            res=Residual(inner, ConvBN(4, relu=False), shortcut=own),
+            end=GlobalAvgPool(),
+            fc=Linear(classes),
+        )
+
+    names = [parameter.name for parameter in Network(model, (8, 8, 1), 2).params]
+    assert [name for name in names if name.endswith(".0.weight")] == [
+        "0.0.weight",
+        "side.0.weight",
+        "res.0.shortcut.0.weight",
+        "res.0.0.0.weight",
+        "res.0.1.0.weight",
+        "res.1.0.weight",
+    ]
+    assert names[-2:] == ["fc.weight", "fc.bias"]
+
+
+END = {"head": GlobalMaxPool, "fc": lambda: Linear(10)}
+SHARED = ConvBN(4)
+
+REFUSED: dict[str, tuple[Callable[[], Layer], str]] = {
+    "pooled away": (
+        lambda: Sequential(
+            a=ConvBN(4, pool=2), b=ConvBN(5, pool=2), c=ConvBN(6, pool=2), head=GlobalMaxPool(), fc=Linear(10)
+        ),
+        "c: ConvBN gets 1×2×5, and pooling its 1×2×6 leaves no pixel: leave out pool, or use larger images",
+    ),
+    "shortcut": (
+        lambda: Sequential(
+            res1=Residual(ConvBN(8, pool=2), ConvBN(8, relu=False)), head=GlobalMaxPool(), fc=Linear(10)
+        ),
+        "res1: Residual's body makes 3×4×8 of 7×8×1, its shortcut 7×8×1: give shortcut=ConvBN(…)",
+    ),
+    "no pooling": (
+        lambda: Sequential(stem=ConvBN(4), fc=Linear(10)),
+        "fc: Linear gets 7×8×4, not a vector: put GlobalMaxPool() or GlobalAvgPool() before it",
+    ),
+    "classes": (
+        lambda: Sequential(stem=ConvBN(4), head=GlobalMaxPool(), fc=Linear(7)),
+        "fc: the network makes 7 of images of 7×8×1, and there are 10 classes",
+    ),
+    "no end": (lambda: Sequential(stem=ConvBN(4)), "stem: the network makes 7×8×4 of images of 7×8×1"),
+    "pooled twice": (
+        lambda: Sequential(stem=ConvBN(4), a=GlobalMaxPool(), b=GlobalAvgPool(), fc=Linear(10)),
+        "b: GlobalAvgPool gets 4, not an image: pool once",
+    ),
+    "too late": (
+        lambda: Sequential(a=GlobalMaxPool(), b=ConvBN(4), fc=Linear(10)),
+        "b: ConvBN gets 1, not an image: put it before the global pooling",
+    ),
+    "even kernel": (
+        lambda: Sequential(stem=ConvBN(4, kernel=2), head=GlobalMaxPool(), fc=Linear(10)),
+        "stem: ConvBN(out=4, kernel=2, stride=1, pool=0): give at least one channel, an odd kernel",
+    ),
+    "pool of three": (
+        lambda: Sequential(stem=ConvBN(4, pool=3), head=GlobalMaxPool(), fc=Linear(10)),
+        "stem: ConvBN(out=4, kernel=3, stride=1, pool=3): give",
+    ),
+    "empty": (
+        lambda: Sequential(res=Residual(), head=GlobalMaxPool(), fc=Linear(10)),
+        "res: Residual() has no layers",
+    ),
+    "twice": (
+        lambda: Sequential(a=(same := ConvBN(4)), b=same, head=GlobalMaxPool(), fc=Linear(10)),
+        "a: one layer stands in two places (b too): make one for each",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Network(lambda *_: make(), (7, 8, 1), 10)
+
+
+def test_resnet9_on_small_images() -> None:
+    with pytest.raises(ValueError, match="images of 7×9: ResNet9 halves them three times: give 8×8 or more"):
+        Network(MODELS["resnet9"], (7, 9, 1), 10)
+    with pytest.raises(ValueError, match="variant 'best': choose one of baseline, avgpool"):
+        Network(MODELS["resnet9"], (28, 28, 1), 10, {"variant": "best"})
