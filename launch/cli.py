@@ -92,7 +92,8 @@ def evaluate(
         raise UserError(f"--limit-test {limit_test}: give 1 or more")
     found = load_model(checkpoint)
     test = mnist.load(data, limit_test=limit_test)
-    loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
+    images = test.test_images.reshape(-1, *found.model.shape)
+    loss, accuracy = run(found.model, images, test.test_labels, found.loss, SingleCommunicator())
     result = {
         "checkpoint": str(found.path),
         "data": test.name,

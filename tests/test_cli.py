@@ -87,7 +87,7 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     [
         (("evaluate", "nowhere"), "nowhere: no such file"),
         (("predict", "RUN", "nothing.png"), "nothing.png: no such file"),
-        (("predict", "RUN", "pyproject.toml"), "pyproject.toml: starts with"),
+        (("predict", "RUN", "pyproject.toml"), "pyproject.toml: is a text file"),
         (("evaluate", "RUN", "--limit-test", 0), "--limit-test 0"),
         (("evaluate", "tests"), "tests: holds no checkpoint"),
         (("nonsense",), "No such command 'nonsense'"),
