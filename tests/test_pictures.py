@@ -17,11 +17,12 @@ import pytest
 from conftest import environment, train, write_idx
 from PIL import Image, ImageFilter
 
-from distrib import mnist, pictures
-from distrib.digit import stroke_width
+from distrib.data import formats
+from distrib.pictures import files as pictures
+from distrib.pictures.digit import stroke_width
 from distrib.errors import UserError
-from distrib.pictures import kind_of
-from distrib.prepare import MOST_IMAGES, read_pictures
+from distrib.pictures.files import kind_of
+from distrib.pictures.prepare import MOST_IMAGES, read_pictures
 from launch.predict import predict
 
 
@@ -74,7 +75,7 @@ def test_each_condition_gives_a_centred_digit_of_mnist_size(condition: str, tmp_
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_pictures_made_like_mnist_are_not_changed(dark: bool, tmp_path: Path) -> None:
-    images = mnist.load(limit_test=200).test_images
+    images = formats.load(limit_test=200).test_images
     for i, pixels in enumerate(images):
         found = read_pictures(save(255 - pixels if dark else pixels, tmp_path / f"{i}.png"))
         assert np.array_equal(found.pixels[0], pixels)
@@ -82,7 +83,7 @@ def test_pictures_made_like_mnist_are_not_changed(dark: bool, tmp_path: Path) ->
 
 
 def test_a_large_picture_of_an_mnist_image_gives_it_back(tmp_path: Path) -> None:
-    images = mnist.load(limit_test=50).test_images
+    images = formats.load(limit_test=50).test_images
     apart = []
     for i, pixels in enumerate(images):
         large = Image.fromarray(255 - pixels).resize((224, 224), Image.Resampling.BICUBIC)
@@ -166,7 +167,7 @@ def test_as_is_only_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx_files_are_taken_as_they_are_and_dark_ones_inverted(suffix: str, tmp_path: Path) -> None:
-    images = mnist.load(limit_test=30).test_images
+    images = formats.load(limit_test=30).test_images
     for name, content, dark in (("white", images, False), ("black", 255 - images, True)):
         path = tmp_path / (name + suffix)
         write_idx(path, content)
@@ -252,7 +253,7 @@ def test_too_large_pictures_are_refused_unread(tmp_path: Path) -> None:
 
 
 def test_an_idx_file_that_unpacks_to_very_much_is_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("distrib.prepare.MOST_IMAGES", 10)
+    monkeypatch.setattr("distrib.pictures.prepare.MOST_IMAGES", 10)
     assert MOST_IMAGES >= 60_000
     write_idx(tmp_path / "many.gz", np.zeros((11, 28, 28), np.uint8))
     with pytest.raises(UserError, match="unpacks to more than 10 images"):
@@ -290,7 +291,7 @@ def test_a_png_read_in_strips_is_the_same(
 PEAK = """
 import sys
 from pathlib import Path
-from distrib.prepare import read_pictures
+from distrib.pictures.prepare import read_pictures
 from launch.measure import peak_bytes
 assert read_pictures(Path(sys.argv[1])).drawn.tolist() == [True]
 print(peak_bytes())
