@@ -48,7 +48,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: export PATH := $(CURDIR)/$(BIN):$(PATH)
-bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: half an hour
+bench: $(VENV)/.dev  ## docs/benchmarks.md's table, against PyTorch on two cores: half an hour
 	mpirun -n 2 distrib bench step --against torch
 	OMP_NUM_THREADS=2 distrib bench step --against torch
 	mpirun -n 2 distrib bench step --batch-size 8 --against torch

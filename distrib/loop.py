@@ -33,7 +33,7 @@ READ_EVERY = 32
 """Steps that a device may be ahead before its results are asked for, between logged steps too."""
 
 FEWEST_IMAGES = 4
-"""Images of a step that are worth a rank of their own on a host: the smallest share that BENCHMARKS.md measures."""
+"""Images of a step that are worth a rank of their own on a host: the fewest in docs/benchmarks.md."""
 
 
 def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:

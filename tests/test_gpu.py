@@ -1,5 +1,6 @@
-"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected, and GPU.md says what no
-GPU has seen.
+"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected.
+
+docs/gpu.md says what no GPU has seen.
 """
 
 from __future__ import annotations

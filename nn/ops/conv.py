@@ -224,7 +224,7 @@ def choose_algorithm(
     On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each
     position of its planes, and for its kernel, which is transformed and read from beyond the caches, as much
     as √(C·O)/8 more images' worth of tiles: where measured, both were then within 20 % of each other
-    (BENCHMARKS.md).
+    (docs/benchmarks.md).
     """
     for name, algorithm in backend.algorithms.items():
         if algorithm.supports(x_shape, w_shape, geometry, need_dx):
