@@ -18,9 +18,9 @@ from conftest import environment, train, write_idx
 from PIL import Image, ImageFilter
 
 from distrib.data import formats
+from distrib.errors import UserError
 from distrib.pictures import files as pictures
 from distrib.pictures.digit import stroke_width
-from distrib.errors import UserError
 from distrib.pictures.files import kind_of
 from distrib.pictures.prepare import MOST_IMAGES, read_pictures
 from launch.predict import predict
