@@ -131,7 +131,8 @@ class Meter:
         return images
 
     def read(self, images: int) -> dict[str, float | None]:
-        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are unknown."""
+        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are
+        unknown."""
         self.pause()
         laps = self._trainer.laps.seconds
         passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
@@ -166,7 +167,8 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     log_line(run, trainer.world, {"step": at.step, "epoch": epoch + 1}, result)
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
-        f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy {result['test_accuracy']:.2f} %"
+        f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy"
+        f" {result['test_accuracy']:.2f} %"
     )
     return result
 
@@ -181,8 +183,8 @@ def advice(world: World, config: Config) -> str | None:
     if world.size > 1 and world.size * blas_threads() >= cores:
         return None
     return (
-        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be faster:"
-        f" mpirun -n {best} python -m distrib.train …"
+        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be"
+        f" faster: mpirun -n {best} python -m distrib.train …"
     )
 
 
@@ -274,7 +276,8 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
 
 @contextmanager
 def verdict_of(world: World) -> Iterator[None]:
-    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends the job."""
+    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends
+    the job."""
     try:
         yield
     except UserError:  # all ranks have it

@@ -91,7 +91,8 @@ class Trainer:
         self.warps = (
             xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
         )
-        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see `averaged`
+        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see
+        # `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
         self.at = Position(images_per_rank=[0] * world.size)
@@ -174,7 +175,8 @@ class Trainer:
                 self.compute(*kind)
 
     def waiting(self, what: str) -> Any:
-        """Context of a wait for a device, which another rank's failure may make endless; on the host nothing."""
+        """Context of a wait for a device, which another rank's failure may make endless; on the host
+        nothing."""
         return nullcontext() if self.world.backend.on_host else self.world.watchdog.waiting(what)
 
     def compute(self, start: int, n: int, count: int) -> None:
@@ -228,7 +230,8 @@ class Trainer:
     def averaged(self, share: float | None = None) -> Iterator[None]:
         """Context in which the model has the averaged weights, where the run averages them.
 
-        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or by `share`.
+        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or
+        by `share`.
         """
         if not self.averages:
             yield
@@ -247,7 +250,8 @@ class Trainer:
             self.params.refresh()
 
     def capturable(self) -> bool:
-        """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
+        """Whether all convolutions of the last step were forms of the device's own, which a graph can
+        hold."""
         return self.model.capturable()
 
     def lr(self) -> float:
@@ -257,8 +261,8 @@ class Trainer:
     def read_results(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
         """Take in the results of all steps so far; `then` is called with the last one's.
 
-        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by now; those
-        since are on their way to the host until the next.
+        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by
+        now; those since are on their way to the host until the next.
         """
         assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
         first = (self.at.step - len(self.unread)) % self.steps_per_epoch
@@ -277,7 +281,8 @@ class Trainer:
         counts: list[int],
         then: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its epoch."""
+        """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its
+        epoch."""
         with self.world.watchdog.waiting("the device's results"):
             rows = copy()
         for i, count in enumerate(counts):
@@ -302,7 +307,8 @@ class Trainer:
         )
 
     def save(self, run: Run | None) -> None:
-        """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0 writes."""
+        """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0
+        writes."""
         at = asdict(self.at)
         at["wall_seconds"] = self.wall_seconds()
         at["images_per_rank"] = self.images_per_rank()

@@ -1,8 +1,10 @@
-"""What tests need beyond `make`'s virtual environment: checked here alone, and said once at the end of the run.
+"""What tests need beyond `make`'s virtual environment: checked here alone, and said once at the end of the
+run.
 
-`@pytest.mark.needs("g++")` on a test or a module, or `require("g++")` inside one. Where the need is not met the test
-is skipped, and the last lines of the run say how many were and which package brings it; with DISTRIB_TEST_ALL=1 in
-the environment, as `.ci/run` sets it, the test fails instead. No test skips by other means (test_layout.py).
+`@pytest.mark.needs("g++")` on a test or a module, or `require("g++")` inside one. Where the need is not met
+the test is skipped, and the last lines of the run say how many were and which package brings it; with
+DISTRIB_TEST_ALL=1 in the environment, as `.ci/run` sets it, the test fails instead. No test skips by other
+means (test_layout.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The moving average of the weights is what is evaluated and saved; training goes on from the weights themselves."""
+"""The moving average of the weights is what is evaluated and saved; training goes on from the weights
+themselves."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ def of_rank(rank: int, size: int) -> Any:
 
 @pytest.mark.parametrize(("size", "dtype"), [(1, "float32"), (2, "float32"), (3, "float64"), (5, "float32")])
 def test_values(size: int, dtype: str) -> None:
-    """Closed form, the sum of all ranks' values, exact also across a part's end; what is off is counted and named."""
+    """Closed form, the sum of all ranks' values, exact also across a part's end; what is off is counted and
+    named."""
     count, values = PART + 300, [Values(of_rank(rank, size), dtype) for rank in range(size)]
     filled = [np.empty(count, dtype) for _ in values]
     for own, x in zip(values, filled, strict=True):

@@ -1,7 +1,8 @@
-"""Every way a rank can fail: the job ends within a bound, non-zero, nothing is left running, and the right rank is named.
+"""Every way a rank can fail: the job ends within a bound, non-zero, nothing is left running, and the right
+rank is named.
 
-Faults are put into a random rank at a random step of a real run of several ranks; FAULT_ROUNDS in the environment asks
-for more rounds than the few of a quick pass (`make soak`).
+Faults are put into a random rank at a random step of a real run of several ranks; FAULT_ROUNDS in the
+environment asks for more rounds than the few of a quick pass (`make soak`).
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     verdict = json.loads((folder / "failure.json").read_text())
     assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
     assert verdict["host"] == os.uname().nodename
-    # what a rank that was killed had said last may be a second old; a corrupted one is found out some steps later
+    # what a rank that was killed had said last may be a second old; a corrupted one is found out some steps
+    # later
     assert verdict["step"] <= step + 3
     assert verdict["step"] >= step or fault in ("killed", "dies", "stopped")
     wait_for(lambda: not left_running(folder), f"nothing of {folder} is left running")
@@ -165,11 +167,13 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
         "runs other code than rank 0: install the same version everywhere",
     ),
     "data": (
-        "plain = formats.load; formats.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
+        "plain = formats.load; formats.load = lambda *given:"
+        " replace(found := plain(*given), train_images=255 - found.train_images)",
         "reads other data than rank 0: give all the same files",
     ),
     "steps": (
-        "plain = Trainer.__init__; Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
+        "plain = Trainer.__init__;"
+        " Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
         "buckets for 7 steps, rank 0 float32",
     ),
     "buckets": (
@@ -213,7 +217,8 @@ def test_singletons_are_recognised(tmp_path: Path) -> None:
 
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
-    """A signal to one rank that waits for another is heard while it waits, and all stop after the same step."""
+    """A signal to one rank that waits for another is heard while it waits, and all stop after the same
+    step."""
     script = at(1, 9, pause(tmp_path / "go on"))
     folder = tmp_path / "run"
     mpirun = Path(sys.executable).with_name("mpirun")
@@ -235,7 +240,8 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 85
     found = summary(folder)
-    # the step at hand, number 10, was told before the signal came: the request travels with the next one's gradient
+    # the step at hand, number 10, was told before the signal came: the request travels with the next one's
+    # gradient
     assert (found["steps"], found["finished"]) == (11, False)
 
 

@@ -1,4 +1,5 @@
-"""From the same weights, in the same order, our float32 training follows PyTorch's as far as rounding allows."""
+"""From the same weights, in the same order, our float32 training follows PyTorch's as far as rounding
+allows."""
 
 from __future__ import annotations
 

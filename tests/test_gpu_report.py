@@ -1,4 +1,5 @@
-"""`make test-gpu` on a machine without a GPU: it says so; and every command that it would run is one that exists."""
+"""`make test-gpu` on a machine without a GPU: it says so; and every command that it would run is one that
+exists."""
 
 from __future__ import annotations
 

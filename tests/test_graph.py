@@ -80,7 +80,8 @@ AUGMENTED = {"shift": 2.0, "rotate": 15.0, "average": 0.5}
     ],
 )
 def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, optimizer: dict) -> None:
-    """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a graph."""
+    """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a
+    graph."""
     found = []
     for graph in (True, False):
         with device(precision) as backend:
@@ -333,7 +334,8 @@ from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 rng = np.random.default_rng(1)
-data = make("random", *[(rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8))] * 2, least=10)
+part = rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)
+data = make("random", part, part, least=10)
 
 def train(alone, graph):
     with device("float32") as backend:
@@ -341,9 +343,11 @@ def train(alone, graph):
             comm, control = SingleCommunicator(), SingleControl()
         else:
             nccl = CapturedNccl(world, backend.cuda, [])
-            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"), BRANCH and backend.side_stream), world
+            side, zero = BRANCH and backend.side_stream, lambda: backend.xp.zeros(1, "float32")
+            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, side), world
         options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
-        trainer = Trainer(Config(**options, cuda_graph=graph), World(comm, control, backend, "", watchdog, [""] * comm.size), data)
+        all_ranks = World(comm, control, backend, "", watchdog, [""] * comm.size)
+        trainer = Trainer(Config(**options, cuda_graph=graph), all_ranks, data)
         trainer.reducer = Reducer(trainer.params, comm, trainer.config.gradients, bucket_bytes=1 << 12)
         plain = trainer.reducer.ready
         trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))

@@ -74,7 +74,8 @@ def test_no_skip_but_by_needs(path: Path) -> None:
 
 
 def imported_files(path: Path) -> set[Path]:
-    """Our files that a file imports anywhere, inside functions too; for type checkers alone does not count."""
+    """Our files that a file imports anywhere, inside functions too; for type checkers alone does not
+    count."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":

@@ -1,7 +1,8 @@
 """A job that is suspended and continued goes on as if nothing had been, however long it stood still.
 
-Slurm's gang scheduling and `scontrol suspend`, Ctrl-Z and fg, a laptop's lid: all stop the ranks of a job, and often
-mpirun too, longer than --timeout. SUSPEND_ROUNDS in the environment asks for a campaign of many (`make soak`).
+Slurm's gang scheduling and `scontrol suspend`, Ctrl-Z and fg, a laptop's lid: all stop the ranks of a job,
+and often mpirun too, longer than --timeout. SUSPEND_ROUNDS in the environment asks for a campaign of many
+(`make soak`).
 """
 
 from __future__ import annotations

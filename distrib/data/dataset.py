@@ -84,8 +84,8 @@ def make(
 ) -> Dataset:
     """A data set of (images, labels) twice, checked; UserError names the array and what is wrong with it.
 
-    Images are uint8 (N, H, W, C), or (N, H, W) of one channel. Without `class_names` there are as many classes
-    as the training labels have, `least` at least, named by their numbers.
+    Images are uint8 (N, H, W, C), or (N, H, W) of one channel. Without `class_names` there are as many
+    classes as the training labels have, `least` at least, named by their numbers.
     """
     parts = []
     for part, (images, labels) in (("training", train), ("test", test)):

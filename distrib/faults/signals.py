@@ -1,4 +1,5 @@
-"""Requests to stop, heard at once: also while the main thread sits in a collective, where Python's handlers do not run."""
+"""Requests to stop, heard at once: also while the main thread sits in a collective, where Python's handlers
+do not run."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @contextmanager
 def listening(trainer: Trainer) -> Iterator[None]:
-    """SIGUSR1, SIGTERM, SIGHUP and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same step.
+    """SIGUSR1, SIGTERM, SIGHUP and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same
+    step.
 
-    The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks SIGTERM
-    may also be the launcher's, after a rank has died: if one of this host has, that is said, and nothing is waited for.
-    A second Ctrl-C ends the process at once. SIGHUP stays ignored where it was, as nohup wants it.
+    The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks
+    SIGTERM may also be the launcher's, after a rank has died: if one of this host has, that is said, and
+    nothing is waited for. A second Ctrl-C ends the process at once. SIGHUP stays ignored where it was, as
+    nohup wants it.
 
     Afterwards all of them stay ignored, for the process ends: a late one must not change its exit code.
     """
@@ -57,7 +60,8 @@ def _hear(ear: int, trainer: Trainer) -> None:
 
 
 def _look_for_the_dead(trainer: Trainer) -> None:
-    """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for it."""
+    """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for
+    it."""
     watchdog = trainer.world.watchdog
     watchdog.publish(now=True, state=TOLD_TO_STOP)
     if verdict := watchdog.ask(lambda board: board.dead_neighbour()):

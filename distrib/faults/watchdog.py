@@ -47,12 +47,13 @@ class Wait:
 
 
 class Watchdog:
-    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check fails.
+    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check
+    fails.
 
-    A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are calls
-    that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous errors.
-    A second thread writes to `board`, once there is one, and asks it which rank keeps the others waiting, so that
-    a file system that hangs cannot stop the clock.
+    A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are
+    calls that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous
+    errors. A second thread writes to `board`, once there is one, and asks it which rank keeps the others
+    waiting, so that a file system that hangs cannot stop the clock.
 
     Time in which the watchdog itself did not run is no waiting time: a job that is suspended and continued
     (Slurm's gang scheduling, Ctrl-Z, a laptop's lid) waits no longer than it ran.
@@ -104,7 +105,8 @@ class Watchdog:
                 self.publish()
 
     def ask(self, question: Callable[[Board], Any]) -> Any:
-        """What the board answers, within a few seconds; None where there is none, or its files cannot be had."""
+        """What the board answers, within a few seconds; None where there is none, or its files cannot be
+        had."""
         board, answers, done = self.board, list[Any](), threading.Event()
         if board is None:
             return None
@@ -127,8 +129,8 @@ class Watchdog:
                 wait.seconds += min(now - before, 2 * TICK)
                 if wait.seconds > wait.limit and self._lasts(wait):
                     self._expire(
-                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has stopped or"
-                        " is too slow; see its log, or raise --timeout"
+                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has stopped"
+                        " or is too slow; see its log, or raise --timeout"
                     )
             before = now
             with self._checking:
@@ -195,7 +197,8 @@ LAUNCHER_GRACE = 8
 def end_launcher(seconds: int) -> None:
     """Kill the launcher's process above this one, if it is still there after a while.
 
-    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left alone.
+    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left
+    alone.
     """
     pid, name = parent()
     if name in LAUNCHERS:
@@ -211,9 +214,11 @@ def end_launcher(seconds: int) -> None:
 
 @contextmanager
 def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python run.
+    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python
+    run.
 
-    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are free.
+    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are
+    free.
     """
     pid = os.getpid()
     script = (

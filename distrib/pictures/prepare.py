@@ -34,7 +34,8 @@ class Pictures:
 
 
 def read_pictures(path: Path, as_is: bool = False) -> Pictures:
-    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at most."""
+    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at
+    most."""
     found = read_sheets(path, (lambda sheet: scaled(sheet, (SIDE, SIDE, 1))) if as_is else prepare)
     if found is None:
         return read_idx(path, as_is)

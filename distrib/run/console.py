@@ -46,7 +46,8 @@ class Unfailing(io.FileIO):
 
 
 def secure_output() -> None:
-    """From here on printing never fails, and no file of the run takes the number of a standard stream that is closed.
+    """From here on printing never fails, and no file of the run takes the number of a standard stream that is
+    closed.
 
     A terminal without UTF-8 gets "?" for what it cannot show.
     """
