@@ -54,7 +54,8 @@ def guard_layout(trainer: Trainer) -> None:
         if other != everyone[0]:
             raise UserError(
                 f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets"
-                f" for {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for {everyone[0][3]}:"
+                f" for {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for"
+                f" {everyone[0][3]}:"
                 " start all ranks alike"
             )
 

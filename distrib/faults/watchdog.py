@@ -129,8 +129,8 @@ class Watchdog:
                 wait.seconds += min(now - before, 2 * TICK)
                 if wait.seconds > wait.limit and self._lasts(wait):
                     self._expire(
-                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has stopped"
-                        " or is too slow; see its log, or raise --timeout"
+                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has"
+                        " stopped or is too slow; see its log, or raise --timeout"
                     )
             before = now
             with self._checking:
