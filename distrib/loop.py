@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from distrib import state
 from distrib.checks import compare_replicas, guard, guard_layout
 from distrib.comm.world import World, connect
 from distrib.config import Config
@@ -43,15 +44,15 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
     screen.start(trainer.steps, trainer.at.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
-        while trainer.at.step < trainer.limit and not trainer.stopped:
+        while trainer.at.step < trainer.limit and not trainer.results.stopped:
             epoch = trainer.at.step // trainer.steps_per_epoch
             train_epoch(trainer, epoch, run, screen)
             whole = trainer.at.step % trainer.steps_per_epoch == 0
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
-            trainer.save(run)
+            state.save(trainer, run)
     finally:
         screen.close()
-    if not result and not trainer.stopped:
+    if not result and not trainer.results.stopped:
         result = {**trainer.at.last_epoch, **trainer.test()}
     return trainer.summary(result)
 
@@ -64,7 +65,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         world.watchdog.step = at.step + 1
         lr = trainer.lr()
         trainer.step()
-        meter.count(trainer.unread[-1])
+        meter.count(trainer.results.unread[-1])
 
         last, end = s == trainer.steps_per_epoch - 1, at.step >= trainer.limit
         log = at.step % config.log_every == 0 or last
@@ -72,22 +73,22 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         now = world.backend.on_host or last or save or end  # else a device is not waited for
         if log:
             line = {"step": at.step, "epoch": epoch + 1, "lr": lr}
-            trainer.read_results(now, partial(log_step, run, world, line, meter, meter.take()))
-        elif now or len(trainer.unread) == READ_EVERY:
-            trainer.read_results(now)
+            trainer.results.read(now, partial(log_step, run, world, line, meter, meter.take()))
+        elif now or len(trainer.results.unread) == READ_EVERY:
+            trainer.results.read(now)
         if screen.due():
-            screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
+            screen.progress(at.step, epoch, trainer.results.last["loss"], meter.rate())
         if config.check_every and (
-            at.step % config.check_every == 0 or save or last or end or trainer.stopped
+            at.step % config.check_every == 0 or save or last or end or trainer.results.stopped
         ):
             compare_replicas(trainer)
-        if save and not trainer.stopped:
+        if save and not trainer.results.stopped:
             meter.pause()
-            trainer.save(run)
+            state.save(trainer, run)
             meter.resume()
-        if end or trainer.stopped:
+        if end or trainer.results.stopped:
             break
-    trainer.read_results()  # a stop is heard with steps on their way
+    trainer.results.read()  # a stop is heard with steps on their way
     meter.pause()
 
 
@@ -237,7 +238,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
     changed: list[str] = []
     with world.agree():
         if saved:
-            changed = trainer.restore(saved)
+            changed = state.restore(trainer, saved)
     with world.agree():
         if run:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.about())
@@ -247,7 +248,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
             if note:
                 screen.say(f"note: {note}")
         if saved:
-            screen.say(f"going on from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
+            screen.say(f"resuming from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
     guard_layout(trainer)
@@ -261,7 +262,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
     with listening(trainer), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
-        trainer.saved(run)  # and verified before anyone counts on it
+        state.wait_for_save(trainer, run)  # and verified before anyone counts on it
         logits = world.allgather(trainer.logits, "the logits of the test images")
         with world.agree():
             if run:
@@ -271,7 +272,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         world.watchdog.ask(lambda board: board.publish(now=True, step=trainer.at.step, state="finished"))
         trainer.close()
     world.watchdog.board = None
-    return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
+    return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def save(
         for repeat in range(repeats + 1):  # the first warms up
             without = steps()["seconds"]
             begin = time.perf_counter()
-            trainer.save(run)
+            state.save(trainer, run)
             waited = time.perf_counter() - begin
             beside = steps()["seconds"]
             with world.agree():

@@ -29,8 +29,8 @@ def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict
     trainer.begin_epoch(0, order)
     for _ in range(STEPS):
         trainer.step()
-        trainer.read_results()
-        found.append(trainer.results["loss"])
+        trainer.results.read()
+        found.append(trainer.results.last["loss"])
     return np.array(found), initial
 
 

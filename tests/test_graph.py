@@ -60,8 +60,8 @@ def steps(trainer: Trainer, count: int) -> list[float]:
     losses: list[float] = []
     for _ in range(count):
         trainer.step()
-        trainer.read_results(wait=False, then=lambda results: losses.append(results["loss"]))
-    trainer.read_results()
+        trainer.results.read(wait=False, then=lambda results: losses.append(results["loss"]))
+    trainer.results.read()
     return losses[:count]
 
 
@@ -136,7 +136,7 @@ def test_the_host_waits_for_nothing() -> None:
         assert sync_count() == 0
         assert trainer.graphs is not None
         assert trainer.graphs.replays == 5
-        trainer.read_results()
+        trainer.results.read()
         assert sync_count() == 1
 
 
@@ -233,12 +233,12 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(trainer, "step", stop_at_ten)
         distrib.loop.train_epoch(trainer, 0, None, screen)
-        assert trainer.stopped
+        assert trainer.results.stopped
         assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
         assert trainer.at.images == 8 * trainer.at.step, (
             "the checkpoint that follows needs the results of every step"
         )
-        assert not trainer.copies
+        assert not trainer.results.copies
 
 
 def captured(backend: DoubleBackend, **options: Any) -> list[Any]:
@@ -263,7 +263,7 @@ def test_nan_is_not_lost_on_its_way(layer: str, average: bool) -> None:
         trainer.model.load_state_dict(weights)
         trainer.step()
         with pytest.raises(UserError, match="the loss is nan at step 1"):
-            trainer.read_results()
+            trainer.results.read()
 
 
 def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

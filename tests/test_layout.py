@@ -14,7 +14,6 @@ pytestmark = pytest.mark.quick
 LEVEL = {"nn": 0, "distrib": 1, "launch": 2}
 LONGEST = 420
 TO_SPLIT = {  # formatting showed that they are longer
-    "distrib/trainer.py",
     "launch/bench_allreduce.py",
     "launch/doctor.py",
     "launch/reproduce.py",

@@ -151,7 +151,7 @@ def train(comm, control):
     trainer.reducer.ready = lambda parameter: (cuda.touch(), plain(parameter))
     for _ in range(4):  # the last batch has 2 images: two of four ranks have none
         trainer.step()
-    trainer.read_results()
+    trainer.results.read()
     return STRICT.to_host(trainer.params.values), trainer.at.loss_sum
 
 together, loss = train(comm, world)

@@ -194,7 +194,7 @@ def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path,
     assert not state["finished"]
     assert 5 <= state["steps"] < 200
     assert job.end() == ("COMPLETED", "0:0"), job.log
-    assert f"going on from step-{state['steps']:08d}" in job.log
+    assert f"resuming from step-{state['steps']:08d}" in job.log
     assert not set(job.log) & set(CONTROL)
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
     assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
