@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distrib import state
 from distrib.comm.world import connect
 from distrib.config import build
 from distrib.data import formats
