@@ -126,7 +126,8 @@ def build(loaded: Loaded) -> ModelProto:
         producer_name="distrib",
         producer_version=distrib.__version__,
         doc_string=f"ResNet-9. images: float32 N×{c}×{h}×{w}, white on black, scaled to [0, 1]."
-        f" logits: N×{classes}, one for each digit; probabilities are their {after}, which is left to the caller.",
+        f" logits: N×{classes}, one for each digit; probabilities are their {after},"
+        " which is left to the caller.",
     )
     helper.set_model_props(made, description(loaded))
     return made
