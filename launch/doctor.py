@@ -61,7 +61,7 @@ ANSWER = 30.0
 """Seconds that `mpirun --version` may take: a busy machine is no broken one."""
 MARK = "distrib-doctor "
 LAST_WORDS = 5.0
-"""Seconds to read on after the child's end: a process that it left behind may hold its output open for longer."""
+"""Seconds to read on after the child's end: what it left behind may hold its output open for longer."""
 MOST_SAID = 2000
 """Letters of a finding that are shown."""
 
