@@ -11,7 +11,7 @@ import typer
 
 import distrib  # first: it sets the number of BLAS threads before NumPy is imported
 from distrib.train import run_app, train_command
-from launch.entry import one_process
+from launch.entry import number, one_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +74,7 @@ def options(
 def evaluate(
     checkpoint: Model,
     data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="Use only the first N test images.")] = None,
+    limit_test: Annotated[int | None, number("--limit-test", "Use only the first N test images.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and loss of a checkpoint on the test set.
@@ -83,13 +83,10 @@ def evaluate(
     """
     from distrib.data import idx as mnist
     from distrib.comm.base import SingleCommunicator
-    from distrib.errors import UserError
     from distrib.evaluate import evaluate as run
-    from launch.records import shown
-    from launch.runs import load_model
+    from launch.report.records import shown
+    from launch.report.runs import load_model
 
-    if limit_test is not None and limit_test < 1:
-        raise UserError(f"--limit-test {limit_test}: give 1 or more")
     found = load_model(checkpoint)
     test = mnist.load(data, limit_test=limit_test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
@@ -110,20 +107,24 @@ def evaluate(
 
 
 def _add_commands() -> None:
-    from launch import bench
+    from launch.bench.app import app as bench
+    from launch.bench.gpu_report import gpu_report
+    from launch.bench.scale import scale
     from launch.doctor import doctor
     from launch.export import export
     from launch.predict import predict
-    from launch.report import report
-    from launch.reproduce import reproduce
-    from launch.scale import scale
+    from launch.report.page import report
+    from launch.report.reproduce import reproduce
     from launch.submit import submit
+    from launch.torch_peer.train import torch_train
     from launch.verdict import verdict
     from launch.watch import watch
 
     for command in (one_process(predict), watch, report, export, reproduce, scale, doctor, submit, verdict):
         app.command()(command)
-    app.add_typer(bench.app, name="bench")
+    app.add_typer(bench, name="bench")
+    for command in (torch_train, gpu_report):  # for reproduce and make
+        app.command(hidden=True)(command)
 
 
 _add_commands()

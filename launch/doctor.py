@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
@@ -44,7 +43,8 @@ from distrib.data import idx as mnist
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
 from distrib.run.console import on_terminal
-from launch.bench_allreduce import Values
+from launch.bench.sums import Values
+from launch.machine import devices
 from nn.cuda.backend import cupy_version, import_cupy
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -182,23 +182,6 @@ def cupy() -> Finding:
         for number in (runtime.runtimeGetVersion(), runtime.driverGetVersion())
     )
     return Finding(OK, f"{cupy_version()} with CUDA {ours}; driver {driver()}, for CUDA {drivers}")
-
-
-@functools.cache
-def devices() -> list[tuple[str, str]]:
-    """Name and UUID of each visible GPU; none where CuPy or a GPU is missing."""
-    try:
-        runtime = import_cupy().cuda.runtime
-    except RuntimeError:
-        return []
-    about = [runtime.getDeviceProperties(device) for device in range(runtime.getDeviceCount())]
-    return [
-        (
-            each["name"].decode(),
-            f"GPU-{uuid.UUID(bytes=raw)}" if len(raw := each["uuid"]) == 16 else f"GPU-{raw.hex()}",
-        )
-        for each in about
-    ]
 
 
 def gpus() -> Finding:

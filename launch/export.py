@@ -16,9 +16,9 @@ from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
 from launch.entry import one_process
-from launch.plots import require, require_place, write
-from launch.records import shown
-from launch.runs import load_model
+from launch.report.plots import require, require_place, write
+from launch.report.records import shown
+from launch.report.runs import load_model
 from nn.layer import Layer
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, GlobalPool, Linear, Residual, Sequential
 from nn.ops.norm import EPS
@@ -126,7 +126,8 @@ def build(loaded: Loaded) -> ModelProto:
         producer_name="distrib",
         producer_version=distrib.__version__,
         doc_string=f"ResNet-9. images: float32 N×{c}×{h}×{w}, white on black, scaled to [0, 1]."
-        f" logits: N×{classes}, one for each digit; probabilities are their {after}, which is left to the caller.",
+        f" logits: N×{classes}, one for each digit; probabilities are their {after}, which is left to the"
+        " caller.",
     )
     helper.set_model_props(made, description(loaded))
     return made

@@ -1,4 +1,4 @@
-"""`distrib predict`: the digit in each image, in a line, as a drawing beside its probabilities, or as JSON."""
+"""`distrib predict`: the digit in each image, as a line, a drawing beside its probabilities, or JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST_BAR = 30
 
 
 def has_shades(console: Console) -> bool:
-    """Whether half blocks in shades of grey can be shown: on a terminal of 256 colours or more that takes UTF-8."""
+    """Whether half blocks in shades of grey can be shown: on a UTF-8 terminal of 256 colours or more."""
     return (
         console.color_system in ("256", "truecolor")
         and not console.no_color
@@ -77,7 +77,7 @@ def printable(text: str) -> str:
 
 
 def line(result: dict[str, Any], top: int) -> str:
-    """FILE: 7  99.1 %, then the next most probable of `top` digits in all, and whether the image was inverted."""
+    """FILE: 7  99.1 %, then the next of `top` most probable digits, and whether the image was inverted."""
     name = printable(result["image"])
     if result["digit"] is None:
         return f"{name}: nothing drawn"
@@ -118,7 +118,7 @@ def predict(
     is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    from launch.measure import refuse_launcher
+    from launch.machine import refuse_launcher
 
     if not 1 <= top <= 10:
         raise UserError(f"--top {top}: give 1 to 10")

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, environment, run, write_idx
 
 from distrib.data import idx as mnist
-from launch import doctor
+from launch import doctor, machine
 from launch.doctor import FAILURE, OK, WARNING, Facts, Finding, look, merge
 
 PROGRAM = """
@@ -346,7 +346,10 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             "uuid": bytes(range(16)) if device == 0 else b"\xab\xcd",
         },
     )
-    monkeypatch.setattr(doctor, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    for module in (doctor, machine):
+        monkeypatch.setattr(
+            module, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+        )
     monkeypatch.setattr(doctor, "cupy_version", lambda: "14.2.0")
     monkeypatch.setattr(doctor, "driver", lambda: "580.65.06")
     monkeypatch.setattr(
@@ -374,7 +377,8 @@ def test_a_driver_that_cupy_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise RuntimeError("CuPy 14 sees no GPU (cudaErrorInsufficientDriver)")
 
-    monkeypatch.setattr(doctor, "import_cupy", missing)
+    for module in (doctor, machine):
+        monkeypatch.setattr(module, "import_cupy", missing)
     monkeypatch.setattr(doctor, "driver", lambda: "")
     assert doctor.cupy().state == OK
     monkeypatch.setattr(doctor, "driver", lambda: "470.82")
