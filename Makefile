@@ -50,7 +50,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: export PATH := $(CURDIR)/$(BIN):$(PATH)
-bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: half an hour
+bench: $(VENV)/.dev  ## docs/benchmarks.md's table, against PyTorch on two cores: half an hour
 	mpirun -n 2 distrib bench step --against torch
 	OMP_NUM_THREADS=2 distrib bench step --against torch
 	mpirun -n 2 distrib bench step --batch-size 8 --against torch
@@ -61,7 +61,7 @@ bench: $(VENV)/.dev  ## BENCHMARKS.md's table, against PyTorch on two cores: hal
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --against torch
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --width 0.125 --against torch
 	mpirun -n 2 distrib bench allreduce
-	distrib bench run --recipe demo --repeats 5 --against torch
+	distrib bench run --recipe demo --shift 0 --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 
 soak: export PATH := $(CURDIR)/$(BIN):$(PATH)

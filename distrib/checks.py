@@ -8,14 +8,14 @@ from dataclasses import asdict
 
 from distrib.comm.world import World
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.faults.watchdog import Failure
 from distrib.run.folder import code_digest
 from distrib.trainer import Trainer
 
 
-def guard(world: World, config: Config, data: mnist.Dataset) -> None:
+def guard(world: World, config: Config, data: Dataset) -> None:
     """UserError where the ranks were started with different options, run different code or read different data."""
     mine = {"options": asdict(config), "data": data.digest(), "code": code_digest()}
     everyone = world.allgather(mine, "the comparison of configurations")

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.files import expanded, fits, shown
 from nn.ops.loss import LOSSES
@@ -30,16 +31,17 @@ CHOICES = {
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "epochs": 1,
-        "limit_train": 26000,
-        "batch_size": 64,
+        "limit_train": 30000,
+        "batch_size": 128,
         "optimizer": "sgd",
-        "lr": 0.1,
+        "lr": 0.2,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 5e-3,
         "label_smoothing": 0.1,
         "schedule": "onecycle",
         "width": 0.125,
+        "shift": 1.0,
         "log_every": 20,
     },
     "fast99": {
@@ -138,7 +140,10 @@ class Config:
     precision: str = option("float32", "float32, float64, and on a GPU tf32 or bf16.")
     backend: str = option("auto", "numpy, cupy, or auto: cupy if every rank has a GPU.")
     comm: str = option("auto", "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none alone.")
-    data: str | None = option(None, "Folder with four IDX files, gzipped or not; without it, MNIST.")
+    data: str | None = option(
+        None,
+        "A folder of IDX, CIFAR or picture files, an .npz file, or synthetic:NxHxWxC:K; without it, MNIST.",
+    )
     limit_train: int | None = option(None, "Use only the first N training images.")
     limit_test: int | None = option(None, "Use only the first N test images.")
     seed: int = option(0, "Seed of weights and data order.")
@@ -201,7 +206,6 @@ class Config:
             self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
         for name in ("momentum", "label_smoothing", "average"):
             self._require(name, getattr(self, name) < 1, "give less than 1")
-        self._require("shift", self.shift < 28, "give less than the 28 pixels of an image")
         self._require("rotate", self.rotate <= 180, "give 180 or less")
         for name in sorted({name for optimizer in OPTIMIZERS.values() for name in optimizer.options}):
             owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
@@ -240,15 +244,15 @@ class Config:
         warmup = round(self.warmup_epochs * steps_per_epoch)
         return learning_rate(self.schedule, self.lr, step, steps_per_epoch * self.epochs, warmup)
 
-    def resolve(
-        self, size: int, train_images: int, test_images: int, stored: dict[str, Any] | None = None
-    ) -> Config:
+    def resolve(self, size: int, data: Dataset, stored: dict[str, Any] | None = None) -> Config:
         """The global batch for `size` ranks and limits within the data; UserError where they do not fit.
 
         A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
         """
         config, fewer = self, dict[str, Any]()
-        for name, have in (("limit_train", train_images), ("limit_test", test_images)):
+        side = min(data.shape[:2])
+        self._require("shift", self.shift < side, f"give less than the {side} pixels of an image")
+        for name, have in (("limit_train", len(data.train_images)), ("limit_test", len(data.test_images))):
             limit = getattr(self, name)
             if isinstance(limit, Cap):
                 fewer[name] = Cap(min(limit, have))

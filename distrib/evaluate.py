@@ -25,6 +25,7 @@ def infer(model: Network, images: Array, labels: Array, start: int, stop: int) -
     """Logits (n, classes) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
     xp, n = model.backend.xp, stop - start
     x, y = model.buffers.image("input", (n, *model.shape)), model.buffers.persistent("labels", (n,), LABELS)
+    images = images.reshape(len(images), *model.shape)
     source = Source(images, labels, xp.arange(start, stop, dtype=np.int32))
     gather_batch(x, y, source, xp.zeros(1, np.int64), n, 0)
     return model.forward(x, StepContext(training=False)), y

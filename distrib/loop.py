@@ -17,7 +17,8 @@ import numpy as np
 from distrib.checks import compare_replicas, guard, guard_layout
 from distrib.comm.world import World, connect
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data import formats
+from distrib.data.dataset import Dataset
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.faults.heartbeat import REFUSED, Board
 from distrib.faults.signals import listening
@@ -26,12 +27,13 @@ from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
+from nn.layer import text
 
 READ_EVERY = 32
 """Steps that a device may be ahead before its results are asked for, between logged steps too."""
 
 FEWEST_IMAGES = 4
-"""Images of a step that are worth a rank of their own on a host: the smallest share that BENCHMARKS.md measures."""
+"""Images of a step that are worth a rank of their own on a host: the fewest in docs/benchmarks.md."""
 
 
 def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def advice(world: World, config: Config) -> str | None:
     )
 
 
-def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Trainer, run_dir: Path) -> None:
+def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer, run_dir: Path) -> None:
     """The resolved configuration, world, backend and data."""
     world = trainer.world
     shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
@@ -196,7 +198,8 @@ def start_table(screen: Screen, config: Config, data: mnist.Dataset, trainer: Tr
             "run folder": run_dir,
             "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
             "chosen": world.reason,
-            "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images",
+            "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
+            f" {text(data.shape)} pixels, {data.classes} classes",
             "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
         },
     )
@@ -218,26 +221,27 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
     screen = Screen(active=world.rank == 0)
     stored, saved = None, None
     with world.agree():
-        data = mnist.load(config.data, config.limit_train, config.limit_test)
+        data = formats.load(config.data, config.limit_train, config.limit_test)
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
     with world.agree():
-        config = config.resolve(world.size, len(data.train_images), len(data.test_images), stored)
+        config = config.resolve(world.size, data, stored)
     guard(world, config, data)
     with world.agree():
         saved = run.open(config) if run else None
     saved = world.broadcast(saved, "the checkpoint")
-    trainer = Trainer(config, world, data)
+    with world.agree():
+        trainer = Trainer(config, world, data)
     changed: list[str] = []
     with world.agree():
         if saved:
             changed = trainer.restore(saved)
     with world.agree():
         if run:
-            run.prepare(config, saved, {**trainer.environment(), "world_size": world.size})
+            run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.about())
     if run:
         start_table(screen, config, data, trainer, run.path)
-        for note in [*run.notes, *world.backend.notes, advice(world, config)]:
+        for note in [*run.notes, *data.notes(), *world.backend.notes, advice(world, config)]:
             if note:
                 screen.say(f"note: {note}")
         if saved:

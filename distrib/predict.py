@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from distrib.data import idx as mnist
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
-from distrib.pictures.prepare import Pictures, read_pictures
+from distrib.pictures.prepare import Pictures, read_pictures, read_scaled
 from distrib.run import checkpoint as ckpt
+from nn.layer import text
 from nn.network import Network
 from nn.ops.batch import LABELS
 from nn.resnet9 import MODELS
 
+DIGITS = [str(digit) for digit in range(10)]
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model from a checkpoint, ready on the host. `about` is its variant, width, loss and dtype."""
+    """A model from a checkpoint, ready on the host. `about` describes it (see `Trainer.about`)."""
 
     path: Path
     model: Network
@@ -30,6 +33,24 @@ class Loaded:
     @property
     def loss(self) -> str:
         return str(self.about["loss"])
+
+    def require_fit(self, data: Dataset) -> None:
+        """UserError where the network takes other images than those of `data`, or has other classes."""
+        shape, classes = self.model.shape, self.model.classes
+        if (shape, classes) != (data.shape, data.classes):
+            raise UserError(
+                f"{self.path}: takes images of {text(shape)} and tells {classes} classes apart; {data.name} has"
+                f" {text(data.shape)} and {data.classes}: give the data it was trained with (--data)"
+            )
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.about["class_names"])
+
+    @property
+    def digits(self) -> bool:
+        """Whether it tells digits apart, in pictures as MNIST has them."""
+        return self.model.shape == (28, 28, 1) and self.class_names == DIGITS
 
 
 def load(path: Path) -> Loaded:
@@ -48,9 +69,10 @@ def load(path: Path) -> Loaded:
         tensors, about = ckpt.load_model(path)
     try:
         options = {"variant": about["variant"], "width": about["width"]}
-        model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, options, dtype=about["dtype"])
+        shape, classes = tuple(about["shape"]), len(about["class_names"])
+        model = Network(MODELS[about["model"]], shape, classes, options, dtype=about["dtype"])
         model.load_state_dict(tensors)
-        return Loaded(path, model, {name: about[name] for name in ("variant", "width", "loss", "dtype")})
+        return Loaded(path, model, about)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{path}: does not hold the model that it describes ({error}): use another checkpoint"
@@ -59,40 +81,50 @@ def load(path: Path) -> Loaded:
 
 def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> list[dict[str, Any]]:
     """`predict` for each image of each file."""
-    return [result for path in paths for result in predict(loaded, read_pictures(path, as_is))]
+    return [result for path in paths for result in predict(loaded, read(loaded, path, as_is))]
+
+
+def read(loaded: Loaded, path: Path, as_is: bool = False) -> Pictures:
+    """The images of a file as the network takes them: digits as MNIST has them, others scaled."""
+    shape = loaded.model.shape
+    if loaded.digits:
+        return read_pictures(path, as_is)
+    h, w, c = shape
+    if c not in (1, 3):
+        raise UserError(f"{loaded.path}: takes images of {c} channels, which no picture has")
+    return read_scaled(path, (h, w, c))
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    """For each image: its name, class, digit, probability, all ten probabilities, whether it was inverted.
+    """For each image: its name, class, probability, the probabilities of all classes, whether it was inverted.
 
-    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each digit's by itself,
-    which need not sum to 1. The digit is that of the largest logit, the first of equals. Of an image on which nothing
-    is drawn, class and digit are None and all probabilities 0.
+    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each class's by
+    itself, which need not sum to 1. The class is that of the largest logit, the first of equals. Of an image on
+    which nothing is drawn it is None, and all probabilities are 0. Where classes are digits, `digit` is the number.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):
         z = logits(loaded.model, pictures.pixels, start, min(start + HOST_BATCH, count)).astype(np.float64)
         for i, (row, p) in enumerate(zip(z, probabilities(z, loaded.loss), strict=True), start):
             drawn = bool(pictures.drawn[i])
-            digit = int(row.argmax())  # large sigmoids round to equal ones
+            best = int(row.argmax())  # large sigmoids round to equal ones
             yield {
                 "image": pictures.name(i),
-                "class": str(digit) if drawn else None,
-                "digit": digit if drawn else None,
-                "probability": float(p[digit]) if drawn else 0.0,
+                "class": loaded.class_names[best] if drawn else None,
+                **({"digit": best if drawn else None} if loaded.digits else {}),
+                "probability": float(p[best]) if drawn else 0.0,
                 "probabilities": p.tolist() if drawn else [0.0] * len(p),
                 "inverted": bool(pictures.inverted[i]),
             }
 
 
 def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Logits (n, 10) of images[start:stop] (uint8), as an array of their own."""
-    images = images.reshape(-1, *model.shape)
+    """Logits (n, classes) of images[start:stop] (uint8), as an array of their own."""
     return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 
 def probabilities(z: np.ndarray, loss: str) -> np.ndarray:
-    """softmax(z), or for `loss` bce sigmoid(z), of logits z (N, 10) in float64."""
+    """softmax(z), or for `loss` bce sigmoid(z), of logits z (N, classes) in float64."""
     if loss == "bce":
         return np.exp(-np.logaddexp(0, -z))  # 1 / (1 + exp(−z)), which would overflow
     exp = np.exp(z - z.max(1, keepdims=True))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import distrib.shadow  # noqa: F401  # first: in the folder above a clone, `distrib` is that folder to Python
+
+# isort: split
+
 import inspect
 import sys
 import time
@@ -12,6 +16,7 @@ import typer
 from distrib import launched_rank, launched_ranks
 from distrib.config import Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.files import printable
 from distrib.loop import train
 from distrib.run.console import secure_output
 
@@ -114,7 +119,11 @@ def _say(message: str) -> int:
     if rank and alone:
         time.sleep(3)  # less than the 10 s after which srun kills who is left
     if not rank or alone:
-        print(f"distrib: error: {message}{f' (rank {rank})' if rank else ''}", file=sys.stderr, flush=True)
+        print(
+            f"distrib: error: {printable(message, 2000)}{f' (rank {rank})' if rank else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
     return EXIT_USAGE
 
 

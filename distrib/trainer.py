@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_info
 from distrib.comm.reducer import Reducer
 from distrib.comm.world import PATIENCE, World
 from distrib.config import Config
-from distrib.data import idx as mnist
 from distrib.data import sampler
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import evaluate
 from distrib.graph import Graphs
@@ -54,26 +54,29 @@ class Position:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, world: World, data: mnist.Dataset) -> None:
+    def __init__(self, config: Config, world: World, data: Dataset) -> None:
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
         self.images, self.test_images = (
-            backend.asarray(images.reshape(-1, *mnist.SHAPE))
-            for images in (data.train_images, data.test_images)
+            backend.asarray(images) for images in (data.train_images, data.test_images)
         )
         self.labels, self.test_labels = (
             backend.asarray(labels.astype(LABELS)) for labels in (data.train_labels, data.test_labels)
         )
-        self.model = Network(
-            MODELS["resnet9"],
-            mnist.SHAPE,
-            mnist.CLASSES,
-            {"variant": config.variant, "width": config.width},
-            seed=config.seed,
-            backend=backend,
-            dtype=config.dtype,
-            activations="uint16" if config.precision == "bf16" else None,
-        )
+        self.spec = ckpt.model_spec(config, data)
+        try:
+            self.model = Network(
+                MODELS["resnet9"],
+                data.shape,
+                data.classes,
+                {"variant": config.variant, "width": config.width},
+                seed=config.seed,
+                backend=backend,
+                dtype=config.dtype,
+                activations="uint16" if config.precision == "bf16" else None,
+            )
+        except ValueError as error:
+            raise UserError(f"--data {data.name}: {error}") from None
         self.params = self.model.params
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}
@@ -319,7 +322,6 @@ class Trainer:
             self.saver.wait()
             if run:
                 c = self.config
-                about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
                 moments = {
                     f"{moment}/{name}": tensor
                     for moment, flat in self.optimizer.state.items()
@@ -331,7 +333,9 @@ class Trainer:
                         moments |= {
                             f"average/{name}": tensor for name, tensor in self.model.state_dict().items()
                         }
-                self.saver.start(run.checkpoints, self.at.step, self.state_dict(), about, moments, at, c.keep)
+                self.saver.start(
+                    run.checkpoints, self.at.step, self.state_dict(), self.spec, moments, at, c.keep
+                )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The model as it is evaluated and saved: with averaged weights, where the run averages them."""
@@ -354,8 +358,8 @@ class Trainer:
     def restore(self, saved: ckpt.Checkpoint) -> list[str]:
         """Take up the run of a checkpoint; returns what has changed since it was saved."""
         c, path = self.config, saved.path
-        for name, own in (("variant", c.variant), ("width", c.width), ("loss", c.loss), ("dtype", c.dtype)):
-            if saved.about[name] != own:
+        for name, own in self.spec.items():
+            if saved.about[name] != own and name != "class_names":
                 raise UserError(
                     f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint"
                 )

@@ -73,7 +73,9 @@ def options(
 @one_process
 def evaluate(
     checkpoint: Model,
-    data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The data set, as for train.", show_default="the run's own")
+    ] = None,
     limit_test: Annotated[int | None, number("--limit-test", "Use only the first N test images.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,14 +83,15 @@ def evaluate(
 
     Example: distrib evaluate runs/first --json
     """
-    from distrib.data import idx as mnist
+    from distrib.data import formats
     from distrib.comm.base import SingleCommunicator
     from distrib.evaluate import evaluate as run
     from launch.report.records import shown
-    from launch.report.runs import load_model
+    from launch.report.runs import data_of, load_model
 
     found = load_model(checkpoint)
-    test = mnist.load(data, limit_test=limit_test)
+    test = formats.load(data or data_of(checkpoint), limit_test=limit_test)
+    found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {
         "checkpoint": str(found.path),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from threadpoolctl import threadpool_info
 
 from distrib import __version__, launched_rank, launched_ranks
 from distrib.comm.world import MULTI_RANK_NCCL, World, connect, import_mpi
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import expanded, printable
 from distrib.run.console import on_terminal
@@ -59,6 +60,8 @@ LITTLE, TOO_LITTLE = 1 << 30, 100 << 20
 ANSWER = 30.0
 """Seconds that `mpirun --version` may take: a busy machine is no broken one."""
 MARK = "distrib-doctor "
+LAST_WORDS = 5.0
+"""Seconds to read on after the child's end: a process that it left behind may hold its output open for longer."""
 MOST_SAID = 2000
 """Letters of a finding that are shown."""
 
@@ -134,7 +137,7 @@ def blas() -> Finding:
 
 def data(folder: str | None) -> Finding:
     try:
-        found = mnist.load(folder)
+        found = formats.load(folder)
     except UserError as error:
         return Finding(
             FAILURE,
@@ -474,30 +477,30 @@ def ask(timeout: float, folder: str | None, run_dir: str) -> list[Finding]:
 
     def listen() -> None:
         nonlocal doing, found, said
-        with child:
-            for line in child.stdout or ():
+        with contextlib.closing(child.stdout or io.StringIO()) as lines:
+            for line in lines:
                 if line.startswith(MARK):
                     with contextlib.suppress(ValueError):  # cut off where the child died
-                        doing, lines = json.loads(line.removeprefix(MARK))
-                        found = [Finding(*each) for each in lines]
+                        doing, told = json.loads(line.removeprefix(MARK))
+                        found = [Finding(*each) for each in told]
                 else:
                     said = line.strip(" -=*\n") or said  # libraries frame their last words
 
     thread = threading.Thread(target=listen, daemon=True)
     try:
         thread.start()
-        thread.join(2 * timeout)  # the child's own watchdog, which says more, comes first
-        if thread.is_alive():
-            why = f"no answer after {2 * timeout:g} s"
-        elif child.returncode:
-            why = (
-                f"exit code {child.returncode}"
-                if child.returncode > 0
-                else signal.Signals(-child.returncode).name
-            )
+        child.wait(2 * timeout)  # the child's own watchdog, which says more, comes first
+        thread.join(LAST_WORDS)
+        if child.returncode:
+            dead = child.returncode < 0
+            why = signal.Signals(-child.returncode).name if dead else f"exit code {child.returncode}"
+    except subprocess.TimeoutExpired:
+        why = f"no answer after {2 * timeout:g} s"
     except KeyboardInterrupt:
         why = "interrupted: the launcher ends a job in which a rank has failed"
     child.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that a dead disk holds
+        child.wait(1)
     if not why:
         return found
     remedy = (

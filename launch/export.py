@@ -18,7 +18,7 @@ from distrib.run import checkpoint as ckpt
 from launch.entry import one_process
 from launch.report.plots import require, require_place, write
 from launch.report.records import shown
-from launch.report.runs import load_model
+from launch.report.runs import data_of, load_model
 from nn.layer import Layer
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, GlobalPool, Linear, Residual, Sequential
 from nn.ops.norm import EPS
@@ -125,9 +125,9 @@ def build(loaded: Loaded) -> ModelProto:
         ir_version=IR,
         producer_name="distrib",
         producer_version=distrib.__version__,
-        doc_string=f"ResNet-9. images: float32 N×{c}×{h}×{w}, white on black, scaled to [0, 1]."
-        f" logits: N×{classes}, one for each digit; probabilities are their {after}, which is left to the"
-        " caller.",
+        doc_string=f"images: float32 N×{c}×{h}×{w}{', white on black' * loaded.digits}, scaled to [0, 1]."
+        f" logits: N×{classes}, one for each class; probabilities are their {after}, which is left to the"
+        f" caller. Classes: {', '.join(loaded.class_names)}.",
     )
     helper.set_model_props(made, description(loaded))
     return made
@@ -145,7 +145,7 @@ def description(loaded: Loaded) -> dict[str, str]:
 def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int]:
     """How far onnxruntime's logits of the ONNX model `data` are from ours on `images` (uint8).
 
-    max |theirs − ours| / max |ours|, infinite where one is not finite, and the images whose digit differs.
+    max |theirs − ours| / max |ours|, infinite where one is not finite, and the images whose class differs.
     """
     import onnxruntime
 
@@ -171,9 +171,10 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
     """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
-    from distrib.data import idx as mnist
+    from distrib.data import formats
 
-    test = mnist.load(data, limit_test=limit)
+    test = formats.load(data or data_of(loaded.path), limit_test=limit)
+    loaded.require_fit(test)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
     if difference > TOLERANCE:
         raise UserError(
@@ -183,7 +184,7 @@ def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | 
         )
     return (
         f"checked with onnxruntime on {len(test.test_images)} images of {shown(test.name)}: logits differ by"
-        f" at most {difference:.1e} of the largest, and {others or 'no'} images get another digit"
+        f" at most {difference:.1e} of the largest, and {others or 'no'} images get another class"
     )
 
 
@@ -234,7 +235,8 @@ def export(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder with the IDX files of the check; without it, MNIST.")
+        str | None,
+        typer.Option(help="The data set of the check, as for train.", show_default="the run's own"),
     ] = None,
     limit_test: Annotated[
         int | None, typer.Option(help="Check with the first N test images only.", show_default="all")
@@ -242,7 +244,7 @@ def export(
 ) -> None:
     """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
 
-    The ONNX graph takes `images`, float32 N×1×28×28 in [0, 1], and gives `logits`, N×10: softmax (or, of a
+    The ONNX graph takes `images`, float32 N×C×H×W in [0, 1], and gives `logits`, N×classes: softmax (or, of a
     model trained with --loss bce, sigmoid) is left to the caller. Examples:
 
       distrib export runs/first digits.onnx

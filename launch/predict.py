@@ -1,4 +1,4 @@
-"""`distrib predict`: the digit in each image, as a line, a drawing beside its probabilities, or JSON."""
+"""`distrib predict`: the digit in each image: a line, a drawing with probabilities, or JSON."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from distrib.errors import UserError
+from distrib.files import printable
 from distrib.run.console import on_terminal
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SHADES = " .:-=+*#%@"
 """Characters from dark to bright, for where there are no shades of grey."""
+
+MOST_BARS, MOST_NAME = 10, 20
+"""Classes with a bar, and letters of a class's name."""
 
 LONGEST_BAR = 30
 """Columns of a probability of 1, where the terminal has them."""
 
 
 def has_shades(console: Console) -> bool:
-    """Whether half blocks in shades of grey can be shown: on a UTF-8 terminal of 256 colours or more."""
+    """Whether half blocks in shades of grey can be shown: 256 colours or more, and UTF-8."""
     return (
         console.color_system in ("256", "truecolor")
         and not console.no_color
@@ -36,54 +38,58 @@ def has_shades(console: Console) -> bool:
 
 
 def drawing(pixels: np.ndarray, shades: bool) -> Text:
-    """An image uint8 (H, W) in H/2 lines of W columns; a character is two pixels, one above the other."""
+    """An image uint8 (H, W) or (H, W, 3), a character for two pixels, one above the other."""
     text = Text(no_wrap=True, end="")
     for row in range(0, len(pixels), 2):
         if row:
             text.append("\n")
-        for upper, lower in pixels[row : row + 2].T.tolist():
+        both = pixels[[row, min(row + 1, len(pixels) - 1)]]
+        for upper, lower in both.swapaxes(0, 1).tolist():
             if shades:
-                text.append("▀", f"rgb({upper},{upper},{upper}) on rgb({lower},{lower},{lower})")
+                text.append("▀", f"rgb({colour(upper)}) on rgb({colour(lower)})")
             else:
-                text.append(SHADES[(upper + lower) * len(SHADES) // 512])
+                text.append(SHADES[int(np.mean([upper, lower])) * len(SHADES) // 256])
     return text
 
 
-def bars(result: dict[str, Any], longest: int, shades: bool) -> Text:
-    """The ten probabilities of an image, a line each, that of the digit in bold."""
-    text = Text(no_wrap=True, end="")
-    for digit, p in enumerate(result["probabilities"]):
-        bar = ("█" if shades else "#") * round(p * longest)
-        style = "bold" if digit == result["digit"] else ""
-        text.append(f"{digit}  {bar:<{longest}} {100 * p:5.1f} %", style)
-        text.append("\n" * (digit < 9))
+def colour(pixel: Any) -> str:
+    """Red, green and blue of a grey or coloured pixel."""
+    return ",".join(map(str, pixel if isinstance(pixel, list) else [pixel] * 3))
+
+
+def bars(result: dict[str, Any], names: list[str], longest: int, shades: bool) -> Text:
+    """The probabilities of an image, a line each, that of its class in bold; of many classes the likeliest."""
+    text, p = Text(no_wrap=True, end=""), result["probabilities"]
+    shown = range(len(p)) if len(p) <= MOST_BARS else sorted(range(len(p)), key=lambda i: -p[i])[:MOST_BARS]
+    wide = max(len(printable(names[i], MOST_NAME)) for i in shown)
+    for place, i in enumerate(shown):
+        bar = ("█" if shades else "#") * round(p[i] * longest)
+        style = "bold" if names[i] == result["class"] else ""
+        text.append("\n" * (place > 0))
+        text.append(f"{printable(names[i], MOST_NAME):<{wide}}  {bar:<{longest}} {100 * p[i]:5.1f} %", style)
     return text
 
 
-def beside(pixels: np.ndarray, result: dict[str, Any], console: Console) -> Table:
+def beside(pixels: np.ndarray, result: dict[str, Any], names: list[str], console: Console) -> Table:
     """The drawing of an image with its bars to the right."""
     shades, width = has_shades(console), pixels.shape[1]
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, min_width=width)
     table.add_column(no_wrap=True, vertical="middle")
-    longest = max(1, min(LONGEST_BAR, console.width - width - 15))
-    table.add_row(drawing(pixels, shades), bars(result, longest, shades))
+    widest = max(len(name) for name in names)
+    longest = max(1, min(LONGEST_BAR, console.width - width - 14 - min(widest, MOST_NAME)))
+    table.add_row(drawing(pixels, shades), bars(result, names, longest, shades))
     return table
 
 
-def printable(text: str) -> str:
-    """A text that cannot steer a terminal, whatever a file's name holds."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def line(result: dict[str, Any], top: int) -> str:
-    """FILE: 7  99.1 %, then the next of `top` most probable digits, and whether the image was inverted."""
-    name = printable(result["image"])
-    if result["digit"] is None:
+def line(result: dict[str, Any], names: list[str], top: int) -> str:
+    """FILE: 7  99.1 %, then the next most probable of `top` classes, and whether the image was inverted."""
+    name = printable(result["image"], 4096)
+    if result["class"] is None:
         return f"{name}: nothing drawn"
-    p, first = result["probabilities"], result["digit"]
-    others = sorted((digit for digit in range(len(p)) if digit != first), key=lambda digit: -p[digit])
-    said = "   ".join(f"{digit}  {100 * p[digit]:.1f} %" for digit in [first, *others][:top])
+    p, first = result["probabilities"], names.index(result["class"])
+    others = sorted((i for i in range(len(p)) if i != first), key=lambda i: -p[i])
+    said = "   ".join(f"{printable(names[i], MOST_NAME)}  {100 * p[i]:.1f} %" for i in [first, *others][:top])
     return f"{name}: {said}{'  (inverted: dark on bright)' if result['inverted'] else ''}"
 
 
@@ -94,7 +100,7 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="PNG, JPEG or other pictures, or IDX files, gzipped or not.")
     ],
-    top: Annotated[int, typer.Option(help="Digits named for each image, the most probable first.")] = 3,
+    top: Annotated[int, typer.Option(help="Classes named for each image, the most probable first.")] = 3,
     draw: Annotated[
         bool,
         typer.Option("--draw", help="Draw what the network saw beside a bar chart of its probabilities."),
@@ -107,12 +113,12 @@ def predict(
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, with all ten probabilities of each image.")
+        bool, typer.Option("--json", help="Print JSON, with the probabilities of all classes.")
     ] = False,
 ) -> None:
-    """The digit in each image, with its probability and the next likely ones.
+    """The class of each image, with its probability and the next likely ones.
 
-    Takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds the
+    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds the
     ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
     is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its digit
     is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
@@ -120,8 +126,8 @@ def predict(
     """
     from launch.machine import refuse_launcher
 
-    if not 1 <= top <= 10:
-        raise UserError(f"--top {top}: give 1 to 10")
+    if top < 1:
+        raise UserError(f"--top {top}: give 1 or more")
     if limit < 1:
         raise UserError(f"--limit {limit}: give 1 or more")
     if draw and as_json:
@@ -133,7 +139,7 @@ def predict(
         else:
             print_lines(checkpoint, images, as_is, top, limit if draw else 0)
     except UserError as error:
-        raise UserError(printable(str(error))) from None
+        raise UserError(printable(str(error), 2000)) from None
 
 
 def print_json(checkpoint: Path, images: list[Path], as_is: bool) -> None:
@@ -145,11 +151,11 @@ def print_json(checkpoint: Path, images: list[Path], as_is: bool) -> None:
 
 def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, limit: int) -> None:
     """A line for each image; with a limit each of the first `limit` is drawn, and the others are left out."""
-    from distrib.pictures.prepare import read_pictures
-    from distrib.predict import load, predict
+    from distrib.predict import load, predict, read
 
     found = load(checkpoint)
-    files = [read_pictures(path, as_is) for path in images]  # a mistake is told before anything else
+    names = found.class_names
+    files = [read(found, path, as_is) for path in images]  # a mistake is told before anything else
     pairs: Iterator[tuple[np.ndarray, dict[str, Any]]] = (
         pair for file in files for pair in zip(file.pixels, predict(found, file), strict=True)
     )
@@ -157,9 +163,9 @@ def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, lim
     if not console.is_terminal:
         console.width = 80
     for pixels, result in islice(pairs, limit or None):
-        console.out(line(result, top), highlight=False)
+        console.out(line(result, names, top), highlight=False)
         if limit:
-            console.print(beside(pixels, result, console), Text())
+            console.print(beside(pixels, result, names, console), Text())
     count = sum(len(file.pixels) for file in files)
     if limit and count > limit:
         console.out(

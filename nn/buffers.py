@@ -30,7 +30,8 @@ class _Store:
     plans: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     slab: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     generation: int = 0
-    holders: list[int] = field(default_factory=list)  # of each buffer of the pool
+    holders: dict[int, int] = field(default_factory=dict)  # how many hold a buffer of the pool, by its number
+    taken: int = 0  # in this pass
     number_of: dict[int, int] = field(
         default_factory=dict
     )  # id of a pool buffer's view → number of the buffer
@@ -129,21 +130,21 @@ class Buffers:
 
         The free buffer with the lowest number: the same requests in the same order get the same buffers.
         """
-        holders = self._store.holders
-        free = (i for i, count in enumerate(holders) if not count and not self.poison)
-        number = next(free, len(holders))
-        if number == len(holders):
-            holders.append(0)
-        holders[number] = 1
+        store = self._store
+        number = store.taken if self.poison else 0
+        while number in store.holders:
+            number += 1
+        store.holders[number] = 1
+        store.taken += 1
         x = self.image(f"activation{number}", shape, persistent=False)
-        self._store.number_of[id(x)] = number
+        store.number_of[id(x)] = number
         return x
 
     def retain(self, x: Array) -> None:
         """Hold x once more: it takes one `release` more."""
         number, holders = self._store.number_of.get(id(x)), self._store.holders
         if number is not None:
-            assert any(holders[number : number + 1]), "activations are retained after they were released"
+            assert number in holders, "activations are retained after they were released"
             holders[number] += 1
 
     def release(self, x: Array) -> None:
@@ -151,10 +152,12 @@ class Buffers:
         number, holders = self._store.number_of.get(id(x)), self._store.holders
         if number is None:
             return
-        assert any(holders[number : number + 1]), "activations are released twice"
+        assert number in holders, "activations are released twice"
         holders[number] -= 1
-        if self.poison and not holders[number]:
-            self._spoil(number)
+        if not holders[number]:
+            del holders[number]
+            if self.poison:
+                self._spoil(number)
 
     def is_pooled(self, x: Array) -> bool:
         """Whether x is from the pool: whoever keeps it must hold it."""
@@ -162,11 +165,12 @@ class Buffers:
 
     def held(self) -> int:
         """Buffers of the pool that somebody holds."""
-        return sum(count > 0 for count in self._store.holders)
+        return len(self._store.holders)
 
     def release_all(self) -> None:
         """Nobody holds anything: a pass begins, and an earlier one may have been given up halfway."""
         self._store.holders.clear()
+        self._store.taken = 0
 
     def output(self, shape: tuple[int, ...]) -> Array:
         """Activations on their way to the next layer, which may keep them for its backward (see `save`).

@@ -18,6 +18,15 @@ Model = Callable[..., Layer]
 """What makes the layers of a network: a function of (shape, classes, **options)."""
 
 
+def parameter_shapes(
+    model: Model, shape: Shape, classes: int, options: Mapping[str, Any]
+) -> dict[str, Shape]:
+    """Shapes of a network's parameters by name, without its memory; ValueError where its layers do not fit."""
+    layers = model(shape, classes, **options)
+    layers.build("", tuple(shape), need_dx=False)
+    return {spec.name: spec.shape for layer in layers.walk() for spec in layer.specs()}
+
+
 class Network:
     """The layers that `model(shape, classes, **options)` makes, with memory; ValueError if they do not fit.
 

@@ -99,9 +99,7 @@ def _kernels(code: str) -> dict[str, Kernel]:
         plain = declaration.replace(bounds[0], " ") if bounds else declaration
         match = re.fullmatch(r"(.*)\bvoid\s+(\w+)\s*\((.*)\)\s*", plain, re.S)
         if not match or not (block or re.search(r'extern\s*"C"', match[1])):
-            raise ValueError(
-                f'not of the algorithm extern "C" __global__ void name(…): {declaration.strip()}'
-            )
+            raise ValueError(f'not of the form extern "C" __global__ void name(…): {declaration.strip()}')
         parameters = [_parameter(part) for part in _split(match[3]) if part != "void"]
         found[match[2]] = Kernel(parameters, _split(bounds[1][1:-1])[0] if bounds else str(MAX_THREADS))
     return found

@@ -37,6 +37,7 @@ def programs(*names: str) -> bool:
 
 
 def packages(*names: str) -> Callable[[], bool]:
+    """Whether all can be found, without importing them."""
     return lambda: all(map(importlib.util.find_spec, names))
 
 
@@ -85,6 +86,7 @@ NEEDS = {
     "tensorboard": Need(packages("tensorboard"), "TensorBoard", DEV),
     "build": Need(packages("build"), "build", DEV),
     "cupy": Need(packages("cupy"), "CuPy", DEV),
+    "cudnn": Need(packages("cudnn"), "cuDNN's frontend", "pip install --no-deps nvidia-cudnn-frontend"),
     "nccl": Need(nccl, "NCCL's library", DEV),
     "double": Need(lambda: not REAL_GPU, "the double of a GPU", "leave out DISTRIB_TEST_GPU"),
     "shared GPU": Need(

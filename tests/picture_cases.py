@@ -42,7 +42,7 @@ STROKES: dict[int, list[Points]] = {
 
 
 def drawn(digit: int, side: int, pen: float = 0.085, turn: float = 0.0) -> np.ndarray:
-    """How much of each pixel is ink, float32 (side, side), of a digit drawn by a round pen, turned by `turn` radians."""
+    """How much of each pixel is ink, float32 (side, side), of a digit by a round pen, turned by radians."""
     fine = 4 * side
     picture = Image.new("L", (fine, fine))
     draw, radius = ImageDraw.Draw(picture), max(1.0, pen * fine / 2)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, in a short algorithm; and a step allocates nothing large."""
+"""The benchmarks measure what they say, in a short form; and a step allocates nothing large."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import distrib.loop
 from distrib.comm.base import SingleControl
 from distrib.comm.world import World, connect
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
 from distrib.timing import PHASES
 from distrib.trainer import Trainer
@@ -65,7 +65,7 @@ def test_every_step_has_a_whole_batch(evaluate: bool) -> None:
     """Ten images hold two batches of four: step after step, neither the last two alone nor none at all."""
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (10, 28, 28), np.uint8), rng.integers(0, 10, 10, np.uint8)
-    data = mnist.Dataset("random", images, labels, images, labels)
+    data = make("random", *[(images, labels)] * 2, least=10)
     trainer, seen = Trainer(Config(batch_size=4, width=1 / 16), connect("none"), data), []
     forward = trainer.model.forward
 
@@ -211,7 +211,7 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
     """After the first steps: no buffer grows, and what NumPy allocates for a moment stays below 160 KiB."""
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (batch, 28, 28), np.uint8), rng.integers(0, 10, batch, np.uint8)
-    data = mnist.Dataset("random", images, labels, images, labels)
+    data = make("random", *[(images, labels)] * 2, least=10)
     trainer = Trainer(Config(batch_size=batch, width=width), connect("none"), data)
 
     def step() -> None:

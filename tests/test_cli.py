@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, environment, run, summary, train
 from PIL import Image
 
+from distrib.data import formats
 from distrib.data import idx as mnist
 from launch import cli
 
@@ -63,7 +64,7 @@ def test_evaluate(trained: Path) -> None:
 
 def test_predict(trained: Path, tmp_path: Path) -> None:
     """PNG, ink on paper in another size, and IDX; what it says is what the model says."""
-    images = mnist.load(limit_test=20).test_images
+    images = formats.load(limit_test=20).test_images[..., 0]
     Image.fromarray(images[0]).save(tmp_path / "white.png")
     Image.fromarray(255 - images[0]).save(tmp_path / "black.png")
     Image.fromarray(255 - images[0]).convert("RGBA").resize((112, 112)).save(tmp_path / "large.png")
@@ -77,7 +78,7 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     assert [entry["inverted"] for entry in found[:4]] == [False, True, True, False]
     assert large["digit"] == white["digit"]
     assert sum(white["probabilities"]) == pytest.approx(1)
-    accuracy = np.mean([entry["digit"] for entry in found[3:103]] == mnist.load(limit_test=100).test_labels)
+    accuracy = np.mean([entry["digit"] for entry in found[3:103]] == formats.load(limit_test=100).test_labels)
     assert 100 * accuracy == pytest.approx(summary(trained)["test_accuracy"])
     assert f"white.png: {white['digit']}" in distrib("predict", trained, *files).stdout
 
@@ -87,7 +88,7 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
     [
         (("evaluate", "nowhere"), "nowhere: no such file"),
         (("predict", "RUN", "nothing.png"), "nothing.png: no such file"),
-        (("predict", "RUN", "pyproject.toml"), "pyproject.toml: starts with"),
+        (("predict", "RUN", "pyproject.toml"), "pyproject.toml: is a text file"),
         (("evaluate", "RUN", "--limit-test", 0), "--limit-test 0"),
         (("evaluate", "tests"), "tests: holds no checkpoint"),
         (("nonsense",), "No such command 'nonsense'"),

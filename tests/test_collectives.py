@@ -13,7 +13,7 @@ from distrib.comm.base import DONE, SingleCommunicator, SingleControl
 from distrib.comm.reducer import Reducer
 from distrib.comm.world import World
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
 from nn.device import NUMPY
@@ -40,7 +40,7 @@ class Counting(SingleCommunicator):
 def a_trainer(comm, variant: str = "baseline", width: float = 0.125, **options) -> Trainer:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 28, 28), np.uint8), rng.integers(0, 10, 16, np.uint8)
-    data = mnist.Dataset("random", images, labels, images, labels)
+    data = make("random", *[(images, labels)] * 2, least=10)
     world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"])
     trainer = Trainer(Config(batch_size=8, width=width, variant=variant, **options), world, data)
     return trainer

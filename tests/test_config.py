@@ -7,10 +7,14 @@ import json
 from typing import Any
 
 import pytest
+from conftest import sized
 
 from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
 from distrib.train import parse
+from nn.ops.loss import LOSSES
+from nn.optim import OPTIMIZERS, SCHEDULES
+from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.quick
 
@@ -84,7 +88,7 @@ def test_recipe_fills_in_and_given_options_win(name: str) -> None:
 
 def test_recipe_with_batch_per_rank() -> None:
     """The recipe's batch size gives way; only a person's own two batch sizes contradict each other."""
-    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, 60000, 100).batch_size == 12
+    assert build({"recipe": "demo", "batch_size_per_rank": 4}).resolve(3, sized(60000, 100)).batch_size == 12
 
 
 def test_a_recipe_does_not_weaken_validation() -> None:
@@ -94,23 +98,23 @@ def test_a_recipe_does_not_weaken_validation() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_resolved_batch(size: int) -> None:
-    assert build({"batch_size": 8}).resolve(size, 100, 100).batch_size == 8
-    each = build({"batch_size_per_rank": 8}).resolve(size, 100, 100)
+    assert build({"batch_size": 8}).resolve(size, sized(100, 100)).batch_size == 8
+    each = build({"batch_size_per_rank": 8}).resolve(size, sized(100, 100))
     assert each.batch_size == 8 * size
-    assert each.resolve(size, 100, 100) == each, "resolving twice changes nothing"
+    assert each.resolve(size, sized(100, 100)) == each, "resolving twice changes nothing"
 
 
 def test_batch_below_the_number_of_ranks() -> None:
-    assert build({"batch_size": 4}).resolve(4, 100, 100).batch_size == 4
+    assert build({"batch_size": 4}).resolve(4, sized(100, 100)).batch_size == 4
     with pytest.raises(UserError, match=r"--batch-size 3: .*ranks, 4.* give 4 or more, or start fewer ranks"):
-        build({"batch_size": 3}).resolve(4, 100, 100)
+        build({"batch_size": 3}).resolve(4, sized(100, 100))
 
 
 @pytest.mark.parametrize(("option", "limit"), [("limit_train", 65), ("limit_test", 33)])
 def test_limit_beyond_the_data(option: str, limit: int) -> None:
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {limit}: .*only {limit - 1} images"):
-        build({option: limit}).resolve(1, 64, 32)
-    assert getattr(build({option: limit - 1}).resolve(1, 64, 32), option) == limit - 1
+        build({option: limit}).resolve(1, sized(64, 32))
+    assert getattr(build({option: limit - 1}).resolve(1, sized(64, 32)), option) == limit - 1
 
 
 def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
@@ -120,7 +124,7 @@ def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
     assert build({"recipe": "demo", "optimizer": "adam", "lr": 0.02}).lr == 0.02
     assert build({"recipe": "demo", "loss": "bce"}).label_smoothing == 0
     plain = build({"recipe": "demo", "momentum": 0.0})
-    assert (plain.momentum, plain.nesterov, plain.lr) == (0, False, 0.1)
+    assert (plain.momentum, plain.nesterov, plain.lr) == (0, False, RECIPES["demo"]["lr"])
     assert build({"recipe": "demo", "nesterov": False}).momentum == 0.9
     assert parse(["--recipe", "demo", "--no-nesterov"]).nesterov is False
     assert parse(["--recipe", "demo"]) == build({"recipe": "demo"})
@@ -219,14 +223,14 @@ def test_free_options_may_differ() -> None:
 @pytest.mark.parametrize("recipe", ["demo", "fast99"])
 def test_a_recipe_s_limit_is_a_cap_and_a_person_s_a_demand(recipe: str) -> None:
     config = build({"recipe": recipe})
-    few = config.resolve(1, 64, 32)
+    few = config.resolve(1, sized(64, 32))
     assert few.limit_train == 64
-    assert few.resolve(1, 64, 32) == few
+    assert few.resolve(1, sized(64, 32)) == few
     assert few.differences(json.loads(json.dumps(dataclasses.asdict(few)))) == []
-    assert config.resolve(1, RECIPES[recipe]["limit_train"], 32) == config
+    assert config.resolve(1, sized(RECIPES[recipe]["limit_train"], 32)) == config
     given = build({"recipe": recipe, "limit_train": RECIPES[recipe]["limit_train"]})
     with pytest.raises(UserError, match=r"--limit-train \d+: the data has only 64 images"):
-        given.resolve(1, 64, 32)
+        given.resolve(1, sized(64, 32))
 
 
 @pytest.mark.parametrize("name", ["run_dir", "data", "resume"])
@@ -272,3 +276,21 @@ def test_a_stored_value_is_shown_in_a_line() -> None:
     text = build({}).differences({**dataclasses.asdict(build({})), "loss": "\x1b\n" + "x" * 10_000})[0]
     assert text.isprintable()
     assert len(text) < 120
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("loss", LOSSES), ("variant", VARIANTS)],
+)
+def test_what_can_be_chosen_is_what_is_there(name: str, table: dict) -> None:
+    """The choices are a table's names: one that is listed and not implemented cannot exist."""
+    assert CHOICES[name] == tuple(table)
+    for choice in table:
+        assert getattr(Config(**{name: choice}), name) == choice
+
+
+def test_an_option_belongs_to_the_optimizers_that_name_it() -> None:
+    for name, value in (("momentum", 0.9), ("nesterov", True)):
+        with pytest.raises(UserError, match=f"--{name} {value}: is of --optimizer sgd only"):
+            Config(**{name: value})
+    assert Config(weight_decay=0.1).weight_decay == 0.1

@@ -1,4 +1,4 @@
-"""The cuDNN algorithm of convolution on a double of the library: results, choice of plans, streams, refusals.
+"""cuDNN's convolution on a double of the library: results, choice of plans, streams, refusals.
 
 The double cannot tell whether the real library behaves as it does: the last test compares names and parameters with
 the real package, and the tests on a GPU compare results.
@@ -323,6 +323,7 @@ def test_wrong_precision() -> None:
         Convolutions(Cudnn(cuda), cuda, "bf16")
 
 
+@pytest.mark.needs("cupy")
 def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     cudnn: Any = Cudnn(cuda)
@@ -418,6 +419,7 @@ def test_double_has_the_listed_parameters() -> None:
     assert public == {name.split(".")[1] for name in parameters() if name.startswith("pygraph.")}
 
 
+@pytest.mark.needs("cudnn")
 def test_listed_parameters_are_the_real_ones() -> None:
     """Needs the package nvidia-cudnn-frontend, but no GPU and no cuDNN."""
     cudnn = importlib.import_module("cudnn")

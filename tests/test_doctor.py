@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -362,10 +364,10 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.gpus().found == "H100 GPU-00010203-0405-0607-0809-0a0b0c0d0e0f, H100 GPU-abcd"
     assert doctor.nccl().found == "2.32.3, which can put several ranks on one GPU"
     world: Any = SimpleNamespace(
-        reason="", backend=SimpleNamespace(forms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
+        reason="", backend=SimpleNamespace(algorithms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
     )
     assert doctor.cudnn(world).found.startswith("9.10, nvidia-cudnn-frontend")
-    world.backend.forms, world.backend.notes = {}, ("convolutions without cuDNN",)
+    world.backend.algorithms, world.backend.notes = {}, ("convolutions without cuDNN",)
     assert doctor.cudnn(world).state == WARNING
     assert doctor.cudnn(None).state == WARNING
 
@@ -419,6 +421,23 @@ def test_a_child_that_dies_in_the_middle_of_a_line(monkeypatch: pytest.MonkeyPat
     found = doctor.ask(20, None, "runs")
     assert [each.state for each in found] == [OK, FAILURE]
     assert found[1].found.startswith("disk: SIGKILL")
+
+
+def test_what_a_dead_child_left_behind_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process of its own that holds its output open: the child's end is what counts."""
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/bash\nsleep 100 &\necho $! >{tmp_path}/left\nexit 14\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(child))
+    monkeypatch.setattr(doctor, "LAST_WORDS", 0.1)
+    (found,) = doctor.ask(40, None, "runs")
+    left = int((tmp_path / "left").read_text())
+    os.kill(left, signal.SIGKILL)  # it was there all the time
+    assert found.found == "the start of Python: exit code 14"
+    for thread in threading.enumerate():
+        thread.join(30) if thread is not threading.current_thread() else None
 
 
 def test_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from conftest import train
 from safetensors import safe_open
 
 from distrib import __version__
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.predict import Loaded, load, logits
 from distrib.run import checkpoint as ckpt
 from launch import export as module
@@ -64,7 +64,7 @@ def call(command_line):
 
 
 def pixels() -> np.ndarray:
-    return mnist.load(limit_train=1, limit_test=IMAGES).test_images
+    return formats.load(limit_train=1, limit_test=IMAGES).test_images
 
 
 def ours(loaded: Loaded) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_onnxruntime_gives_our_logits(name: str, trained, call, tmp_path: Path) 
     (images,), (output,) = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["N", 1, 28, 28])
     assert (output.name, output.type, output.shape) == ("logits", "tensor(float)", ["N", 10])
-    x, expected = pixels()[:, None].astype(np.float32) / 255, ours(loaded)
+    x, expected = pixels().transpose(0, 3, 1, 2).astype(np.float32) / 255, ours(loaded)
     assert_near(session.run(None, {"images": x})[0], expected)
     assert_near(session.run(None, {"images": x[:1]})[0], expected[:1])
 
@@ -103,6 +103,9 @@ def test_onnxruntime_gives_our_logits(name: str, trained, call, tmp_path: Path) 
 def test_metadata(trained, call, tmp_path: Path) -> None:
     """Both formats tell variant, width, loss, step, version; the ONNX file what to do with the logits."""
     expected = {
+        "model": "resnet9",
+        "shape": "[28, 28, 1]",
+        "class_names": str([str(digit) for digit in range(10)]),
         "variant": "baseline",
         "width": "0.1",
         "loss": "bce",
@@ -144,7 +147,7 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
     )
     model.load_state_dict(load_file(out), strict=True)
     with torch.no_grad():
-        x = torch.from_numpy(pixels()[:, None] / 255).to(getattr(torch, loaded.about["dtype"]))
+        x = torch.from_numpy(pixels().transpose(0, 3, 1, 2) / 255).to(getattr(torch, loaded.about["dtype"]))
         assert_near(model(x).numpy(), ours(loaded))
 
 

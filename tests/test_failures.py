@@ -165,7 +165,7 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
         "runs other code than rank 0: install the same version everywhere",
     ),
     "data": (
-        "plain = mnist.load; mnist.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
+        "plain = formats.load; formats.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
         "reads other data than rank 0: give all the same files",
     ),
     "steps": (
@@ -186,7 +186,7 @@ def test_a_rank_that_is_unlike_is_refused(tmp_path: Path, what: str) -> None:
 import os, sys
 from dataclasses import replace
 from distrib import checks as guard
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.comm import reducer
 from distrib.trainer import Trainer
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":

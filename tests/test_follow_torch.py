@@ -8,8 +8,8 @@ import pytest
 from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.world import World
 from distrib.config import Config
-from distrib.data import idx as mnist
-from distrib.data import sampler
+from distrib.data import formats, sampler
+from distrib.data.dataset import Dataset
 from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
 from nn.device import NUMPY
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.needs("torch")
 STEPS, WIDTH = 200, 0.125
 
 
-def ours(dtype: str, data: mnist.Dataset, order: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of the first steps with the default options, and the weights they began with."""
     world = World(SingleCommunicator(), SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"])
     trainer = Trainer(Config(width=WIDTH, precision=dtype), world, data)
@@ -33,7 +33,7 @@ def ours(dtype: str, data: mnist.Dataset, order: np.ndarray) -> tuple[np.ndarray
     return np.array(found), initial
 
 
-def theirs(name: str, initial: dict, data: mnist.Dataset, order: np.ndarray) -> np.ndarray:
+def theirs(name: str, initial: dict, data: Dataset, order: np.ndarray) -> np.ndarray:
     import torch
 
     from launch.torch_peer.network import TorchResNet9
@@ -47,7 +47,7 @@ def theirs(name: str, initial: dict, data: mnist.Dataset, order: np.ndarray) -> 
     for step in range(STEPS):
         optimizer.param_groups[0]["eps"] = 1e-7 / (1 - 0.999 ** (step + 1)) ** 0.5
         indices, _ = sampler.batch_indices(order, step, 8, 0, 1)
-        x = torch.tensor(data.train_images[indices][:, None]).to(dtype) / 255
+        x = torch.tensor(data.train_images[indices].transpose(0, 3, 1, 2)).to(dtype) / 255
         loss = torch.nn.functional.cross_entropy(model(x), torch.tensor(data.train_labels[indices]).long())
         optimizer.zero_grad()
         loss.backward()
@@ -57,7 +57,7 @@ def theirs(name: str, initial: dict, data: mnist.Dataset, order: np.ndarray) -> 
 
 
 def test_two_hundred_steps_of_the_default_run() -> None:
-    data = mnist.load(limit_train=STEPS * 8, limit_test=1)
+    data = formats.load(limit_train=STEPS * 8, limit_test=1)
     order = sampler.permutation(0, 0, STEPS * 8)
     exact, initial = ours("float64", data, order)
     np.testing.assert_allclose(exact, theirs("float64", initial, data, order), rtol=1e-7)

@@ -1,5 +1,6 @@
-"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected, and GPU.md says what no
-GPU has seen.
+"""What only a GPU can show. `make test-gpu` runs this; elsewhere these tests are not collected.
+
+docs/gpu.md says what no GPU has seen.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def test_cudnn_against_patches(n: int, layer: tuple[int, int, int], precision: s
             w = on["w"].transpose(1, 2, 3, 0)
             saved = algorithm.forward(on["x"], w, g, y, buffers, True)
             algorithm.backward(on["dy"], saved, w, g, dw.transpose(1, 2, 3, 0), dx, buffers)
-            backend.side_stream.close()
+            backend.side_stream.join_all()
             got = {"y": y, "dx": dx, "dw": dw}
             found.append({name: backend.to_host(a) for name, a in got.items()})
     for name, first in found[0].items():

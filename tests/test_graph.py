@@ -18,7 +18,7 @@ import distrib.loop
 from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.world import World
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data.dataset import Dataset, make
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
 from distrib.run.console import Screen
@@ -40,12 +40,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def random_data(images: int) -> mnist.Dataset:
+def random_data(images: int) -> Dataset:
     rng = np.random.default_rng(1)
-    return mnist.Dataset(
-        "random",
-        *(rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)) * 2,
-    )
+    part = rng.integers(0, 256, (images, 28, 28), np.uint8), rng.integers(0, 10, images, np.uint8)
+    return make("random", part, part, least=10)
 
 
 DATA = random_data(20)
@@ -335,7 +333,7 @@ from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 rng = np.random.default_rng(1)
-data = mnist.Dataset("random", *(rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)) * 2)
+data = make("random", *[(rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8))] * 2, least=10)
 
 def train(alone, graph):
     with device("float32") as backend:

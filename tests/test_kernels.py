@@ -1,4 +1,4 @@
-"""Every drop-in against the plain operation that it stands for: results, and what it does to its arguments.
+"""Every operation on the kernels against the plain one that it stands for: results, and what it does to its arguments.
 
 The kernels' CUDA sources run on the CPU here; on a GPU `make test-gpu` runs the same cases.
 """
@@ -19,7 +19,7 @@ from distrib.data import sampler
 from nn.array import OPS
 from nn.buffers import Buffers
 from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
-from nn.cuda.ops import CudaOps, rows_of
+from nn.cuda.ops import LOSS_NUMBERS, CudaOps, rows_of
 from nn.device import NUMPY
 from nn.ops import bf16, linear, pool, residual, update
 from nn.ops import loss as losses
@@ -472,6 +472,7 @@ def test_stem(both: Both, shape: tuple[int, ...]) -> None:
 def test_every_operation_that_can_be_replaced_was_tested() -> None:
     """Runs last in this file; where it is picked alone there is nothing to say."""
     names = set(CudaOps(Kernels(HostModule)).by_name())
-    assert names == set(OPS), "a op operation has no drop-in, or the other way round"
+    assert set(LOSS_NUMBERS) == set(losses.LOSSES), "a loss has no kernel, or the other way round"
+    assert names == set(OPS), "an operation has no version on a GPU, or the other way round"
     if TESTED:
         assert names == TESTED

@@ -130,7 +130,7 @@ time.sleep(3600)
 
 
 TRAINING = """
-from distrib.data import idx as mnist
+from distrib.data.dataset import make
 from distrib.config import Config
 from distrib.trainer import Trainer
 from distrib.comm.world import World
@@ -139,7 +139,7 @@ from distrib.comm.base import SingleCommunicator, SingleControl
 from test_strict import STRICT
 rng = np.random.default_rng(1)
 images, labels = rng.integers(0, 256, (26, 28, 28), np.uint8), rng.integers(0, 10, 26, np.uint8)
-data = mnist.Dataset("random", images, labels, images, labels)
+data = make("random", *[(images, labels)] * 2, least=10)
 config = Config(batch_size=8, width=0.0625, precision="float64")
 
 def train(comm, control):

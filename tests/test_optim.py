@@ -1,4 +1,4 @@
-"""Optimizers against their formulas, schedules against closed algorithms and PyTorch's."""
+"""Optimizers against their formulas, schedules against closed forms and PyTorch's."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_sgd(
 def test_adam(
     decay: float, block: int, seed: int, params: Parameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kingma and Ba's efficient algorithm, ε̂ = 1e-7, decay decoupled: θ ← θ·(1 − lr·λ) − lr_t·m/(√v + ε̂)."""
+    """Kingma and Ba's efficient form, ε̂ = 1e-7, decay decoupled: θ ← θ·(1 − lr·λ) − lr_t·m/(√v + ε̂)."""
     monkeypatch.setattr(optim, "HOST_BLOCK", block)
     optimizer, values = Adam(params, decay), params.values.copy()
     m = v = np.zeros_like(values)

@@ -12,8 +12,8 @@ from conftest import write_idx
 from networks import resnet9
 from PIL import Image
 
-from distrib.data import idx as mnist
-from distrib.predict import probabilities
+from distrib.data import formats
+from distrib.predict import DIGITS, probabilities
 from distrib.run import checkpoint as ckpt
 from launch import predict as module
 from launch.predict import SHADES, bars, drawing, line, predict
@@ -35,8 +35,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     """A picture with dark ink and an IDX file of 25 images."""
-    images = mnist.load(limit_train=1, limit_test=25).test_images
-    Image.fromarray(255 - images[0]).save(tmp_path / "digit.png")
+    images = formats.load(limit_train=1, limit_test=25).test_images
+    Image.fromarray(255 - images[0, ..., 0]).save(tmp_path / "digit.png")
     write_idx(tmp_path / "images.gz", images)
     return tmp_path / "digit.png", tmp_path / "images.gz"
 
@@ -151,21 +151,20 @@ def test_the_drawing_is_the_image() -> None:
 def test_bars_and_names() -> None:
     result = {
         "image": "a\x1b[2J\udc80.png",
-        "digit": 7,
+        "class": "7",
         "inverted": False,
         "probabilities": [0.02] * 7 + [0.8, 0.05, 0.01],
     }
-    lines = bars(result, 10, shades=False).plain.split("\n")
+    lines = bars(result, DIGITS, 10, shades=False).plain.split("\n")
     assert lines[7] == "7  ########    80.0 %"
     assert len(lines) == 10
-    assert line(result, 2) == "a?[2J?.png: 7  80.0 %   8  5.0 %"
+    assert line(result, DIGITS, 2) == "a?[2J?.png: 7  80.0 %   8  5.0 %"
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--top", 0), "--top 0: give 1 to 10"),
-        (("--top", 11), "--top 11"),
+        (("--top", 0), "--top 0: give 1 or more"),
         (("--limit", 0), "--limit 0: give 1 or more"),
         (("--draw", "--json"), "--draw and --json: give one of them"),
         (("nothing.png",), "nothing.png: no such file"),

@@ -17,8 +17,8 @@ from needs import chromium
 from PIL import Image
 from safetensors.numpy import load_file
 
-from distrib.data import idx as mnist
-from launch.report.page import digits, label_of, page, points_of, report
+from distrib.data import formats
+from launch.report.page import answers, label_of, page, points_of, report
 from launch.report.plots import short
 from launch.report.records import line_of
 from launch.report.runs import (
@@ -116,7 +116,7 @@ def test_what_the_tables_say(runs: list[Path]) -> None:
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_digits_agree_with_the_summary(runs: list[Path], which: int) -> None:
     data = read_run(runs[which])
-    found = digits(data)
+    found = answers(data)
     assert not isinstance(found, str)
     assert found.step == data.summary["steps"]
     assert found.confusion.sum() == 500
@@ -184,8 +184,8 @@ def test_many_runs(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
     for copy in copies:
         shutil.rmtree(copy / "checkpoints")
     (copies[3] / "logits.safetensors").unlink()
-    loads, plain = [], mnist.load
-    monkeypatch.setattr(mnist, "load", lambda *given: loads.append(given) or plain(*given))
+    loads, plain = [], formats.load
+    monkeypatch.setattr(formats, "load", lambda *given: loads.append(given) or plain(*given))
     all_test_images.cache_clear()
     found = [read_run(copy) for copy in copies]
     text = page(found)
@@ -284,7 +284,7 @@ def test_time_of_the_steps_that_were_timed() -> None:
     null = {"compute_seconds": None, "communication_seconds": None, "data_seconds": None}
     steps = [{"step": 100 * (i + 1), "loss": 1.0, **null} for i in range(10)]
     timed = {"compute_seconds": 7.0, "communication_seconds": 2.0, "data_seconds": 1.0}
-    data = RunData(Path(), "x", {}, {}, log_of([*steps, {"step": 1100, "loss": 1.0, **timed}]), {})
+    data = RunData(Path(), "x", {}, {}, {}, log_of([*steps, {"step": 1100, "loss": 1.0, **timed}]), {})
     assert data.parts_ms() == pytest.approx({"compute": 70, "communication": 20, "data": 10})
     data.log = log_of(steps)
     assert data.parts_ms() is None
@@ -313,7 +313,7 @@ def test_curves_are_thinned_by_averaging(count: int) -> None:
     assert len(few) <= 100
     assert means[0] == np.arange(min(count, each * -(-len(values) // 100))).mean()
     data = RunData(
-        Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, Log(of_steps={"loss": curve}), {}
+        Path(), "x", {"batch_size": 10, "limit_train": 10000}, {}, {}, Log(of_steps={"loss": curve}), {}
     )
     np.testing.assert_allclose(data.curve("loss")[0], steps / 1000)
 

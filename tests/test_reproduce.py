@@ -16,7 +16,7 @@ from conftest import LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from test_failures import left_running
 from test_torch_parity import import_torch
 
-from distrib.faults import heartbeat as board
+from distrib.faults import heartbeat
 from launch import cli
 from launch.report.reference import ROWS, SECONDS, Settings, jobs
 from launch.report.reproduced import spread
@@ -85,8 +85,8 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
     job = every[1]
-    wait_for(lambda: (job.folder / "metrics.jsonl").exists() and board.read(job.folder), "a run", process)
-    pid = board.read(job.folder)[0].pid
+    wait_for(lambda: (job.folder / "metrics.jsonl").exists() and heartbeat.read(job.folder), "a run", process)
+    pid = heartbeat.read(job.folder)[0].pid
     os.kill(pid, signal.SIGSTOP)  # it does not end before the signal comes
     process.send_signal(signal.SIGINT)
     os.kill(pid, signal.SIGCONT)

@@ -18,7 +18,7 @@ from conftest import ROOT, environment
 
 from distrib.faults import heartbeat as board
 from launch import watch as module
-from launch.report import follow
+from launch.report import follow, runs
 from launch.report.follow import Follower
 from launch.watch import sparkline, view, watch
 
@@ -347,9 +347,9 @@ def test_progress_and_many_ranks(tmp_path: Path) -> None:
 
 
 def test_training_images(small_data: Path, tmp_path: Path) -> None:
-    assert follow.training_images(None) == 60000
-    assert follow.training_images(str(small_data)) == 64
-    assert follow.training_images(str(tmp_path / "nowhere")) is None
+    assert runs.training_images(None) == 60000
+    assert runs.training_images(str(small_data)) == 64
+    assert runs.training_images(str(tmp_path / "nowhere")) is None
     run = Follower(make(tmp_path / "run", limit_train=None, data=str(tmp_path / "nowhere")), 60)
     run.look()
     assert run.progress() == (0.0, "epoch ?/2", "7/?")

@@ -1,95 +1,41 @@
-"""What a data file is by its first bytes, and reading no more of it, gzipped or not, than was asked for."""
+"""The formats of data sets, and `load`, which tells by looking which one it is."""
 
 from __future__ import annotations
 
-import os
-import zlib
-from contextlib import suppress
-from pathlib import Path
+from types import ModuleType
 
-GZIP = b"\x1f\x8b"
+from distrib.data import cifar, idx, npz, pictures, synthetic
+from distrib.data.dataset import Dataset
+from distrib.errors import UserError
+from distrib.files import expanded, reason
 
-SNIFF = 512
-"""First bytes of a file by which its kind is told."""
-
-RATIO = 1032
-"""Bytes that deflate makes of one at most (zlib's own bound)."""
-
-KINDS = (
-    (b"PK\x03\x04", "is a zip file"),
-    (b"\x89PNG\r\n\x1a\n", "is a PNG picture"),
-    (b"\xff\xd8\xff", "is a JPEG picture"),
-    (b"GIF8", "is a GIF picture"),
-    (b"\x93NUMPY", "is a NumPy array (.npy)"),
-    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
-    (b"PAR1", "is a Parquet file"),
-    (b"BZh", "is a bzip2 file"),
-    (b"\xfd7zXZ\x00", "is an xz file"),
-    (b"\x28\xb5\x2f\xfd", "is a zstd file"),
-    (b"version https://git-lfs", "is a pointer of git-lfs, whose file was not fetched (git lfs pull)"),
-    *((bytes([0x80, version]), "is a Python pickle") for version in range(2, 6)),
-)
+FORMATS: dict[str, ModuleType] = {
+    "a folder of IDX files (train-images-idx3-ubyte.gz and its three companions)": idx,
+    "a folder of CIFAR-10's or CIFAR-100's binary files": cifar,
+    "a folder of pictures by class (train/NAME/*, test/NAME/*)": pictures,
+    "an .npz file with x_train, y_train, x_test, y_test": npz,
+}
+"""What --data takes: modules with `recognises(path)` and `read(path)`."""
 
 
-def what_is(start: bytes) -> str | None:
-    """ "is a PNG picture" and the like, of a file that starts with these bytes; None of what is not known."""
-    if not start:
-        return "is empty"
-    if start[:2] == GZIP:
-        return "is gzipped twice"
-    if start[257:262] == b"ustar":
-        return "is a tar archive"
-    if start.startswith(b"PK\x03\x04") and b".npy" in start[30:120]:
-        return "is a NumPy archive (.npz)"
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
-        return "is an HTML page (a failed download?), no IDX file"
-    return next((f"{name}, no IDX file" for magic, name in KINDS if start.startswith(magic)), None)
+def load(data: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
+    """The data set that --data names (default: the MNIST of the package), the first `limit` images of each part."""
+    return _whole(data).first(limit_train, limit_test)
 
 
-class Plain:
-    """The bytes of a file, taken from the front."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.most, self._raw, self._at = len(raw), raw, 0
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes, fewer at the end."""
-        part = self._raw[self._at : self._at + count]
-        self._at += len(part)
-        return part
-
-
-class Gzip:
-    """The contents of a gzipped file, inflated as they are taken: `most` is what they can be."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.most, self._rest, self._stream = RATIO * len(raw), raw, zlib.decompressobj(31)
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes, fewer at the end, where gzip's checksum is compared.
-
-        EOFError where the file is cut, zlib.error where it is damaged.
-        """
-        parts: list[bytes] = []
-        while count:
-            part = self._stream.decompress(self._rest, count)
-            self._rest = self._stream.unconsumed_tail
-            parts.append(part)
-            count -= len(part)
-            if self._stream.eof:  # of a member; more may follow
-                self._rest = self._stream.unused_data.lstrip(b"\0")
-                if not self._rest:
-                    break
-                self._stream = zlib.decompressobj(31)
-            elif count and not part and not self._rest:
-                raise EOFError
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its control group's."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
+def _whole(data: str | None) -> Dataset:
+    if data is None:
+        return idx.read(idx.SHIPPED)
+    if synthetic.recognises(data):
+        return synthetic.read(data)
+    path = expanded(data, "--data")
+    try:
+        if not path.exists():
+            raise UserError(f"--data {path}: no such folder or file; give {', or '.join(FORMATS)}")
+        form = next((form for form in FORMATS.values() if form.recognises(path)), None)
+        if form is None and path.is_file():
+            raise UserError(f"--data {path}: is no folder and no .npz file: give {', or '.join(FORMATS)}")
+        found: Dataset = (form or idx).read(path)  # idx tells what is there instead
+        return found
+    except OSError as error:
+        raise UserError(f"--data {path}: cannot be read {reason(error, path)}") from None

@@ -1,4 +1,4 @@
-"""Images and labels in IDX files, gzipped or not: MNIST, which ships with the package, or any set like it."""
+"""Images and labels in IDX files, gzipped or not: MNIST, which ships with the package, EMNIST, or any set like it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from distrib.data.formats import GZIP, SNIFF, Gzip, Plain, memory, what_is
+from distrib.data.dataset import Dataset, make
+from distrib.data.sniff import GZIP, SNIFF, Gzip, Plain, memory, what_is
 from distrib.errors import UserError
-from distrib.files import expanded, printable, read_bytes, reason
+from distrib.files import printable, read_bytes, reason
 
 SHIPPED = Path(__file__).parent / "mnist"
-SIDE, CLASSES = 28, 10
-SHAPE = (SIDE, SIDE, 1)
-TRAINING_IMAGES = 60_000  # of the set in the package
+LEAST_CLASSES = 10
+"""Classes of a set that has fewer, as MNIST's small relatives may."""
+
 IMAGES, LABELS = 0x00000803, 0x00000801  # magic: two zero bytes, unsigned byte, number of dimensions
 
 SHA256 = {
@@ -34,31 +34,12 @@ NAMES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in (
 """Of the four files, gzipped or not."""
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Images uint8 (N, 28, 28) and labels uint8 (N,) of the training and the test set."""
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-    def digest(self) -> str:
-        """SHA-256 over all arrays."""
-        sha = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            sha.update(f"{array.shape}".encode())
-            sha.update(array.tobytes())
-        return sha.hexdigest()
-
-
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array in the IDX file `path`: (N, 28, 28) for IMAGES, (N,) for LABELS, uint8.
+    """The array in the IDX file `path`: (N, H, W) for IMAGES, (N,) for LABELS, uint8.
 
     No more is read or inflated than the header says. UserError names the file and what is wrong with it:
-    unreadable, checksum (files of the package), something else than IDX, size of images, more than the
-    machine's memory holds, truncated, over-long, or a label above 9.
+    unreadable, checksum (files of the package), something else than IDX, more than the machine's memory
+    holds, truncated or over-long.
     """
     kind = "images" if magic == IMAGES else "labels"
     with _told(path, kind):
@@ -75,11 +56,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     if len(data) < expected or over:
         has = f"over-long: more than {expected}" if over else f"truncated: {len(data)}"
         raise UserError(f"{path}: {has} bytes of {kind}, the header says {expected}: copy it again")
-    array = np.frombuffer(data, np.uint8).reshape(shape)
-    if magic == LABELS and array.size and array.max() >= CLASSES:
-        at = int(np.argmax(array >= CLASSES))
-        raise UserError(f"{path}: label {array[at]} at index {at}: labels go from 0 to {CLASSES - 1}")
-    return array
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 @contextmanager
@@ -112,10 +89,7 @@ def _shape(path: Path, magic: int, head: bytes, source: Plain | Gzip) -> tuple[i
         start = head + source.take(SNIFF)
         found = what_is(start) or f"starts with {start[:4].hex()}, IDX {kind} start with {magic:08x}"
         raise UserError(f"{path}: {found}: give an IDX file of {kind}")
-    shape = tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
-    if magic == IMAGES and shape[1:] != (SIDE, SIDE):
-        raise UserError(f"{path}: images of {shape[1]}×{shape[2]}, the network takes {SIDE}×{SIDE}")
-    return shape
+    return tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
 
 
 def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
@@ -134,11 +108,10 @@ def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
 
 def _variants(folder: Path, name: str) -> list[Path]:
     """Files of `folder` that are called `name`, in other case, with dots for dashes, gzipped; likeliest first."""
-    wanted = name.lower().replace("-", ".")
+    wanted = _plain(name)
     found = []
     for entry in sorted(os.listdir(folder)):
-        plain = entry.lower().removesuffix(".gz").replace("-", ".")
-        if plain == wanted:
+        if _plain(entry) == wanted:
             path = folder / entry
             try:
                 empty = not path.stat().st_size
@@ -148,15 +121,26 @@ def _variants(folder: Path, name: str) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def _find(folder: Path, name: str) -> Path:
-    """The file `name` in a folder, however it is spelled; UserError says what is there instead."""
-    if found := _variants(folder, name):
+def _plain(entry: str) -> str:
+    return entry.lower().removesuffix(".gz").replace("-", ".")
+
+
+def _prefixes(folder: Path) -> list[str]:
+    """What comes before train-images-idx3-ubyte in the names of files: nothing for MNIST, emnist-letters-, …"""
+    ending = _plain("train-images-idx3-ubyte")
+    names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending)]
+    return sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
+
+
+def _find(folder: Path, *names: str) -> Path:
+    """The file of one of these names in a folder, however it is spelled; UserError says what is there instead."""
+    if found := [path for name in names for path in _variants(folder, name)]:
         return found[0]
     entries = sorted(os.listdir(folder))
     shown = ", ".join(printable(entry, 40) for entry in entries[:5]) or "nothing"
     more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
     raise UserError(
-        f"{folder / name}: no such file, with or without .gz, is there: found {shown}{more};"
+        f"{folder / names[0]}: no such file, with or without .gz, is there: found {shown}{more};"
         f" expected {', '.join(NAMES)}"
     )
 
@@ -164,18 +148,19 @@ def _find(folder: Path, name: str) -> Path:
 def _folder(path: Path) -> Path:
     """The folder that holds the files: the one given, or the one below it in which torchvision keeps them."""
     os.listdir(path)
-    if _variants(path, NAMES[0]):
+    if _prefixes(path):
         return path
     below = [place for place in (path / "raw", *sorted(path.glob("*/raw"))) if os.path.isdir(place)]
-    held = [place for place in below if _variants(place, NAMES[0])]
+    held = [place for place in below if _prefixes(place)]
     if len(held) > 1:
         raise UserError(f"--data {path}: holds several data sets: give one of {', '.join(map(str, held))}")
     return held[0] if held else path
 
 
-def _part(folder: Path, prefix: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    image_path = _find(folder, f"{prefix}-images-idx3-ubyte")
-    label_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
+def _part(folder: Path, *names: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the files that begin with one of these names."""
+    image_path = _find(folder, *(f"{name}-images-idx3-ubyte" for name in names))
+    label_path = _find(folder, *(f"{name}-labels-idx1-ubyte" for name in names))
     images, labels = read_idx(image_path, IMAGES), read_idx(label_path, LABELS)
     if len(images) != len(labels):
         raise UserError(
@@ -184,24 +169,37 @@ def _part(folder: Path, prefix: str, limit: int | None) -> tuple[np.ndarray, np.
         )
     if not len(images):
         raise UserError(f"{image_path}: holds no images")
-    return images[:limit], labels[:limit]
+    _require_few_gaps(label_path, labels)
+    return images, labels
 
 
-def load(folder: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
-    """The four files in `folder` (default: the MNIST of the package), the first `limit` of each set."""
-    path = SHIPPED if folder is None else expanded(folder, "--data")
-    try:
-        held = path if path == SHIPPED else _folder(path)
-        return Dataset(
-            "MNIST (in the package)" if path == SHIPPED else str(held),
-            *_part(held, "train", limit_train),
-            *_part(held, "t10k", limit_test),
-        )
-    except FileNotFoundError:
+def _require_few_gaps(path: Path, labels: np.ndarray) -> None:
+    """UserError where a label is so large that most classes below it have no image: it is damaged, no class."""
+    classes = int(labels.max()) + 1
+    if classes > LEAST_CLASSES and len(np.unique(labels)) < classes / 2:
+        at = int(labels.argmax())
         raise UserError(
-            f"--data {path}: no such folder; it should hold {NAMES[0]}.gz and its three companions"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(f"--data {path}: is no folder: give the one that holds {NAMES[0]}.gz") from None
-    except OSError as error:
-        raise UserError(f"--data {path}: cannot be read {reason(error, path)}") from None
+            f"{path}: label {labels[at]} at index {at}: most classes below it have no image: number the"
+            " classes from 0 without gaps"
+        )
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder, or the one below it, holds such files."""
+    return path.is_dir() and bool(_prefixes(_folder(path)))
+
+
+def read(path: Path) -> Dataset:
+    """The data set in a folder: MNIST's four names, or EMNIST's with one prefix."""
+    held = _folder(path)
+    prefixes = _prefixes(held) or [""]
+    if len(prefixes) > 1:
+        shown = ", ".join(printable(prefix.rstrip("-."), 40) or "MNIST's names" for prefix in prefixes)
+        raise UserError(f"--data {held}: holds several data sets ({shown}): give each a folder of its own")
+    (prefix,) = prefixes
+    return make(
+        "MNIST (in the package)" if held == SHIPPED else str(held),
+        _part(held, f"{prefix}train"),
+        _part(held, f"{prefix}t10k", f"{prefix}test"),
+        least=LEAST_CLASSES,
+    )

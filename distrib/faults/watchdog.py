@@ -217,7 +217,8 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
     """
     pid = os.getpid()
     script = (
-        f"left={math.ceil(seconds)}; while [ $left -gt 0 ]; do sleep 1; read -r _ _ state _ </proc/{pid}/stat || exit;"
+        f"left={math.ceil(seconds)}; while [ $left -gt 0 ]; do sleep 1;"
+        f" {{ read -r _ _ state _ </proc/{pid}/stat; }} 2>/dev/null || exit; [ $state = Z ] && exit;"
         f" [ $state = T ] || left=$((left - 1)); done; echo 'distrib: process {pid} on {socket.gethostname()}"
         f" spent {seconds:.0f} s in {what}: another rank or the launcher is gone' >&2; kill -9 {pid}"
     )

@@ -1,4 +1,4 @@
-"""Draws ink as MNIST's makers did: cut to the ink, at most 20×20, centred by mass in 28×28, strokes as wide as MNIST's."""
+"""Draws ink as MNIST's makers did: at most 20×20, centred by mass in 28×28, strokes as wide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THINNEST, THICKEST = 2.0, 4.5
 
 
 def as_mnist(drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Ink (H, W) in [0, 1] as uint8 (28, 28): cut to the ink, strokes as wide as MNIST's, scaled, centred by mass."""
+    """Ink (H, W) in [0, 1] as uint8 (28, 28), with strokes as wide as MNIST's."""
     fine = np.pad(fit(drawn, mask, BOX * FINE), 4 * FINE)
     width = stroke_width(fine > 0.5) / FINE
     wanted = min(max(width, THINNEST), THICKEST)
@@ -42,13 +42,13 @@ def fit(drawn: np.ndarray, mask: np.ndarray, side: float) -> np.ndarray:
 
 
 def stroke_width(mask: np.ndarray) -> float:
-    """Twice the area over the perimeter; π/4 of the edges between pixels is the perimeter of slanting strokes."""
+    """Twice the area over the perimeter: π/4 of the edges between pixels, on average."""
     edges = sum(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in (0, 1))
     return 2 * int(mask.sum()) / max(1.0, edges * np.pi / 4)
 
 
 def widened(drawn: np.ndarray, radius: float) -> np.ndarray:
-    """Strokes wider by `radius` on each side, or thinner where it is negative: the most, or least, over a disc."""
+    """Strokes wider by `radius` on each side, thinner if negative: most or least over a disc."""
     if abs(radius) < 0.5:
         return drawn
     sign = 1 if radius > 0 else -1

@@ -1,4 +1,4 @@
-"""Picture files as small sheets of light: upright, of any mode, in bounded memory; what is no picture is named."""
+"""Reads picture files as small sheets of light, upright, in bounded memory; names what is no picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "DIB", "WEBP", "PPM", "ICO", "AV
 MOST_BYTES = 180_000_000
 """Memory that a decoded picture may take."""
 MOST_PIXELS = 178_000_000
-"""Pixels of a picture that is decoded in parts or reduced, so that it ends within seconds; 200 would be Pillow's bomb."""
+"""Pixels of a picture, so that reading it takes seconds; twice Pillow's limit is 179."""
 MOST_PAGES = 1000
 WORK_PIXELS = 1_000_000
 """Pixels of a sheet at most."""
@@ -81,7 +81,7 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """One picture, upright: float32 light (H, W, C) in [0, 1], C 1 or 3, and opacity (H, W) where it has some."""
+    """One upright picture: float32 light (H, W, C) in [0, 1], C 1 or 3; opacity (H, W) if it has some."""
 
     light: np.ndarray
     alpha: np.ndarray | None
@@ -114,7 +114,7 @@ def kind_of(head: bytes) -> str:
 
 
 def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:
-    """use(page) for each page of the picture file `path`, one after the other; None of a file that is no picture."""
+    """use(page) for each page of a picture file, one after the other; None if it is no picture."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder: give the files in it, {path}/*")
     if path.exists() and not path.is_file():
@@ -234,7 +234,7 @@ def _cut(picture: Any, step: int) -> Iterator[Any]:
 
 
 def _join(strips: Iterator[Any], step: int) -> tuple[np.ndarray, np.ndarray | None, int | None]:
-    """Light and opacity of all strips, means over step × step pixels, and an orientation met on the way."""
+    """Light and opacity of all strips, averaged over step × step pixels, and an orientation."""
     parts, exif = [], None
     for strip in strips:
         if isinstance(strip, int):
@@ -253,7 +253,7 @@ def _join(strips: Iterator[Any], step: int) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _reduced(strip: Any, step: int) -> np.ndarray:
-    """Pixels (h, w, C): uint8 of L, LA, RGB or RGBA, or float32 of a mode with numbers of other sizes."""
+    """Pixels (h, w, C): uint8 of L, RGB or RGBA, float32 of a mode with other numbers."""
     if strip.mode.startswith(("I", "F")):
         values = np.asarray(strip).astype(np.float32)
         return _block_means(values, step)[..., None]
@@ -286,7 +286,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-# --- large PNG pictures -----------------------------------------------------------------------------------------
+# --- large PNG pictures --------------------------------------------------------------------------------
 
 
 def _plain_png(file: BinaryIO) -> bool:
@@ -316,7 +316,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 def _png_strips(file: BinaryIO, step: int) -> Iterator[Any]:
     """A PNG in strips, each a small PNG for Pillow: unpacked as it is read, so that no more is held.
 
-    A row is stored as its difference from the row above, so each strip starts with the last row of the one before.
+    A row is stored as its difference from the row above: a strip starts with the last row of the one before.
     """
     about, orientation, before, waiting = b"", None, b"", b""
     unpack = zlib.decompressobj()

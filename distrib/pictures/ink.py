@@ -16,13 +16,15 @@ FAINTEST = 0.04
 """Contrast, of the whole range from black to white, below which nothing is taken for ink."""
 AGREED = 0.03
 """A pixel agrees with a model of the light when it is so near to it."""
+CLEARLY = 1.3
+"""A model of the light with more terms has so many times the pixels that agree."""
 SIGNAL = 5.0
 """Ink differs from the ground by so many standard deviations of the ground's noise."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How far each pixel lies from the ground towards the ink, (H, W); `level` is a stroke's, `cut` parts the two."""
+    """How far each pixel (H, W) lies from ground to ink; `level` is a stroke's, `cut` parts the two."""
 
     strength: np.ndarray
     level: float
@@ -37,7 +39,7 @@ class Contrast:
 def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
     """Tell ink from ground by colour; None where no pixel stands out from the ground's noise.
 
-    Where there is less light, ink differs less from the ground: differences are taken relative to the ground's light.
+    In less light ink differs less from the ground: differences are relative to the ground's light.
     """
     if min(sheet.shape[:2]) < 4:
         return None
@@ -58,32 +60,34 @@ def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
 
 
 def noise_of(strength: np.ndarray) -> float:
-    """Standard deviation of the noise: from differences of pixels a little apart, few of which cross an edge of ink."""
+    """The noise's standard deviation, from pixels a little apart: few pairs cross an edge of ink."""
     reach = [lag for lag in (1, 2, 4, 8) if 4 * lag < min(strength.shape)] or [1]
     return max(1.05 * float(np.median(np.abs(strength[:, lag:] - strength[:, :-lag]))) for lag in reach)
 
 
 def smooth_ground(sheet: np.ndarray) -> np.ndarray:
-    """The light on the sheet: constant, or a plane or quadratic in x and y, whichever the most pixels agree with.
+    """The light on the sheet: a constant, a plane or a quadratic, whichever more pixels agree with.
 
-    Each is fitted by least absolute deviations, which ink does not move where it covers less than about a quarter;
-    a constant bears ink on almost half of the sheet.
+    The constant is the border's, since ink may cover most of a picture that is cut to it. The
+    others are fitted by least absolute deviations, which ink on less than a quarter does not move.
     """
     small = shrink(sheet, 48)
     basis = quadratic(*small.shape[:2]).astype(np.float64)
     values = small.reshape(len(basis), -1).astype(np.float64)
-    best, agreed = np.zeros((6, values.shape[1])), -1.0
+    edge = (np.abs(basis[:, 1:3]) == 1).any(1)
+    best, agreed = np.zeros((6, values.shape[1])), 0.0
     for terms in (1, 3, 6):
-        fit = least_deviations(basis[:, :terms], values) if terms > 1 else np.median(values, 0)[None]
-        agree = float((np.abs(values - basis[:, :terms] @ fit).max(1) < AGREED).mean())
-        if agree > agreed + 0.03:
+        fit = least_deviations(basis[:, :terms], values) if terms > 1 else np.median(values[edge], 0)[None]
+        light = basis[:, :terms] @ fit
+        agree = float((np.abs(values - light).max(1) < AGREED).mean())
+        if terms == 1 or (agree > CLEARLY * agreed and light.min() > -0.1 and light.max() < 1.2):
             best, agreed = np.zeros_like(best), agree
             best[:terms] = fit
     return (quadratic(*sheet.shape[:2]) @ best.astype(np.float32)).reshape(sheet.shape)
 
 
 def least_deviations(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Coefficients (terms, C) that make Σ|values − basis·coefficients| least, by weighted least squares, repeated."""
+    """Coefficients (terms, C) with the least Σ|values − basis·coefficients|, by reweighted squares."""
     weight = np.ones_like(values)
     for _ in range(20):
         squares = np.einsum("ni,nc,nj->cij", basis, weight, basis, optimize=True)
@@ -113,7 +117,7 @@ def along_ink(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearby_ground(strength: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """What the ground near each pixel has left of uneven light: its mean over a window, ink left out."""
+    """What is left of uneven light near each pixel: the ground's mean over a window."""
     free = (~grow(ink, 2)).astype(np.float32)
     both = shrink(np.stack([strength * free, free], -1), 64)
     radius = max(2, min(both.shape[:2]) // 8)
@@ -124,7 +128,7 @@ def nearby_ground(strength: np.ndarray, ink: np.ndarray) -> np.ndarray:
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold that parts values into the two classes whose means differ most, weighted by their sizes."""
+    """Otsu's threshold: the two classes' means differ most, weighted by their sizes."""
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-3:
         return (low + high) / 2 - 1e-3

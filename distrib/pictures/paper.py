@@ -18,7 +18,7 @@ SHARP = 0.33
 
 @dataclass(frozen=True)
 class Digit:
-    """What was found on a sheet: uint8 (28, 28), white on black, and whether the ink is darker than the ground."""
+    """A digit found on a sheet: uint8 (28, 28), white on black; `dark` ink is darker than the ground."""
 
     pixels: np.ndarray
     dark: bool
@@ -56,21 +56,23 @@ def ends_sharply(part: np.ndarray, strength: np.ndarray) -> bool:
 
 
 def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
-    """The rows and columns of the paper inside a frame or on a table, where the picture shows more than the paper."""
+    """The paper's rows and columns, where the picture also shows a frame or a table."""
     small = shrink(sheet, 128)
-    found = contrast(small, np.broadcast_to(np.median(small, (0, 1)), small.shape))
+    middle = np.median(small, (0, 1))
+    found = contrast(small, np.broadcast_to(middle, small.shape))
     if found is None:
         return None
+    apart = np.abs(small - middle).max(2)  # uneven light and all
     labels, count = components(found.mask)
     for label in range(1, count + 1):
         part = labels == label
-        if part.sum() > 0.02 * part.size and (is_frame(part, found.strength) or is_paper(part)):
-            return free_of(part if is_frame(part, found.strength) else outside(~part), sheet.shape)
+        if part.sum() > 0.02 * part.size and (is_frame(part, apart) or is_paper(part, apart)):
+            return free_of(part if is_frame(part, apart) else outside(~part), sheet.shape)
     return None
 
 
 def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
-    """Whether a component runs along a side of the picture, keeps to its border and ends sharply, unlike a shadow."""
+    """Whether a component runs along a side, keeps to the border and, unlike a shadow, ends sharply."""
     sides = (part[0], part[-1], part[:, 0], part[:, -1])
     border = np.ones(part.shape, bool)
     dy, dx = (max(1, n // 4) for n in part.shape)
@@ -80,7 +82,7 @@ def is_frame(part: np.ndarray, strength: np.ndarray) -> bool:
     return not part.all() and ends_sharply(part, strength)
 
 
-def is_paper(part: np.ndarray) -> bool:
+def is_paper(part: np.ndarray, strength: np.ndarray) -> bool:
     """Whether a component is a filled rectangle with something on it."""
     rows, cols = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
     cut = part[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
@@ -89,11 +91,12 @@ def is_paper(part: np.ndarray) -> bool:
         cut.size > 0.1 * part.size
         and filled.mean() > 0.82
         and 0.7 * filled.sum() < cut.sum() < 0.995 * filled.sum()
+        and ends_sharply(part, strength)
     )
 
 
 def free_of(unwanted: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The rows and columns of the picture that are left when its sides are cut off until none has unwanted pixels."""
+    """The rows and columns left when sides are cut off until none has unwanted pixels."""
     sides = [0, unwanted.shape[0], 0, unwanted.shape[1]]
     while sides[1] - sides[0] > 4 and sides[3] - sides[2] > 4:
         cut = unwanted[sides[0] : sides[1], sides[2] : sides[3]]

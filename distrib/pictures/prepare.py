@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distrib.data import idx as mnist
+from distrib.data import idx
 from distrib.errors import UserError
-from distrib.pictures.digit import stroke_width
+from distrib.pictures.digit import SIDE, stroke_width
 from distrib.pictures.files import Sheet, kind_of, read_sheets
 from distrib.pictures.paper import find_digit
 
@@ -22,7 +22,7 @@ MOST_IMAGES = 1_000_000
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of one file as the network takes them, white on black: uint8 (N, 28, 28)."""
+    """The images of one file as the network takes them: uint8 (N, H, W), in colour (N, H, W, 3)."""
 
     path: Path
     pixels: np.ndarray
@@ -34,19 +34,33 @@ class Pictures:
 
 
 def read_pictures(path: Path, as_is: bool = False) -> Pictures:
-    """The images in the picture or IDX file `path`; with `as_is` they are scaled at most."""
-    found = read_sheets(path, as_it_is if as_is else prepare)
+    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at most."""
+    found = read_sheets(path, (lambda sheet: scaled(sheet, (SIDE, SIDE, 1))) if as_is else prepare)
     if found is None:
         return read_idx(path, as_is)
     pixels = np.stack([pixels for pixels, _ in found])
     return Pictures(path, pixels, np.array([dark for _, dark in found]), pixels.max((1, 2)) > 0)
 
 
-def as_it_is(sheet: Sheet) -> tuple[np.ndarray, bool]:
-    """(uint8 (28, 28), False): a picture, white on black already, in grey, on a black ground where it is transparent, scaled to 28×28."""
-    grey = luminance(sheet.light) if sheet.alpha is None else luminance(sheet.light) * sheet.alpha
-    picture = Image.fromarray(np.round(255 * grey).astype(np.uint8))
-    return np.asarray(picture.resize((mnist.SIDE, mnist.SIDE), Image.Resampling.LANCZOS)), False
+def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
+    """The images in the picture or IDX file `path`, scaled to `shape` (H, W, C)."""
+    found = read_sheets(path, lambda sheet: scaled(sheet, shape))
+    pixels = np.stack([pixels for pixels, _ in found]) if found else idx.read_idx(path, idx.IMAGES)
+    if pixels.shape[1:] not in (shape, shape[:2]) or pixels[0].size != shape[0] * shape[1] * shape[2]:
+        size = "×".join(map(str, pixels.shape[1:]))
+        raise UserError(f"{path}: images of {size}, the network takes {'×'.join(map(str, shape))}")
+    return Pictures(path, pixels, np.zeros(len(pixels), bool), np.ones(len(pixels), bool))
+
+
+def scaled(sheet: Sheet, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
+    """(uint8 (H, W) or (H, W, 3), False): a picture scaled to `shape`, on black where it is transparent."""
+    h, w, c = shape
+    light = luminance(sheet.light)[..., None] if c == 1 else sheet.light
+    if sheet.alpha is not None:
+        light = light * sheet.alpha[..., None]
+    planes = np.round(255 * np.broadcast_to(light, (*light.shape[:2], c))).astype(np.uint8)
+    picture = Image.fromarray(planes[..., 0] if c == 1 else np.ascontiguousarray(planes))
+    return np.asarray(picture.resize((w, h), Image.Resampling.LANCZOS)), False
 
 
 def luminance(light: np.ndarray) -> np.ndarray:
@@ -55,7 +69,7 @@ def luminance(light: np.ndarray) -> np.ndarray:
 
 def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
     """(uint8 (28, 28), whether the ink is dark) of a picture; all black where nothing is drawn."""
-    if sheet.alpha is None and sheet.size == (mnist.SIDE, mnist.SIDE):
+    if sheet.alpha is None and sheet.size == (SIDE, SIDE):
         own = mnist_like(sheet.light)
         if own is not None:
             return own
@@ -70,7 +84,7 @@ def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
             else None
         )
     if found is None:
-        return np.zeros((mnist.SIDE, mnist.SIDE), np.uint8), False
+        return np.zeros((SIDE, SIDE), np.uint8), False
     return found.pixels, found.dark if dark is None else dark
 
 
@@ -84,7 +98,7 @@ def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
     if np.percentile(edge, 75) > 32 or drawn.max() < 160:
         return None
     rows, cols = (np.flatnonzero((drawn > 32).any(axis)) for axis in (1, 0))
-    mass = [float(drawn.sum(axis) @ np.arange(mnist.SIDE)) / float(drawn.sum()) for axis in (1, 0)]
+    mass = [float(drawn.sum(axis) @ np.arange(SIDE)) / float(drawn.sum()) for axis in (1, 0)]
     size = max(np.ptp(rows), np.ptp(cols)) + 1
     return (drawn, dark) if abs(size - 20) <= 1 and all(abs(m - 14) < 0.75 for m in mass) else None
 
@@ -112,7 +126,11 @@ def on_its_ground(sheet: Sheet) -> np.ndarray:
 def read_idx(path: Path, as_is: bool) -> Pictures:
     """The images of an IDX file: all inverted where most of their border is bright, unless `as_is`."""
     check_idx(path)
-    images = mnist.read_idx(path, mnist.IMAGES)
+    images = idx.read_idx(path, idx.IMAGES)
+    if images.shape[1:] != (SIDE, SIDE):
+        raise UserError(
+            f"{path}: images of {images.shape[1]}×{images.shape[2]}, the network takes {SIDE}×{SIDE}"
+        )
     border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
     dark = not as_is and bool(border.size) and bool(np.median(border) > 127)
     pixels = 255 - images if dark else images
@@ -131,14 +149,19 @@ def check_idx(path: Path) -> None:
                     size = len(head) + skip(packed, 16 + 784 * MOST_IMAGES)
             except (OSError, EOFError, zlib.error):
                 return  # read_idx says what is wrong
-            if head[:2] != b"\0\0":
+            if not is_idx(head):
                 raise UserError(f"{path}: is packed by gzip and holds {kind_of(head)}")
         else:
             size = path.stat().st_size
-    if head[:2] != b"\0\0" or head[:4] == b"\0\0\x01\0":
+    if not is_idx(head):
         raise UserError(f"{path}: is {kind_of(head)}")
     if size > 16 + 784 * MOST_IMAGES:
         raise UserError(f"{path}: unpacks to more than {MOST_IMAGES:,} images of 28×28: split the file")
+
+
+def is_idx(head: bytes) -> bool:
+    """Whether a file starts as IDX files do: two zeros, a type of numbers, a number of dimensions."""
+    return len(head) > 3 and head[:2] == b"\0\0" and 8 <= head[2] <= 14 and 1 <= head[3] <= 4
 
 
 def skip(file: gzip.GzipFile, most: int) -> int:

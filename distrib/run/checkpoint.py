@@ -24,17 +24,31 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from distrib.data.formats import memory
+from distrib.config import Config
+from distrib.data.dataset import Dataset
+from distrib.data.sniff import memory
 from distrib.errors import UserError
 from distrib.files import fits, parse_object, reason, shown, write_atomically
+from nn.network import parameter_shapes
 from nn.ops.loss import LOSSES
-from nn.resnet9 import VARIANTS, channels
+from nn.resnet9 import MODELS, VARIANTS
 
 MODEL_NAME = re.compile(r"step-\d+\.safetensors")
-WITNESS, WIDEST = "stage3.0.weight", 64
-"""The largest tensor of each variant, by which a width is believed, and the largest width."""
+WIDEST = 64
+"""The largest width that is believed."""
 
-ABOUT = {"variant": "str", "width": "float", "loss": "str", "dtype": "str"}
+OLDER: dict[str, Any] = {"model": "resnet9", "shape": [28, 28, 1], "class_names": [str(i) for i in range(10)]}
+"""What version 0.1 did not say of a model."""
+
+ABOUT = {
+    "model": "str",
+    "shape": "list[int]",
+    "class_names": "list[str]",
+    "variant": "str",
+    "width": "float",
+    "loss": "str",
+    "dtype": "str",
+}
 POSITION = {
     "step": "int",
     "loss_sum": "float",
@@ -53,6 +67,21 @@ POSITION = {
 """What a model's file says of the model, and a state's file of the run, by type."""
 
 Tensors = dict[str, np.ndarray]
+
+
+def model_spec(config: Config, data: Dataset) -> dict[str, Any]:
+    """The description of a model in its file: all that it takes to make it again."""
+    return {
+        "model": "resnet9",
+        "shape": list(data.shape),
+        "class_names": list(data.class_names),
+        "variant": config.variant,
+        "width": config.width,
+        "loss": config.loss,
+        "dtype": config.dtype,
+    }
+
+
 AGAIN = ", then run again with the same --run-dir to resume"
 
 
@@ -236,23 +265,37 @@ def _object(path: Path, name: str, text: str, kinds: dict[str, str]) -> dict[str
 
 
 def _about(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
-    """The description of a model, of a network that exists and that is as wide as its tensors.
+    """The description of a model, of a network that exists and whose tensors are those of the file.
 
-    A network is made before it takes its tensors: a width from a stranger could ask for any memory.
+    A network is made before it takes its tensors: a width or a shape from a stranger could ask for any memory.
     """
-    about = _object(path, "description", text, ABOUT)
-    for key, choices in (("variant", VARIANTS), ("loss", LOSSES), ("dtype", ("float32", "float64"))):
-        if key in about and about[key] not in choices:
+    about = {**OLDER, **_object(path, "description", text, ABOUT)}
+    if missing := ABOUT.keys() - about.keys():
+        raise UserError(f"{path}: its description lacks {', '.join(sorted(missing))}: use another checkpoint")
+    choices: dict[str, Any] = {
+        "model": MODELS,
+        "variant": VARIANTS,
+        "loss": LOSSES,
+        "dtype": ("float32", "float64"),
+    }
+    for key, known in choices.items():
+        if about[key] not in known:
             raise UserError(f"{path}: has {key} {shown(about[key])}: use another checkpoint")
-    if "width" in about:
-        width = about["width"]
-        wide = channels(width)[2] if 0 < width <= WIDEST else 0
-        shape = tensors[WITNESS].shape if WITNESS in tensors else None
-        if shape != (wide, wide, 3, 3):
-            raise UserError(
-                f"{path}: does not hold the model that it describes (tensor {WITNESS} of width {shown(width)}"
-                f" is {f'of shape {shape}' if shape else 'missing'}): use another checkpoint"
-            )
+    options = {"variant": about["variant"], "width": about["width"]}
+    try:
+        if len(about["shape"]) != 3 or not 0 < about["width"] <= WIDEST:
+            raise ValueError(f"shape {shown(about['shape'])}, width {shown(about['width'])}")
+        wanted = parameter_shapes(
+            MODELS[about["model"]], tuple(about["shape"]), len(about["class_names"]), options
+        )
+        for name, shape in wanted.items():
+            if name not in tensors or tensors[name].shape != shape:
+                has = f"is of shape {tensors[name].shape}" if name in tensors else "is missing"
+                raise ValueError(f"tensor {name} {has}")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: does not hold the model that it describes ({error}): use another checkpoint"
+        ) from None
     return about
 
 

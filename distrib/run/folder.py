@@ -164,7 +164,13 @@ class Run:
             self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
         return found
 
-    def prepare(self, config: Config, found: ckpt.Checkpoint | None, environment: dict[str, Any]) -> None:
+    def prepare(
+        self,
+        config: Config,
+        found: ckpt.Checkpoint | None,
+        environment: dict[str, Any],
+        dataset: dict[str, object],
+    ) -> None:
         """Make the folder ready to resume from `found`: the first change to it."""
         try:
             while fresh := self._config:  # runs that start together must not take the same new folder
@@ -179,7 +185,7 @@ class Run:
         self._claim()
         try:
             self._clear()
-            whole = {**asdict(config), "environment": environment}
+            whole = {**asdict(config), "environment": environment, "dataset": dataset}
             replace(self.path / "config.json", json.dumps(whole, indent=2).encode(), sync=True)
             (self.path / "summary.json").unlink(missing_ok=True)
             step = found.position["step"] if found else 0

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from distrib.comm.world import connect
 from distrib.config import build
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
@@ -88,8 +88,8 @@ def kernels(
     options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision}
     config = build({**options, "limit_test": 1, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)
-    data = mnist.load(None, None, 1)
-    trainer = Trainer(config.resolve(1, len(data.train_images), 1), world, data)
+    data = formats.load(None, None, 1)
+    trainer = Trainer(config.resolve(1, data), world, data)
     warm_up(trainer, None)
     kind = (0, counts(trainer)[0], counts(trainer)[0])
     trainer.begin_epoch(0)

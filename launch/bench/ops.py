@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 
 from distrib.config import build
-from distrib.data import idx as mnist
 from launch.bench.measure import AsJson, BatchSize, Repeats, Width, matrix_peak, spread
 from launch.entry import choice
 from launch.machine import machine, refuse_launcher, require_torch
@@ -256,7 +255,7 @@ def ops(
     torch = against == "torch"
     if torch:
         require_torch("--against torch")
-    model = Network(MODELS["resnet9"], mnist.SHAPE, mnist.CLASSES, {"width": width})
+    model = Network(MODELS["resnet9"], (28, 28, 1), 10, {"width": width})
     result: dict[str, Any] = {
         "machine": machine(),
         "batch_size": batch_size,

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.train import parse
 from launch.bench.measure import AsJson, spread
@@ -95,8 +95,7 @@ def recipe(arguments: list[str], ranks: int, against: bool) -> Config:
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
-    data = mnist.load(config.data, config.limit_train, config.limit_test)
-    config = config.resolve(ranks, len(data.train_images), len(data.test_images))
+    config = config.resolve(ranks, formats.load(config.data, config.limit_train, config.limit_test))
     if against:
         require_torch("--against torch")
         if config.loss != "ce" or config.precision == "float64" or config.batch_norm != "sync":

@@ -13,8 +13,8 @@ import typer
 
 from distrib.comm.world import World, connect
 from distrib.config import Config, build
-from distrib.data import idx as mnist
-from distrib.data import sampler
+from distrib.data import formats, sampler
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
 from distrib.timing import PHASES
@@ -80,8 +80,8 @@ def step(
     config = build(given)
     world = connect(comm, backend, precision, timeout=600)
     with world.agree():
-        data = mnist.load(None, None, 1)
-        config = config.resolve(world.size, len(data.train_images), 1)
+        data = formats.load(None, None, 1)
+        config = config.resolve(world.size, data)
     bench = Bench(config, world, data, steps, evaluate)
     if against == "loop":
         bench.add_plain_loop()
@@ -98,7 +98,7 @@ class Bench:
     """Our trainer, warmed up, and the sides that it is compared with: measurements of `steps` steps each."""
 
     def __init__(
-        self, config: Config, world: World, data: mnist.Dataset, steps: int | None, evaluate: bool
+        self, config: Config, world: World, data: Dataset, steps: int | None, evaluate: bool
     ) -> None:
         self.config, self.world, self.data, self.evaluate = config, world, data, evaluate
         self.trainer = Trainer(config, world, data)

@@ -19,7 +19,7 @@ from distrib.faults import heartbeat as board
 from distrib.faults.heartbeat import SILENT, TOLD_TO_STOP, Word
 from distrib.files import open_to_read
 from launch.report.records import line_of, read_config, read_summary, read_words, whole_lines
-from launch.report.runs import training_images
+from launch.report.runs import images_of
 
 KEPT = 60
 """Logged steps, and epochs, that are kept."""
@@ -34,6 +34,7 @@ class Follower:
     def __init__(self, folder: Path, patience: float) -> None:
         self.folder, self.patience = folder, patience
         self.config: dict[str, Any] = {}
+        self.dataset: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.words: list[Word] = []
         self.steps: deque[dict[str, Any]] = deque(maxlen=KEPT)  # lines of logged steps
@@ -68,7 +69,7 @@ class Follower:
         """Take in config.json where it is a run's; else what was read before stands."""
         path = self.folder / "config.json"
         try:
-            found, _ = read_config(path) if path.exists() else ({}, {})
+            found, _, self.dataset = read_config(path) if path.exists() else ({}, {}, {})
             self.fault = ""
         except (OSError, UserError) as error:  # half written, damaged, or its disk does not answer
             found, self.fault = {}, str(error)
@@ -105,7 +106,7 @@ class Follower:
         logged = max((lines[-1]["step"] for lines in (self.steps, ended) if lines), default=0)
         slowest = min((word.step for word in self.words if word.running), default=0) - 1
         done = self.summary.get("steps") or max(logged, slowest)
-        images = self.config.get("limit_train") or training_images(self.config.get("data")) or 0
+        images = images_of(self.config, self.dataset) or 0
         per_epoch = ended[-1]["step"] // ended[-1]["epoch"] if ended else -(-images // batch)
         total = min(per_epoch * epochs, self.config.get("max_steps") or per_epoch * epochs)
         rates = [line.get("images_per_second", 0) for line in list(self.steps)[-5:]]

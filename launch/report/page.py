@@ -28,6 +28,9 @@ from launch.report.runs import PARTS, POINTS, RunData, logits_of_test_images, re
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MOST_CLASSES = 20
+"""Classes of which a page shows a confusion matrix; of more, the ones that are mixed up most."""
+
 WORST = 24
 """Wrongly classified digits that a page shows of each run."""
 
@@ -54,30 +57,45 @@ SUMMARY = {
 
 
 @dataclass
-class Digits:
+class Answers:
     """What a run's model says of the test images."""
 
     step: int  # after which
-    confusion: np.ndarray  # (10, 10): images of digit i that were taken for j
+    names: tuple[str, ...]  # of the classes
+    confusion: np.ndarray  # (classes, classes): images of class i that were taken for j
     worst: list[dict[str, Any]]  # the surest mistakes first: index, label, said, probability, picture
 
     @property
-    def per_class(self) -> list[tuple[int, int, float]]:
-        """(digit, images, accuracy in percent)."""
-        return [
-            (digit, int(row.sum()), 100 * row[digit] / max(1, row.sum()))
-            for digit, row in enumerate(self.confusion)
+    def per_class(self) -> list[tuple[str, int, int, float]]:
+        """(name, images, wrong ones, accuracy in percent); of many classes those with the lowest accuracy."""
+        found = [
+            (name, int(row.sum()), int(row.sum() - row[i]), 100 * row[i] / max(1, row.sum()))
+            for i, (name, row) in enumerate(zip(self.names, self.confusion, strict=True))
         ]
+        return found if self.few else sorted(found, key=lambda each: each[-1])[:MOST_CLASSES]
+
+    @property
+    def few(self) -> bool:
+        """Whether a page can show every class."""
+        return len(self.names) <= MOST_CLASSES
+
+    @property
+    def mixed_up(self) -> list[tuple[str, str, int]]:
+        """(class, taken for, images): what happened most often."""
+        wrong = self.confusion - np.diag(np.diag(self.confusion))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CLASSES].tolist()
+        pairs = [divmod(each, len(self.names)) for each in order]
+        return [(self.names[i], self.names[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
-def digits(run: RunData, compute: bool = True) -> Digits | str:
+def answers(run: RunData, compute: bool = True) -> Answers | str:
     """Confusion matrix and mistakes of the last checkpoint, or why not: there is none, or no data."""
     try:
-        logits, images, labels, step = logits_of_test_images(run, compute)
+        logits, data, step = logits_of_test_images(run, compute)
     except (UserError, OSError) as error:
         return printable(str(error))
-    said = logits.argmax(1)
-    confusion = np.zeros((10, 10), int)
+    images, labels, said, names = data.test_images, data.test_labels, logits.argmax(1), data.class_names
+    confusion = np.zeros((data.classes, data.classes), int)
     np.add.at(confusion, (labels, said), 1)
     probability = probabilities(logits.astype("float64"), run.config["loss"]).max(1)
     wrong = np.flatnonzero(said != labels)
@@ -85,20 +103,21 @@ def digits(run: RunData, compute: bool = True) -> Digits | str:
     worst = [
         {
             "index": int(i),
-            "label": int(labels[i]),
-            "said": int(said[i]),
+            "label": names[labels[i]],
+            "said": names[said[i]],
             "probability": 100 * float(probability[i]),
             "picture": _picture(images[i]),
         }
         for i in surest
     ]
-    return Digits(step, confusion, worst)
+    return Answers(step, names, confusion, worst)
 
 
 def _picture(image: np.ndarray) -> str:
-    """A PNG in a data: address, black on white."""
+    """A PNG in a data: address; of one channel black on white."""
     file = io.BytesIO()
-    Image.fromarray(255 - image).save(file, "png")
+    shown = 255 - image[..., 0] if image.shape[2] in (1, 2) else image[..., :3]
+    Image.fromarray(np.ascontiguousarray(shown)).save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -254,7 +273,7 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
     details = []
     for run in runs:
         progress(run.name)
-        details.append((run, digits(run, len(runs) <= COMPUTED)))
+        details.append((run, answers(run, len(runs) <= COMPUTED)))
     summary = [(label, [figure_of(run, *what) for run in runs]) for label, what in SUMMARY.items()]
     options = rows(runs, lambda run: run.config)
     differing = [(name, each) for name, each in options if name != "run_dir" and len(set(each)) > 1]

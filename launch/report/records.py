@@ -71,14 +71,29 @@ def scalars(values: Any) -> dict[str, Any]:
     }
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(options, environment) in a run's config.json; UserError where it is none."""
+DATASET = {
+    "name": "str",
+    "shape": "list[int]",
+    "class_names": "list[str]",
+    "train_images": "int",
+    "test_images": "int",
+}
+"""Types of what config.json says of the data; runs of version 0.1 say nothing."""
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(options, environment, about the data set) in a run's config.json; UserError where it is none."""
     values = read_typed(path, {name: kind for name, kind, *_ in options()})
     for name in AT_LEAST_ONE:
         if values.get(name) is not None and values[name] < 1:
             raise UserError(f'{path}: "{name}" is {values[name]}, which is below 1: {REMEDY}')
     environment, known = values.pop("environment", {}), [name for name, *_ in options() if name in values]
-    return {name: values.pop(name) for name in known} | scalars(values), scalars(environment)
+    dataset = values.pop("dataset", {})
+    if not isinstance(dataset, dict) or not all(
+        fits(DATASET[k], v) for k, v in dataset.items() if k in DATASET
+    ):
+        dataset = {}
+    return {name: values.pop(name) for name in known} | scalars(values), scalars(environment), dataset
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from distrib.data import idx as mnist
 from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.files import fits, open_to_read, read_json
 from launch.machine import DISTRIB, mpirun
 from launch.report.records import brief, line_of, read_summary
+
+TRAINING_IMAGES = 60_000
+"""Of MNIST, which the reference trains on."""
 
 PARTS = ("accuracy", "ablation", "curves", "time")
 BATCH, RATE = 8, 1e-3
@@ -96,11 +98,11 @@ class Settings:
 
     def steps(self) -> int:
         """Of one run."""
-        return self.epochs * sampler.steps_per_epoch(self.limit_train or mnist.TRAINING_IMAGES, BATCH)
+        return self.epochs * sampler.steps_per_epoch(self.limit_train or TRAINING_IMAGES, BATCH)
 
     def say(self) -> str:
         """For people."""
-        images = f"{self.limit_train or mnist.TRAINING_IMAGES:,} training images"
+        images = f"{self.limit_train or TRAINING_IMAGES:,} training images"
         few = f", {self.limit_test:,} test images" if self.limit_test else ""
         how = f"batch {BATCH}, rate {RATE:g}, width {self.width:g}, {self.seeds} seed(s)"
         return f"{self.epochs} epoch(s) of {images}{few}, {how}"

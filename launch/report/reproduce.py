@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrib.data import idx as mnist
+from distrib.data import formats
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.files import write_atomically
 from distrib.run.console import on_terminal
@@ -101,7 +101,7 @@ def reproduce(
     best = ranks or (1 if gpu else min(len(os.sched_getaffinity(0)), BATCH // 4))
     settings = Settings(epochs, limit_train, limit_test, width, seeds, best, "cupy" if gpu else "numpy")
     config = parse(settings.options(0))
-    config.resolve(best, mnist.TRAINING_IMAGES, 10_000)  # a mistake is told before anything runs
+    config.resolve(best, formats.load(None, limit_train))  # a mistake is told before anything runs
     path = out / "settings.json"
     stored = read_settings(path) if path.exists() else {}
     wanted = [only] if only else list(PARTS)

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from distrib import predict
 from distrib.config import Config
-from distrib.data import idx as mnist
+from distrib.data import formats, idx
+from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.files import open_to_read, printable
@@ -133,6 +134,7 @@ class RunData:
     name: str
     config: dict[str, Any]
     environment: dict[str, Any]
+    dataset: dict[str, Any]
     log: Log
     summary: dict[str, Any]
 
@@ -155,7 +157,7 @@ class RunData:
         """Of the first whole epoch; before its end, by the options."""
         if first := self.log.first_epoch:
             return float(first["step"] / first["epoch"])
-        images = self.config["limit_train"] or training_images(self.config["data"]) or mnist.TRAINING_IMAGES
+        images = images_of(self.config, self.dataset) or 1
         return float(-(-images // self.config["batch_size"]))
 
     @property
@@ -186,13 +188,14 @@ def read_run(path: Path) -> RunData:
     """The run in a folder; UserError where it holds none, or names the file that cannot be read."""
     if not (path / "config.json").exists():
         raise UserError(f"{path}: holds no run (it has no config.json): give a run's folder")
-    config, environment = read_config(path / "config.json")
+    config, environment, dataset = read_config(path / "config.json")
     summary = path / "summary.json"
     return RunData(
         path,
         shown(path.resolve().name),
         {**asdict(Config()), **config},
         environment,
+        dataset,
         read_log(path / "metrics.jsonl"),
         read_summary(summary) if summary.exists() else {},
     )
@@ -201,10 +204,24 @@ def read_run(path: Path) -> RunData:
 # ---- what the model says
 
 
+def images_of(config: dict[str, Any], dataset: dict[str, Any]) -> int | None:
+    """Images of a run's training set; of version 0.1's runs by the head of its file, None without one."""
+    return dataset.get("train_images") or config.get("limit_train") or training_images(config.get("data"))
+
+
+def data_of(checkpoint: Path) -> str | None:
+    """The data set of the run that a checkpoint, or a folder, is of; None where that is not known."""
+    for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "config.json").is_file():
+            found: str | None = read_config(folder / "config.json")[0].get("data")
+            return found
+    return None
+
+
 def training_images(data: str | None) -> int | None:
-    """Images of the training set by the head of its file; None where it cannot be read."""
+    """Images of the training set by the head of its IDX file; None where it cannot be read."""
     for ending in (".gz", ""):
-        path = Path(data or mnist.SHIPPED) / f"train-images-idx3-ubyte{ending}"
+        path = Path(data or idx.SHIPPED) / f"train-images-idx3-ubyte{ending}"
         with suppress(OSError, EOFError, ValueError, zlib.error), open_to_read(path) as file:
             head = gzip.GzipFile(fileobj=file).read(8) if ending else file.read(8)
             return int.from_bytes(head[4:], "big") or None
@@ -234,37 +251,37 @@ def load_model(path: Path) -> Loaded:
 
 
 @functools.lru_cache(maxsize=2)
-def all_test_images(data: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of a data set's test set, remembered for the next run of a report."""
-    found = mnist.load(data)
-    return found.test_images, found.test_labels
+def all_test_images(data: str | None) -> Dataset:
+    """A data set with one training image, remembered for the next run of a report."""
+    return formats.load(data, limit_train=1)
 
 
-def logits_of_test_images(
-    run: RunData, compute: bool = True
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(logits (n, 10), images, labels, step) of the test images, after the last step or at a checkpoint.
+def logits_of_test_images(run: RunData, compute: bool = True) -> tuple[np.ndarray, Dataset, int]:
+    """(logits (n, classes), data, step) of the test images, after the last step or at a checkpoint.
 
     The first are read from logits.safetensors, the second computed, where `compute` allows it. UserError
     where the run has no checkpoint yet, its data cannot be had, or nothing is kept and nothing may be
     computed.
     """
     limit = run.config["limit_test"]
-    images, labels = (part[:limit] for part in all_test_images(run.config["data"]))
-    kept = kept_logits(run, len(images))
+    data = all_test_images(run.config["data"]).first(None, limit)
+    images = data.test_images
+    kept = kept_logits(run, len(images), data.classes)
     if kept:
-        return kept[0], images, labels, kept[1]
+        return kept[0], data, kept[1]
     if not compute:
         raise UserError(f"not computed here, as many runs are compared: distrib report {run.path} shows them")
-    model = load_model(run.path).model
+    loaded = load_model(run.path)
+    loaded.require_fit(data)
+    model = loaded.model
     found = [
         logits_of(model, images, start, min(start + HOST_BATCH, len(images)))
         for start in range(0, len(images), HOST_BATCH)
     ]
-    return np.concatenate(found), images, labels, model.batches_tracked
+    return np.concatenate(found), data, model.batches_tracked
 
 
-def kept_logits(run: RunData, images: int) -> tuple[np.ndarray, int] | None:
+def kept_logits(run: RunData, images: int, classes: int) -> tuple[np.ndarray, int] | None:
     """(logits, step) in the run's logits.safetensors, where they are those of its last step."""
     path = run.path / "logits.safetensors"
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
@@ -272,7 +289,7 @@ def kept_logits(run: RunData, images: int) -> tuple[np.ndarray, int] | None:
             return None
         with safe_open(path, framework="numpy") as file:
             step = int(file.metadata()["step"])
-            if file.get_slice("logits").get_shape() == [images, 10] and step == run.summary.get("steps"):
+            if file.get_slice("logits").get_shape() == [images, classes] and step == run.summary.get("steps"):
                 logits = np.asarray(file.get_tensor("logits"), np.float64)
                 return (logits, step) if np.isfinite(logits).all() else None
     return None  # a run that goes on, or was stopped

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrib.data import idx as mnist
 from distrib.errors import UserError
 from distrib.files import read_json, write_atomically
 from launch.machine import DISTRIB, all_threads, child_environment, devices, finish, machine, mpirun
 from launch.report.records import is_figure, shown
-from launch.report.reference import BATCH, SECONDS, Settings, key
+from launch.report.reference import BATCH, SECONDS, TRAINING_IMAGES, Settings, key
 
 
 def times_path(settings: Settings, out: Path) -> Path:
@@ -93,7 +92,7 @@ def read_times(path: Path) -> dict[str, Any]:
 
 def time_table(settings: Settings, measured: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a whole run by each way, extrapolated from a few steps."""
-    images = settings.epochs * (settings.limit_train or mnist.TRAINING_IMAGES)
+    images = settings.epochs * (settings.limit_train or TRAINING_IMAGES)
     names = {
         "plain loop": "NumPy, convolutions as plain loops",
         "vectorised": "NumPy, one process",

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from distrib.data.idx import CLASSES, SHAPE
 from nn.layer import Layer, Shape
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
 from nn.resnet9 import ResNet9
@@ -46,9 +45,11 @@ class TorchNetwork(nn.Module):
         return module
 
 
-def TorchResNet9(variant: str = "baseline", width: float = 1.0) -> TorchNetwork:
-    """ResNet-9 for MNIST."""
-    return TorchNetwork(ResNet9, SHAPE, CLASSES, variant=variant, width=width)
+def TorchResNet9(
+    variant: str = "baseline", width: float = 1.0, shape: Shape = (28, 28, 1), classes: int = 10
+) -> TorchNetwork:
+    """ResNet-9, for MNIST where nothing else is given."""
+    return TorchNetwork(ResNet9, shape, classes, variant=variant, width=width)
 
 
 def _sequential(network: TorchNetwork, layer: Sequential) -> Function:

@@ -7,11 +7,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from distrib.config import Config
-from distrib.data import idx as mnist
-from distrib.data import sampler
+from distrib.data import formats, sampler
 from launch.bench.measure import peak_bytes
 from launch.torch_peer.network import TorchResNet9
 
@@ -28,13 +28,15 @@ class TorchSide:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         self.layout = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-        model = TorchResNet9(config.variant, config.width).to(self.device, memory_format=self.layout)
+        self.data = data = formats.load(config.data, config.limit_train, config.limit_test)
+        model = TorchResNet9(config.variant, config.width, data.shape, data.classes)
+        model = model.to(self.device, memory_format=self.layout)
         self.model: Any = model
         if mode == "compile":  # forward and backward as CUDA graphs
             self.model = torch.compile(model, mode="reduce-overhead", dynamic=False)
-        data = mnist.load(config.data, config.limit_train, config.limit_test)
         self.images, self.test = (
-            torch.tensor(a[:, None], device=self.device) for a in (data.train_images, data.test_images)
+            torch.tensor(np.ascontiguousarray(a.transpose(0, 3, 1, 2)), device=self.device)
+            for a in (data.train_images, data.test_images)
         )
         self.labels, self.wanted = (
             torch.tensor(a, device=self.device).long() for a in (data.train_labels, data.test_labels)

@@ -18,7 +18,7 @@ from distrib.config import Config, build
 from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.faults.heartbeat import Board
-from distrib.run.checkpoint import Checkpoint, save_checkpoint
+from distrib.run.checkpoint import Checkpoint, model_spec, save_checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.train import with_options
@@ -87,7 +87,7 @@ class TorchRun:
             for moment, tensor in state.items()
             if tensor is not None
         }
-        about = {"variant": c.variant, "width": c.width, "loss": c.loss, "dtype": c.dtype}
+        about = model_spec(c, side.data)
         save_checkpoint(self.run.checkpoints, self.at["step"], model, about, moments, self.at, c.keep)
 
     def fit(self, stop: deque[int]) -> dict[str, Any] | None:
@@ -210,8 +210,9 @@ def train(config: Config) -> int:
         saved = run.open(config, native=False)
         side = TorchSide(config, LAYOUTS[0], all_threads())
         mine = TorchRun(side, config, run, saved, screen)
-        versions = {"torch": side.torch.__version__, "machine": machine()}
-        run.prepare(config, saved, {**versions, "threads": side.torch.get_num_threads()})
+        versions: dict[str, Any] = {"torch": side.torch.__version__, "machine": machine()}
+        versions["threads"] = side.torch.get_num_threads()
+        run.prepare(config, saved, versions, side.data.about())
         try:
             summary = mine.fit(stop)
         finally:

@@ -224,13 +224,18 @@ def choose_algorithm(
     On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each
     position of its planes, and for its kernel, which is transformed and read from beyond the caches, as much
     as √(C·O)/8 more images' worth of tiles: where measured, both were then within 20 % of each other
-    (BENCHMARKS.md).
+    (docs/benchmarks.md).
     """
     for name, algorithm in backend.algorithms.items():
         if algorithm.supports(x_shape, w_shape, geometry, need_dx):
             return name
+    return _choose_on_host(x_shape, w_shape, geometry) if backend.order == "HWNC" else "patches"
+
+
+@functools.lru_cache(256)
+def _choose_on_host(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> str:
     n, h, w, c = x_shape
-    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1 or backend.order != "HWNC":
+    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1:
         return "patches"
     (rows, a_h), (cols, a_w) = winograd.extent(h), winograd.extent(w)
     overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 8

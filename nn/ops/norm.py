@@ -90,9 +90,9 @@ def norm_forward(z: Array, norm: Norm, y: Array, after: After, count: Count, buf
     residual, y too must keep its contents. The running variance takes in that of `count − 1`.
     """
     mean, var = batch_norm_statistics(z, count, buffers)
-    values = count.values
-    norm.running_mean[...] += MOMENTUM * (mean - norm.running_mean)
-    norm.running_var[...] += MOMENTUM * (var * (values / max(values - 1, 1)) - norm.running_var)
+    values, (_, _, running_mean, running_var) = count.values, norm
+    running_mean += MOMENTUM * (mean - running_mean)
+    running_var += MOMENTUM * (var * (values / max(values - 1, 1)) - running_var)
     inverse_std = (var + EPS) ** -0.5
     mask = BackwardMask.allocate(z, y, after, buffers)
     activate(z, inverse_std, norm, y, after, buffers, mask)

@@ -1,0 +1,95 @@
+"""What a data file is by its first bytes, and reading no more of it, gzipped or not, than was asked for."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+GZIP = b"\x1f\x8b"
+
+SNIFF = 512
+"""First bytes of a file by which its kind is told."""
+
+RATIO = 1032
+"""Bytes that deflate makes of one at most (zlib's own bound)."""
+
+KINDS = (
+    (b"PK\x03\x04", "is a zip file"),
+    (b"\x89PNG\r\n\x1a\n", "is a PNG picture"),
+    (b"\xff\xd8\xff", "is a JPEG picture"),
+    (b"GIF8", "is a GIF picture"),
+    (b"\x93NUMPY", "is a NumPy array (.npy)"),
+    (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+    (b"PAR1", "is a Parquet file"),
+    (b"BZh", "is a bzip2 file"),
+    (b"\xfd7zXZ\x00", "is an xz file"),
+    (b"\x28\xb5\x2f\xfd", "is a zstd file"),
+    (b"version https://git-lfs", "is a pointer of git-lfs, whose file was not fetched (git lfs pull)"),
+    *((bytes([0x80, version]), "is a Python pickle") for version in range(2, 6)),
+)
+
+
+def what_is(start: bytes) -> str | None:
+    """ "is a PNG picture" and the like, of a file that starts with these bytes; None of what is not known."""
+    if not start:
+        return "is empty"
+    if start[:2] == GZIP:
+        return "is gzipped twice"
+    if start[257:262] == b"ustar":
+        return "is a tar archive"
+    if start.startswith(b"PK\x03\x04") and b".npy" in start[30:120]:
+        return "is a NumPy archive (.npz)"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        return "is an HTML page (a failed download?), no IDX file"
+    return next((f"{name}, no IDX file" for magic, name in KINDS if start.startswith(magic)), None)
+
+
+class Plain:
+    """The bytes of a file, taken from the front."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.most, self._raw, self._at = len(raw), raw, 0
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes, fewer at the end."""
+        part = self._raw[self._at : self._at + count]
+        self._at += len(part)
+        return part
+
+
+class Gzip:
+    """The contents of a gzipped file, inflated as they are taken: `most` is what they can be."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.most, self._rest, self._stream = RATIO * len(raw), raw, zlib.decompressobj(31)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes, fewer at the end, where gzip's checksum is compared.
+
+        EOFError where the file is cut, zlib.error where it is damaged.
+        """
+        parts: list[bytes] = []
+        while count:
+            part = self._stream.decompress(self._rest, count)
+            self._rest = self._stream.unconsumed_tail
+            parts.append(part)
+            count -= len(part)
+            if self._stream.eof:  # of a member; more may follow
+                self._rest = self._stream.unused_data.lstrip(b"\0")
+                if not self._rest:
+                    break
+                self._stream = zlib.decompressobj(31)
+            elif count and not part and not self._rest:
+                raise EOFError
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or its control group's."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found

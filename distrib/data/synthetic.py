@@ -1,0 +1,42 @@
+"""Made images, for measuring machines and trying networks: synthetic:NxHxWxC:K."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+import numpy as np
+
+from distrib.data.dataset import Dataset, make
+from distrib.data.sniff import memory
+from distrib.errors import UserError
+
+FORM = re.compile(r"synthetic:(\d+)x(\d+)x(\d+)x(\d+):(\d+)")
+
+
+def recognises(name: str) -> bool:
+    """Whether --data asks for made images."""
+    return name.startswith("synthetic:")
+
+
+def read(name: str) -> Dataset:
+    """N training images H×W×C of K classes, and a fifth as many test images; the same ones each time.
+
+    Each class has a pattern of its own, under noise: a network can learn them.
+    """
+    found = FORM.fullmatch(name)
+    if not found or "0" in found.groups():
+        raise UserError(f"--data {name}: give synthetic:NxHxWxC:K, as synthetic:5000x32x32x3:100")
+    n, h, w, c, k = map(int, found.groups())
+    if 8 * prod((n, h, w, c)) > memory() or k > n:
+        what = "more classes than images" if k > n else "more than this machine's memory"
+        raise UserError(f"--data {name}: {what}: give other numbers")
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (k, h, w, c), np.uint8)
+
+    def part(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.permutation(np.arange(count) % k)
+        noise = rng.integers(0, 256, (count, h, w, c), np.uint8)
+        return (patterns[labels] // 2 + noise // 2).astype(np.uint8), labels
+
+    return make(name, part(n), part(max(k, n // 5)), tuple(map(str, range(k))))

@@ -1,0 +1,217 @@
+"""Data sets of every format; and one of 3×32×32 with 100 classes, through every command, by data alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run, summary, train, write_idx
+from PIL import Image
+
+from distrib.data import formats
+from distrib.data.dataset import make
+from distrib.errors import UserError
+
+RNG = np.random.default_rng(5)
+
+
+def part(count: int, classes: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
+    return RNG.integers(0, 256, (count, *shape), np.uint8), np.arange(count) % classes
+
+
+def arrays(train: tuple, test: tuple) -> dict[str, np.ndarray]:
+    return dict(zip(("x_train", "y_train", "x_test", "y_test"), (*train, *test), strict=True))
+
+
+def cifar(folder: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Files as Krizhevsky's; returns training images, training labels, test images."""
+    folder.mkdir()
+    labels = 1 if classes == 10 else 2
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if labels == 1 else ["train.bin"]
+    found = []
+    for name in (*names, "test_batch.bin" if labels == 1 else "test.bin"):
+        x, y = part(2 * classes, classes, 32, 32, 3)
+        planes = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        head = np.stack([np.full(len(y), 7), y], 1)[:, -labels:].astype(np.uint8)
+        (folder / name).write_bytes(np.concatenate([head, planes], 1).tobytes())
+        found.append((x, y))
+    train_images, train_labels = (np.concatenate(each) for each in zip(*found[:-1], strict=True))
+    return train_images, train_labels, found[-1][0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar(tmp_path: Path, classes: int) -> None:
+    images, labels, test = cifar(tmp_path / "c", classes)
+    names = "batches.meta.txt" if classes == 10 else "fine_label_names.txt"
+    (tmp_path / "c" / names).write_text("\n".join(f"name {i}" for i in range(classes)) + "\n\n")
+    data = formats.load(str(tmp_path / "c"))
+    assert (data.shape, data.classes, data.class_names[-1]) == ((32, 32, 3), classes, f"name {classes - 1}")
+    np.testing.assert_array_equal(data.train_images, images)
+    np.testing.assert_array_equal(data.train_labels, labels)
+    np.testing.assert_array_equal(data.test_images, test)
+    name = "test_batch.bin" if classes == 10 else "test.bin"
+    (tmp_path / "c" / name).write_bytes((tmp_path / "c" / name).read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{name}: .* no whole number of records"):
+        formats.load(str(tmp_path / "c"))
+
+
+@pytest.mark.quick
+def test_npz(tmp_path: Path) -> None:
+    both = part(30, 3, 9, 8, 3), part(6, 3, 9, 8, 3)
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, **arrays(*both), class_names=np.array(["a", "b", "c\x1b"]))
+    data = formats.load(str(path), 10, 2)
+    assert (data.shape, data.class_names, len(data.train_images)) == ((9, 8, 3), ("a", "b", "c\x1b"), 10)
+    np.testing.assert_array_equal(data.train_images, both[0][0][:10])
+    np.savez(path, **{**arrays(*both), "x_train": np.asfortranarray(both[0][0])})
+    np.testing.assert_array_equal(formats.load(str(path)).train_images, both[0][0])
+
+
+NPZ = {  # name: (arrays that replace good ones, words)
+    "floats": ({"x_train": np.zeros((30, 8, 8))}, "training images are float64 of shape .* give uint8"),
+    "flat": ({"x_train": np.zeros((30, 64), np.uint8)}, "give uint8 .N, H, W, C."),
+    "labels": ({"y_train": np.zeros(30)}, "training labels are float64 .* give integers"),
+    "fewer labels": ({"y_train": np.zeros(29, int)}, "30 training images and 29 labels"),
+    "negative": ({"y_test": np.full(6, -1)}, "test label -1 at index 0: labels go from 0 to 2"),
+    "beyond": ({"y_test": np.full(6, 3)}, "test label 3 at index 0: labels go from 0 to 2"),
+    "empty": ({"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)}, "no test images"),
+    "other size": ({"x_test": np.zeros((6, 8, 9), np.uint8)}, "8×8×1, test images 8×9×1"),
+    "objects": ({"y_train": np.array([None] * 30)}, "y_train holds Python objects"),
+    "names": ({"class_names": np.array(["a", "a", "b"])}, "two classes have the same name"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", NPZ)
+def test_wrong_npz(tmp_path: Path, what: str) -> None:
+    more, words = NPZ[what]
+    np.savez(tmp_path / "d.npz", **{**arrays(part(30, 3, 8, 8), part(6, 3, 8, 8)), **more})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=words):
+        formats.load(str(tmp_path / "d.npz"))
+
+
+class Harm:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch /tmp/distrib-harm",)
+
+
+@pytest.mark.quick
+def test_an_npz_runs_no_code_and_bombs_are_refused(tmp_path: Path) -> None:
+    path, good = tmp_path / "d.npz", arrays(part(30, 3, 8, 8), part(6, 3, 8, 8))
+    np.savez(path, **{**good, "x_train": np.array([Harm()])})
+    with pytest.raises(UserError, match="x_train holds Python objects"):
+        formats.load(str(path))
+    path.write_bytes(pickle.dumps(good))
+    with pytest.raises(UserError, match=r"is damaged, or no \.npz file"):
+        formats.load(str(path))
+    np.savez(path, **{name: array for name, array in good.items() if name != "y_test"})
+    with pytest.raises(UserError, match="no y_test: give all of x_train"):
+        formats.load(str(path))
+    head = (
+        b"\x93NUMPY\x01\x00v\x00"
+        + b"{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999, 8, 8)}"
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in good:
+            archive.writestr(f"{name}.npy", head.ljust(127) + b"\n")
+    with pytest.raises(UserError, match=r"x_train has .* GB, more than this machine's memory"):
+        formats.load(str(path))
+
+
+@pytest.mark.quick
+def test_pictures_by_class(tmp_path: Path) -> None:
+    for name, count in (("train", 3), ("test", 1)):
+        for label, kind in enumerate(("cat", "dog")):
+            folder = tmp_path / name / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(np.full((9, 8), 100 * label + i, np.uint8)).save(folder / f"{i}.png")
+    data = formats.load(str(tmp_path))
+    assert (data.shape, data.class_names) == ((9, 8, 1), ("cat", "dog"))
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    Image.new("RGB", (8, 9), (255, 0, 0)).save(tmp_path / "train" / "cat" / "9.png")
+    assert formats.load(str(tmp_path)).shape == (9, 8, 3)
+    Image.new("L", (7, 9)).save(tmp_path / "test" / "dog" / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: is 7×9 pixels, 0\.png 8×9: scale all"):
+        formats.load(str(tmp_path))
+    (tmp_path / "test" / "dog" / "x.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"x\.png: cannot be read .no picture"):
+        formats.load(str(tmp_path))
+    (tmp_path / "test" / "bird").mkdir()
+    with pytest.raises(UserError, match="no such class in train/"):
+        formats.load(str(tmp_path))
+
+
+@pytest.mark.quick
+def test_emnist_names(tmp_path: Path) -> None:
+    for name, count in (("train", 94), ("test", 47)):
+        x, y = part(count, 47, 28, 28)
+        write_idx(tmp_path / f"emnist-balanced-{name}-images-idx3-ubyte.gz", x)
+        write_idx(tmp_path / f"emnist-balanced-{name}-labels-idx1-ubyte", y)
+    data = formats.load(str(tmp_path))
+    assert (data.classes, data.shape, len(data.test_images)) == (47, (28, 28, 1), 47)
+    write_idx(tmp_path / "emnist-letters-train-images-idx3-ubyte.gz", x)
+    with pytest.raises(UserError, match=r"several data sets \(emnist-balanced, emnist-letters\)"):
+        formats.load(str(tmp_path))
+
+
+@pytest.mark.quick
+def test_synthetic() -> None:
+    data = formats.load("synthetic:300x9x8x3:256")
+    assert (data.shape, data.classes) == ((9, 8, 3), 256)
+    assert data.digest() == formats.load("synthetic:300x9x8x3:256").digest()
+    assert not data.notes()
+    assert formats.load("synthetic:600x8x8x1:300").train_labels.max() == 299
+    for wrong in ("synthetic:", "synthetic:1x2x3:4", "synthetic:0x8x8x1:2", "synthetic:5x8x8x1:9"):
+        with pytest.raises(UserError, match=f"--data {wrong}: "):
+            formats.load(wrong)
+
+
+@pytest.mark.quick
+def test_a_class_without_images_is_a_note() -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    data = make("d", (images, np.array([0, 2, 2, 0])), (images, np.zeros(4, int)), ("a", "b", "c"))
+    assert data.notes() == ["no training image of 1 of 3 classes: b"]
+
+
+OPTIONS = "--width 0.0625 --batch-size 50 --epochs 2 --optimizer sgd --lr 0.05 --checkpoint-every 5".split()  # noqa: SIM905
+
+
+@pytest.mark.needs("report")
+def test_any_data_through_every_command(tmp_path: Path) -> None:
+    """Trains, on two ranks too, stops, resumes, evaluates, predicts, exports and reports."""
+    both = part(400, 100, 32, 32, 3), part(200, 100, 32, 32, 3)
+    names = [f"kind {i}" for i in range(100)]
+    data, whole, folder = tmp_path / "d.npz", tmp_path / "whole", tmp_path / "run"
+    np.savez(data, **arrays(*both), class_names=np.array(names))  # type: ignore[arg-type]
+    train(whole, *OPTIONS, "--data", data)
+    train(folder, *OPTIONS, "--data", data, "--max-steps", 7)
+    said = train(folder, *OPTIONS, "--data", data, "--shift", 0).stdout
+    assert "32×32×3 pixels, 100 classes" in " ".join(said.split())
+    assert summary(folder)["parameter_digest"] == summary(whole)["parameter_digest"]
+    assert json.loads((folder / "config.json").read_text())["dataset"]["class_names"] == names
+    result = json.loads(run("-m", "launch.cli", "evaluate", folder, "--json").stdout)
+    assert result["test_accuracy"] == pytest.approx(summary(folder)["test_accuracy"])
+    refused = run("-m", "launch.cli", "evaluate", folder, "--data", "synthetic:50x8x8x1:10", check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "takes images of 32×32×3 and tells 100 classes apart" in refused.stderr
+    Image.fromarray(both[1][0][0]).resize((64, 64)).save(tmp_path / "p.png")
+    (found,) = json.loads(run("-m", "launch.cli", "predict", folder, tmp_path / "p.png", "--json").stdout)
+    assert found["class"] in names
+    assert "digit" not in found
+    assert len(found["probabilities"]) == 100
+    assert "kind " in run("-m", "launch.cli", "predict", folder, tmp_path / "p.png", "--draw").stdout
+    exported = run("-m", "launch.cli", "export", folder, tmp_path / "m.onnx", "--check").stdout
+    assert "checked with onnxruntime on 200 images" in exported
+    run("-m", "launch.cli", "report", folder)
+    page = (folder / "report.html").read_text()
+    assert "taken for" in page, "of a hundred classes, those mixed up most"
+    train(tmp_path / "two", *OPTIONS, "--data", data, ranks=2)
+    assert summary(tmp_path / "two")["test_loss"] == pytest.approx(summary(whole)["test_loss"], rel=1e-3)
