@@ -40,8 +40,8 @@ test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at 
 	$(BIN)/python -m pytest -x -m "quick and not needs"
 
 test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
-	@$(PYTHON) -c 'import launch.cli' || { echo "make test-gpu: give a Python with this package's dependencies as" \
-		"PYTHON=, as GPU.md sets it up" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.excepthook = lambda *found: print("make test-gpu: give a Python with this", \
+		"package as PYTHON=, as docs/gpu.md sets it up:", found[1], file=sys.stderr); import launch.cli'
 	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.cli gpu-report $(ONLY:%=--only %)
 
 lint: $(VENV)/.dev  ## ruff and mypy

@@ -50,8 +50,8 @@ def number(
     return _checked(flag, text, kind, lambda value: least <= value <= most, bounds, more)
 
 
-def seconds(flag: str, text: str, **more: Any) -> Any:
-    """An option for a finite time above 0."""
+def positive(flag: str, text: str, **more: Any) -> Any:
+    """An option for a finite number above 0, such as seconds."""
     return _checked(
         flag, text, float, lambda value: 0 < value < math.inf, "give a finite number above 0", more
     )

@@ -58,7 +58,7 @@ def colour(pixel: Any) -> str:
 
 
 def bars(result: dict[str, Any], names: list[str], longest: int, shades: bool) -> Text:
-    """The probabilities of an image, a line each, that of its class in bold; of many classes the likeliest."""
+    """The probabilities of an image, a line each, its class in bold; of many classes the likeliest."""
     text, p = Text(no_wrap=True, end=""), result["probabilities"]
     shown = range(len(p)) if len(p) <= MOST_BARS else sorted(range(len(p)), key=lambda i: -p[i])[:MOST_BARS]
     wide = max(len(printable(names[i], MOST_NAME)) for i in shown)
@@ -118,8 +118,8 @@ def predict(
 ) -> None:
     """The class of each image, with its probability and the next likely ones.
 
-    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds the
-    ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
+    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds
+    the ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
     is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its digit
     is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw

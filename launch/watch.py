@@ -20,7 +20,7 @@ from distrib.errors import UserError
 from distrib.faults import heartbeat as board
 from distrib.faults.heartbeat import SILENT
 from distrib.run.console import PLAIN_SECONDS, on_terminal
-from launch.entry import one_process, seconds
+from launch.entry import one_process, positive
 from launch.report.follow import Follower
 from launch.report.records import shown
 
@@ -176,9 +176,9 @@ def follow(run: Follower, console: Console, interval: float) -> None:
 def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, which may not be there yet.")],
     once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
-    interval: Annotated[float, seconds("--interval", "Seconds between looks into the folder.")] = 1.0,
+    interval: Annotated[float, positive("--interval", "Seconds between looks into the folder.")] = 1.0,
     timeout: Annotated[
-        float, seconds("--timeout", "Seconds to wait for the run to begin, or for the next heartbeat.")
+        float, positive("--timeout", "Seconds to wait for the run to begin, or for the next heartbeat.")
     ] = 60.0,
 ) -> None:
     """Show a run's live progress from any terminal: loss, accuracy, speed, and what each rank does.

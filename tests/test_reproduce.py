@@ -19,7 +19,7 @@ from test_torch_parity import import_torch
 from distrib.faults import heartbeat
 from launch import cli
 from launch.report.reference import ROWS, SECONDS, Settings, jobs
-from launch.report.reproduced import spread
+from launch.report.reference_page import spread
 from launch.report.times import time_table
 
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)

@@ -21,8 +21,7 @@ from distrib.comm.world import World, connect
 from distrib.errors import EXIT_CRASH, UserError
 from launch.bench.measure import AsJson, Repeats, spread
 from launch.bench.meter import GRAPH_CALLS, Meter, NoMemory, WrongSum
-from launch.entry import choice, number
-from launch.entry import seconds as finite
+from launch.entry import choice, number, positive
 from launch.machine import machine
 
 
@@ -55,10 +54,10 @@ def allreduce(
     backend: Annotated[str, choice("--backend", "Array library.", "auto", "numpy", "cupy")] = "auto",
     repeats: Repeats = 7,
     seconds: Annotated[
-        float, finite("--seconds", "Time to measure each size for; in a graph as long again.")
+        float, positive("--seconds", "Time to measure each size for; in a graph as long again.")
     ] = 1.0,
     timeout: Annotated[
-        float, finite("--timeout", "Seconds after which a wait for another rank ends the job.")
+        float, positive("--timeout", "Seconds after which a wait for another rank ends the job.")
     ] = 60.0,
     as_json: AsJson = False,
 ) -> None:

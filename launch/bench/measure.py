@@ -14,11 +14,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from launch.entry import number
+from launch.entry import number, positive
 from nn.device import NUMPY, Backend
 
 BatchSize = Annotated[int, number("--batch-size", "Global batch.", most=60_000)]
-Width = Annotated[float, typer.Option(help="Multiplier of all channel counts.")]
+Width = Annotated[float, positive("--width", "Multiplier of all channel counts.")]
 Variant = Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")]
 Precision = Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")]
 BackendName = Annotated[str, typer.Option("--backend", help="numpy, cupy, or auto.")]

@@ -22,8 +22,7 @@ from distrib.config import build
 from distrib.errors import UserError
 from distrib.files import MOST_JSON, read_bytes
 from launch.bench.measure import AsJson, BackendName, BatchSize, Precision, Variant, Width, spread
-from launch.entry import number, one_process
-from launch.entry import seconds as finite
+from launch.entry import number, one_process, positive
 from launch.machine import DISTRIB, child_environment, devices, finish, machine, mpirun
 from launch.report import plots
 
@@ -233,7 +232,7 @@ def scale(
         ),
     ] = Path("scale"),
     png: Annotated[bool, typer.Option("--png", help="Plots as PNG files too.")] = False,
-    timeout: Annotated[float, finite("--timeout", "Seconds that one point may take.")] = 900.0,
+    timeout: Annotated[float, positive("--timeout", "Seconds that one point may take.")] = 900.0,
     as_json: AsJson = False,
 ) -> None:
     """Strong and weak scaling on the ranks at hand: images/s, step time, efficiency, communication.

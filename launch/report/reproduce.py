@@ -29,7 +29,7 @@ from launch.machine import all_threads, child_environment, devices, require_torc
 from launch.report.plots import make_folder
 from launch.report.records import shown
 from launch.report.reference import BATCH, PARTS, ROWS, Job, Settings, jobs, read_settings
-from launch.report.reproduced import write_report
+from launch.report.reference_page import write_report
 from launch.report.times import measure_times
 
 
