@@ -271,14 +271,13 @@ def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
 import runpy, sys
 import numpy as np, torch
 from launch.torch_peer.side import TorchSide
-from distrib.data import idx as mnist
 from nn.network import Network
 from nn.resnet9 import ResNet9
 plain = TorchSide.__init__
 def init(self, config, kind, threads):
     plain(self, config, kind, threads)
     options = {"variant": config.variant, "width": config.width}
-    state = Network(ResNet9, mnist.SHAPE, mnist.CLASSES, options, seed=config.seed).state_dict()
+    state = Network(ResNet9, self.data.shape, self.data.classes, options, seed=config.seed).state_dict()
     self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
 TorchSide.__init__ = init
 sys.argv.insert(1, "torch-train")
