@@ -40,7 +40,9 @@ test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at 
 	$(BIN)/python -m pytest -x -m "quick and not needs"
 
 test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
-	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.gpu_report $(ONLY:%=--only %)
+	@$(PYTHON) -c 'import sys; sys.excepthook = lambda *found: print("make test-gpu: give a Python with this", \
+		"package as PYTHON=, as docs/gpu.md sets it up:", found[1], file=sys.stderr); import launch.cli'
+	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.cli gpu-report $(ONLY:%=--only %)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff format --check --quiet .
@@ -59,8 +61,6 @@ bench: $(VENV)/.dev  ## docs/benchmarks.md's table, against PyTorch on two cores
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --against torch
 	OMP_NUM_THREADS=1 distrib bench ops --batch-size 32 --width 0.125 --against torch
 	mpirun -n 2 distrib bench allreduce
-	mpirun -n 2 distrib bench save
-	OMP_NUM_THREADS=1 distrib bench save
 	distrib bench run --recipe demo --shift 0 --repeats 5 --against torch
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 

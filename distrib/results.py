@@ -19,9 +19,9 @@ HISTORY = 256
 class StepResults:
     """Loss, correct images and requests to stop of each step, summed over ranks, in a ring on the device.
 
-    A row of `history` is [this rank's part of the loss, then the summed STEP_METRICS] of a step. `unread` holds
-    the global image counts of the steps whose rows are on the device only. `last` has the figures of the last
-    step that was read; they are added to those of the epoch in `at`.
+    A row of `history` is [this rank's part of the loss, then the summed STEP_METRICS] of a step. `unread`
+    holds the global image counts of the steps whose rows are on the device only. `last` has the figures of
+    the last step that was read; they are added to those of the epoch in `at`.
     """
 
     def __init__(self, world: World, at: Position, steps_per_epoch: int, dtype: Any) -> None:
@@ -39,8 +39,8 @@ class StepResults:
     def read(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
         """Take in the results of all steps so far; `then` is called with the last one's.
 
-        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by now;
-        those since are on their way to the host until the next.
+        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by
+        now; those since are on their way to the host until the next.
         """
         assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
         first = (self._at.step - len(self.unread)) % self._steps_per_epoch
@@ -58,7 +58,8 @@ class StepResults:
         counts: list[int],
         then: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        """Results of the `len(counts)` steps up to `step`; the first of them is number `first` of its epoch."""
+        """Results of the `len(counts)` steps up to `step`; the first of them is number `first` of its
+        epoch."""
         with self._world.watchdog.waiting("the device's results"):
             rows = copy()
         at = self._at

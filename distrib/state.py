@@ -31,7 +31,8 @@ class Position:
 
 
 def save(trainer: Trainer, run: Run | None) -> None:
-    """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0 writes."""
+    """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0
+    writes."""
     assert trainer.results.all_read, "a checkpoint needs the results of all steps"
     world, config = trainer.world, trainer.config
     at = {

@@ -11,7 +11,7 @@ import typer
 
 import distrib  # first: it sets the number of BLAS threads before NumPy is imported
 from distrib.train import run_app, train_command
-from launch.entry import one_process
+from launch.entry import number, one_process
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,7 +76,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="The data set, as for train.", show_default="the run's own")
     ] = None,
-    limit_test: Annotated[int | None, typer.Option(help="Use only the first N test images.")] = None,
+    limit_test: Annotated[int | None, number("--limit-test", "Use only the first N test images.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and loss of a checkpoint on the test set.
@@ -85,13 +85,10 @@ def evaluate(
     """
     from distrib.data import formats
     from distrib.comm.base import SingleCommunicator
-    from distrib.errors import UserError
     from distrib.evaluate import evaluate as run
-    from launch.records import shown
-    from launch.runs import data_of, load_model
+    from launch.report.records import shown
+    from launch.report.runs import data_of, load_model
 
-    if limit_test is not None and limit_test < 1:
-        raise UserError(f"--limit-test {limit_test}: give 1 or more")
     found = load_model(checkpoint)
     test = formats.load(data or data_of(checkpoint), limit_test=limit_test)
     found.require_fit(test)
@@ -113,20 +110,24 @@ def evaluate(
 
 
 def _add_commands() -> None:
-    from launch import bench
+    from launch.bench.app import app as bench
+    from launch.bench.gpu_report import gpu_report
+    from launch.bench.scale import scale
     from launch.doctor import doctor
     from launch.export import export
     from launch.predict import predict
-    from launch.report import report
-    from launch.reproduce import reproduce
-    from launch.scale import scale
+    from launch.report.page import report
+    from launch.report.reproduce import reproduce
     from launch.submit import submit
+    from launch.torch_peer.train import torch_train
     from launch.verdict import verdict
     from launch.watch import watch
 
     for command in (one_process(predict), watch, report, export, reproduce, scale, doctor, submit, verdict):
         app.command()(command)
-    app.add_typer(bench.app, name="bench")
+    app.add_typer(bench, name="bench")
+    for command in (torch_train, gpu_report):  # for reproduce and make
+        app.command(hidden=True)(command)
 
 
 _add_commands()

@@ -1,12 +1,15 @@
-"""What the commands of one process share: who works under a launcher, paths as typed, mistakes in a line."""
+"""What the commands share: who works under a launcher, paths, options with bounds, mistakes in a line."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from distrib import launched_rank
 from distrib.errors import UserError
@@ -37,6 +40,43 @@ def one_process(command: Callable[..., None]) -> Callable[..., None]:
             raise UserError(said) from None
 
     return run
+
+
+def number(
+    flag: str, text: str, least: float = 1, most: float = math.inf, kind: Any = int, **more: Any
+) -> Any:
+    """An option for a number from `least` to `most`; an error names option, value and bounds."""
+    bounds = f"give {least:g} or more" if most == math.inf else f"give {least:g} to {most:g}"
+    return _checked(flag, text, kind, lambda value: least <= value <= most, bounds, more)
+
+
+def positive(flag: str, text: str, **more: Any) -> Any:
+    """An option for a finite number above 0, such as seconds."""
+    return _checked(
+        flag, text, float, lambda value: 0 < value < math.inf, "give a finite number above 0", more
+    )
+
+
+def choice(flag: str, text: str, *choices: str, **more: Any) -> Any:
+    """An option that is one of `choices`."""
+    last = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    more = {"metavar": "|".join(choices), **more}
+    return _checked(flag, text, str, lambda value: value in choices, f"choose {last}", more)
+
+
+def _checked(flag: str, text: str, kind: Any, holds: Callable[[Any], bool], remedy: str, more: Any) -> Any:
+    words = {int: "give a whole number", float: "give a number"}
+
+    def parse(given: Any) -> Any:
+        try:
+            value = kind(given)
+        except ValueError:
+            raise UserError(f"{flag} {given}: {words[kind]}") from None
+        if not holds(value):
+            raise UserError(f"{flag} {given}: {remedy}")
+        return value
+
+    return typer.Option(flag, help=text, parser=parse, **{"metavar": kind.__name__.upper(), **more})
 
 
 def at_home(value: Any, name: str) -> Any:

@@ -16,9 +16,9 @@ from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
 from launch.entry import one_process
-from launch.plots import require, require_place, write
-from launch.records import shown
-from launch.runs import data_of, load_model
+from launch.report.plots import require, require_place, write
+from launch.report.records import shown
+from launch.report.runs import data_of, load_model
 from nn.layer import Layer
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, GlobalPool, Linear, Residual, Sequential
 from nn.ops.norm import EPS
@@ -125,9 +125,9 @@ def build(loaded: Loaded) -> ModelProto:
         ir_version=IR,
         producer_name="distrib",
         producer_version=distrib.__version__,
-        doc_string=f"images: float32 N×{c}×{h}×{w}{', white on black' * loaded.digits}, scaled to [0, 1]. logits:"
-        f" N×{classes}, one for each class; probabilities are their {after}, which is left to the caller."
-        f" Classes: {', '.join(loaded.class_names)}.",
+        doc_string=f"images: float32 N×{c}×{h}×{w}{', white on black' * loaded.digits}, scaled to [0, 1]."
+        f" logits: N×{classes}, one for each class; probabilities are their {after}, which is left to the"
+        f" caller. Classes: {', '.join(loaded.class_names)}.",
     )
     helper.set_model_props(made, description(loaded))
     return made

@@ -58,7 +58,7 @@ def colour(pixel: Any) -> str:
 
 
 def bars(result: dict[str, Any], names: list[str], longest: int, shades: bool) -> Text:
-    """The probabilities of an image, a line each, that of its class in bold; of many classes the likeliest."""
+    """The probabilities of an image, a line each, its class in bold; of many classes the likeliest."""
     text, p = Text(no_wrap=True, end=""), result["probabilities"]
     shown = range(len(p)) if len(p) <= MOST_BARS else sorted(range(len(p)), key=lambda i: -p[i])[:MOST_BARS]
     wide = max(len(printable(names[i], MOST_NAME)) for i in shown)
@@ -83,7 +83,7 @@ def beside(pixels: np.ndarray, result: dict[str, Any], names: list[str], console
 
 
 def line(result: dict[str, Any], names: list[str], top: int) -> str:
-    """FILE: 7  99.1 %, then the next most probable of `top` classes in all, and whether the image was inverted."""
+    """FILE: 7  99.1 %, then the next most probable of `top` classes, and whether the image was inverted."""
     name = printable(result["image"], 4096)
     if result["class"] is None:
         return f"{name}: nothing drawn"
@@ -118,13 +118,13 @@ def predict(
 ) -> None:
     """The class of each image, with its probability and the next likely ones.
 
-    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds the
-    ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
-    is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its digit
-    is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
+    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it
+    finds the ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A
+    picture that is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its
+    digit is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    from launch.measure import refuse_launcher
+    from launch.machine import refuse_launcher
 
     if top < 1:
         raise UserError(f"--top {top}: give 1 or more")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +14,9 @@ import typer
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.train import parse
-from launch.entry import one_process
-from launch.records import shown
+from launch.entry import choice, number, one_process
+from launch.machine import finish
+from launch.report.records import shown
 
 LAUNCHERS = ("pmix", "pmi2", "mpirun")
 
@@ -44,13 +44,7 @@ def sbatch_command(
     **options: str | int | None,
 ) -> list[str]:
     """The sbatch command: `options` by name, those that are None left to the script's #SBATCH lines."""
-    if nodes < 1:
-        raise UserError(f"--nodes {nodes}: give 1 or more")
-    if gpus_per_node < 0:
-        raise UserError(f"--gpus-per-node {gpus_per_node}: give 0 (no GPUs) or more")
-    ranks = ntasks_per_node if ntasks_per_node is not None else max(gpus_per_node, 1)
-    if ranks < 1:
-        raise UserError(f"--ntasks-per-node {ranks}: give 1 or more")
+    ranks = ntasks_per_node or max(gpus_per_node, 1)
     if gpus_per_node and ranks != gpus_per_node:
         raise UserError(
             f"--ntasks-per-node {ranks} with --gpus-per-node {gpus_per_node}: one rank per GPU; leave it out"
@@ -66,21 +60,21 @@ def _send(command: list[str], variables: dict[str, str]) -> str:
         raise UserError(
             "no sbatch on PATH: submit from a login node of a Slurm cluster, or look with --dry-run"
         )
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    if done.returncode:
-        words = (done.stderr.strip() or f"exit code {done.returncode}").replace("sbatch: ", "")
+    done = finish(command, {**os.environ, **variables})
+    if done.code:
+        words = (done.err.strip() or f"exit code {done.code}").replace("sbatch: ", "")
         raise UserError(f"sbatch refused the job: {' '.join(words.split())}")
-    return done.stdout.strip().split(";")[0]
+    return done.out.strip().split(";")[0]
 
 
 def how_to_follow(job: str, run_dir: str | None, array: str | None) -> str:
-    """What a person may type next."""
+    """What you may type next."""
     log = f"slurm-{job}.log"
     notes = [
         ("state", f"squeue --job {job}"),
         ("log", f"tail -F {log}"),
         ("results", shown(shlex.quote(run_dir or f"runs/slurm-{job}"))),
-        ("stop with a checkpoint, requeue, go on", f"scancel --signal=USR1 --batch {job}"),
+        ("stop with a checkpoint, requeue, resume", f"scancel --signal=USR1 --batch {job}"),
         ("stop for good", f"scancel {job}"),
     ]
     if array:
@@ -95,12 +89,12 @@ def submit(
         list[str] | None,
         typer.Argument(help="After --: options of distrib train, which win over the script's."),
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    nodes: Annotated[int, number("--nodes", "Nodes.")] = 1,
     gpus_per_node: Annotated[
-        int, typer.Option(help="GPUs of a node, one rank each; 0 on a partition without GPUs.")
+        int, number("--gpus-per-node", "GPUs of a node, one rank each; 0 on a partition without.", least=0)
     ] = 1,
     ntasks_per_node: Annotated[
-        int | None, typer.Option(help="Ranks of a node without GPUs.", show_default="1")
+        int | None, number("--ntasks-per-node", "Ranks of a node without GPUs.", show_default="1")
     ] = None,
     cpus_per_task: Annotated[
         int | None, typer.Option(help="Cores of a rank.", show_default="the script's")
@@ -109,18 +103,18 @@ def submit(
         str | None, typer.Option(help="Time limit, as sbatch takes it: 2:00:00.", show_default="the script's")
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Partition.", show_default="the cluster's")] = None,
-    account: Annotated[str | None, typer.Option(help="Account.", show_default="the person's")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.", show_default="yours")] = None,
     array: Annotated[
         str | None, typer.Option(help="Array, as sbatch takes it: 0-4; each task's number is its seed.")
     ] = None,
     launcher: Annotated[
-        str, typer.Option(envvar="LAUNCHER", help="pmix or pmi2 (srun --mpi), or mpirun.")
+        str, choice("--launcher", "pmix or pmi2 (srun --mpi), or mpirun.", *LAUNCHERS, envvar="LAUNCHER")
     ] = "pmix",
     run_dir: Annotated[
         str | None,
         typer.Option(
             envvar="RUN_DIR",
-            help="The run's folder; one with a run is gone on with.",
+            help="The run's folder; a run in it is resumed.",
             show_default="runs/slurm-JOB",
         ),
     ] = None,
@@ -136,8 +130,6 @@ def submit(
 
       distrib submit --gpus-per-node 0 --ntasks-per-node 8 --dry-run
     """
-    if launcher not in LAUNCHERS:
-        raise UserError(f"--launcher {launcher}: choose {', '.join(LAUNCHERS)}")
     given = list(training or [])
     config = parse(given)  # a mistake is told now, not when the job starts
     if run_dir is not None and config.run_dir is not None:

@@ -18,8 +18,10 @@ from test_strict import StrictBackend
 from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.world import World
 from distrib.faults.watchdog import Watchdog
-from launch import bench_allreduce
-from launch.bench_allreduce import GRAPH_CALLS, PART, Values, bandwidths, message_sizes
+from launch.bench import allreduce as bench_allreduce
+from launch.bench.allreduce import message_sizes
+from launch.bench.meter import GRAPH_CALLS, bandwidths
+from launch.bench.sums import PART, Values
 from nn.device import NUMPY
 
 PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -28,7 +30,7 @@ SMALL = (*QUICK, "--min-bytes", "8", "--max-bytes", "5000000", "--factor", "100"
 
 APP = """
 import sys, typer
-from launch import bench_allreduce as bench
+from launch.bench import allreduce as bench
 from distrib.train import run_app
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(bench.allreduce)
@@ -155,8 +157,10 @@ def of_rank(rank: int, size: int) -> Any:
 
 @pytest.mark.parametrize(("size", "dtype"), [(1, "float32"), (2, "float32"), (3, "float64"), (5, "float32")])
 def test_values(size: int, dtype: str) -> None:
-    """Closed form, the sum of all ranks' values, exact also across a part's end; what is off is counted and
-    named."""
+    """The sum of all ranks' values in closed form, exact also across a part's end.
+
+    What is off is counted and named.
+    """
     count, values = PART + 300, [Values(of_rank(rank, size), dtype) for rank in range(size)]
     filled = [np.empty(count, dtype) for _ in values]
     for own, x in zip(values, filled, strict=True):

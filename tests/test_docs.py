@@ -93,7 +93,7 @@ def test_commands_and_options_exist(path: Path) -> None:
         waiting += getattr(command, "commands", {}).values()
         options |= {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     for span in spans(path.read_text()):
-        named = re.findall(r"(?<![\w./-])distrib (?:bench )?([a-z]+)\b", span)
+        named = re.findall(r"(?<![\w./-])distrib (?:bench )?([a-z]+(?:-[a-z]+)*)\b", span)
         assert known.issuperset(named), f"{path.name}: {span}"
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span):
             assert option in options, f"{path.name}: {option} in {span}"

@@ -20,8 +20,10 @@ import pytest
 from conftest import ROOT, environment, run, write_idx
 
 from distrib.data import idx as mnist
-from launch import doctor
-from launch.doctor import FAILURE, OK, WARNING, Facts, Finding, look, merge
+from launch import checks, doctor, machine
+from launch import checks_together as together
+from launch.checks import FAILURE, OK, WARNING, Facts, Finding, look
+from launch.doctor import merge
 
 PROGRAM = """
 import sys, typer, distrib
@@ -80,10 +82,10 @@ def _without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     """Nothing remembered of another test's GPUs."""
-    for cached in (doctor.devices, doctor.nccl_number):
+    for cached in (checks.devices, checks.nccl_number):
         cached.cache_clear()
     yield
-    for cached in (doctor.devices, doctor.nccl_number):
+    for cached in (checks.devices, checks.nccl_number):
         cached.cache_clear()
 
 
@@ -238,16 +240,16 @@ def test_damaged_data(tmp_path: Path) -> None:
 
 def test_shipped_data_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mnist.SHA256, "t10k-labels-idx1-ubyte.gz", "0")
-    found = doctor.data(None)
+    found = checks.data(None)
     assert (found.state, found.remedy) == (FAILURE, "install the package again")
     assert "t10k-labels-idx1-ubyte.gz: SHA-256 differs" in found.found
 
 
 def test_ranks_with_other_data(small_data: Path) -> None:
     """Each rank reads a sound folder, but its host holds other files there."""
-    ours = look("data", doctor.data, str(small_data))
+    ours = look("data", checks.data, str(small_data))
     write_idx(small_data / "t10k-labels-idx1-ubyte", np.ones(32))
-    theirs = look("data", doctor.data, str(small_data))
+    theirs = look("data", checks.data, str(small_data))
     found = merge([[ours], [theirs], [ours]])[0]
     assert (ours.state, found.state, found.remedy) == (OK, FAILURE, "give all ranks the same data")
     assert found.found == f"rank 0, 2: {ours.found}; rank 1: {theirs.found}"
@@ -262,8 +264,8 @@ def test_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, s
         asked.append(path)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", disk_usage)
-    found = look("disk", doctor.disk, str(tmp_path / "runs" / "new"))
+    monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
+    found = look("disk", checks.disk, str(tmp_path / "runs" / "new"))
     assert (found.state, bool(found.remedy)) == (state, state != OK)
     assert asked == [tmp_path]
     assert not list(tmp_path.iterdir())
@@ -308,32 +310,32 @@ def fact(
 
 
 def test_hosts_and_threads() -> None:
-    assert doctor.hosts([fact("a"), fact("a"), fact("b"), fact("b")]).state == OK
-    uneven = doctor.hosts([fact("a"), fact("a"), fact("b")])
+    assert together.hosts([fact("a"), fact("a"), fact("b"), fact("b")]).state == OK
+    uneven = together.hosts([fact("a"), fact("a"), fact("b")])
     assert (uneven.state, uneven.found) == (WARNING, "a with 2 rank(s), b with 1 rank(s)")
-    assert doctor.threads([fact(threads=2), fact(threads=2), fact("b", threads=4)]).state == OK
-    many = doctor.threads([fact(threads=4), fact(threads=4), fact("b")])
+    assert together.threads([fact(threads=2), fact(threads=2), fact("b", threads=4)]).state == OK
+    many = together.threads([fact(threads=4), fact(threads=4), fact("b")])
     assert (many.state, many.remedy) == (WARNING, "set OMP_NUM_THREADS=2")
-    assert doctor.threads([fact(cores=1)] * 2).remedy == "start a rank per core, or fewer"
-    bound = doctor.threads([Facts("a", [core], 2, 2, [], 0) for core in range(4)])
+    assert together.threads([fact(cores=1)] * 2).remedy == "start a rank per core, or fewer"
+    bound = together.threads([Facts("a", [core], 2, 2, [], 0) for core in range(4)])
     assert (bound.state, bound.remedy) == (WARNING, "set OMP_NUM_THREADS=1")
 
 
 def test_ranks_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     two = ("GPU-1", "GPU-2")
-    assert doctor.sharing([fact(), fact()]).found == "no rank has a GPU"
-    assert doctor.sharing([fact(gpus=two), fact()]).state == WARNING
+    assert together.sharing([fact(), fact()]).found == "no rank has a GPU"
+    assert together.sharing([fact(gpus=two), fact()]).state == WARNING
     assert (
-        doctor.sharing([fact(gpus=two), fact(gpus=two), fact("b", gpus=two)]).found
+        together.sharing([fact(gpus=two), fact(gpus=two), fact("b", gpus=two)]).found
         == "every rank has its own"
     )
-    old = doctor.sharing([fact(gpus=two, nccl=22800)] * 3)
+    old = together.sharing([fact(gpus=two, nccl=22800)] * 3)
     assert (old.state, "NCCL 2.30" in old.remedy) == (WARNING, True)
-    new = doctor.sharing([fact(gpus=two, nccl=23203)] * 3)
+    new = together.sharing([fact(gpus=two, nccl=23203)] * 3)
     assert (new.state, "or set NCCL_MULTI_RANK_GPU_ENABLE=1" in new.remedy) == (WARNING, True)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    assert doctor.sharing([fact(gpus=two, nccl=23203)] * 3).state == OK
+    assert together.sharing([fact(gpus=two, nccl=23203)] * 3).state == OK
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -348,25 +350,28 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             "uuid": bytes(range(16)) if device == 0 else b"\xab\xcd",
         },
     )
-    monkeypatch.setattr(doctor, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
-    monkeypatch.setattr(doctor, "cupy_version", lambda: "14.2.0")
-    monkeypatch.setattr(doctor, "driver", lambda: "580.65.06")
+    for module in (checks, machine):
+        monkeypatch.setattr(
+            module, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+        )
+    monkeypatch.setattr(checks, "cupy_version", lambda: "14.2.0")
+    monkeypatch.setattr(checks, "driver", lambda: "580.65.06")
     monkeypatch.setattr(
-        doctor.importlib,
+        checks.importlib,
         "import_module",
         lambda _: SimpleNamespace(available=True, get_version=lambda: 23203),
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor.cupy().found == "14.2.0 with CUDA 12.9; driver 580.65.06, for CUDA 13.0"
-    assert doctor.gpus().found == "H100 GPU-00010203-0405-0607-0809-0a0b0c0d0e0f, H100 GPU-abcd"
-    assert doctor.nccl().found == "2.32.3, which can put several ranks on one GPU"
+    assert checks.cupy().found == "14.2.0 with CUDA 12.9; driver 580.65.06, for CUDA 13.0"
+    assert checks.gpus().found == "H100 GPU-00010203-0405-0607-0809-0a0b0c0d0e0f, H100 GPU-abcd"
+    assert checks.nccl().found == "2.32.3, which can put several ranks on one GPU"
     world: Any = SimpleNamespace(
-        reason="", backend=SimpleNamespace(forms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
+        reason="", backend=SimpleNamespace(algorithms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
     )
-    assert doctor.cudnn(world).found.startswith("9.10, nvidia-cudnn-frontend")
-    world.backend.forms, world.backend.notes = {}, ("convolutions without cuDNN",)
-    assert doctor.cudnn(world).state == WARNING
-    assert doctor.cudnn(None).state == WARNING
+    assert checks.cudnn(world).found.startswith("9.10, nvidia-cudnn-frontend")
+    world.backend.algorithms, world.backend.notes = {}, ("convolutions without cuDNN",)
+    assert checks.cudnn(world).state == WARNING
+    assert checks.cudnn(None).state == WARNING
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -376,11 +381,12 @@ def test_a_driver_that_cupy_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise RuntimeError("CuPy 14 sees no GPU (cudaErrorInsufficientDriver)")
 
-    monkeypatch.setattr(doctor, "import_cupy", missing)
-    monkeypatch.setattr(doctor, "driver", lambda: "")
-    assert doctor.cupy().state == OK
-    monkeypatch.setattr(doctor, "driver", lambda: "470.82")
-    assert (doctor.cupy().state, doctor.gpus().state, doctor.nccl().state) == (WARNING, OK, OK)
+    for module in (checks, machine):
+        monkeypatch.setattr(module, "import_cupy", missing)
+    monkeypatch.setattr(checks, "driver", lambda: "")
+    assert checks.cupy().state == OK
+    monkeypatch.setattr(checks, "driver", lambda: "470.82")
+    assert (checks.cupy().state, checks.gpus().state, checks.nccl().state) == (WARNING, OK, OK)
 
 
 @pytest.mark.parametrize(
@@ -399,9 +405,9 @@ def test_a_driver_that_cupy_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_whose_mpirun(monkeypatch: pytest.MonkeyPatch, library: str, mpirun: str, state: str) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", SimpleNamespace(Get_library_version=lambda: library))
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/opt/bin/{name}")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=mpirun))
-    found = look("launcher", doctor.launcher)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/opt/bin/{name}")
+    monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=mpirun))
+    found = look("launcher", checks.launcher)
     assert (found.state, bool(found.remedy)) == (state, state != OK)
     assert "/opt/bin/mpirun is of" in found.found
 
@@ -437,10 +443,10 @@ def test_what_a_dead_child_left_behind_is_not_waited_for(
 
 
 def test_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    assert doctor.launcher().state == WARNING
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/bin/srun" if name == "srun" else None)
-    assert doctor.launcher().state == OK
+    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    assert checks.launcher().state == WARNING
+    monkeypatch.setattr(checks.shutil, "which", lambda name: "/bin/srun" if name == "srun" else None)
+    assert checks.launcher().state == OK
 
 
 def test_timeout_must_be_sound() -> None:

@@ -18,12 +18,12 @@ from safetensors.numpy import save
 
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
+from launch.bench.scale import scale
 from launch.cli import evaluate
 from launch.entry import one_process
 from launch.export import export
-from launch.report import report
-from launch.reproduce import reproduce
-from launch.scale import scale
+from launch.report.page import report
+from launch.report.reproduce import reproduce
 from launch.submit import submit
 from launch.watch import watch
 

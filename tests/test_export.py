@@ -131,7 +131,7 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
     import torch
     from safetensors.torch import load_file
 
-    from launch.torch_resnet9 import TorchResNet9
+    from launch.torch_peer.network import TorchResNet9
 
     out = tmp_path / "model.safetensors"
     code, _, err = call(trained(name), out)

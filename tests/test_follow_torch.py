@@ -37,7 +37,7 @@ def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict
 def theirs(name: str, initial: dict, data: Dataset, order: np.ndarray) -> np.ndarray:
     import torch
 
-    from launch.torch_resnet9 import TorchResNet9
+    from launch.torch_peer.network import TorchResNet9
 
     dtype = getattr(torch, name)
     torch.set_num_threads(1)

@@ -1,5 +1,4 @@
-"""`make test-gpu` on a machine without a GPU: it says so; and every command that it would run is one that
-exists."""
+"""`make test-gpu` without a GPU says so; and every command that it would run exists."""
 
 from __future__ import annotations
 
@@ -10,26 +9,28 @@ import pytest
 import typer
 from conftest import ROOT, run
 
-from launch import bench, gpu_report
+from launch.bench import app as bench
+from launch.bench import gpu_report
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = run(
         "-m",
-        "launch.gpu_report",
+        "launch.cli",
+        "gpu-report",
         "--out",
         tmp_path / "report.json",
         check=False,
         env={"CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("make test-gpu needs a GPU: ")
+    assert done.stderr.startswith("distrib: error: distrib gpu-report needs a GPU: ")
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "report.json").exists()
 
 
 def test_it_lists_its_parts() -> None:
-    lines = run("-m", "launch.gpu_report", "--list").stdout.splitlines()
+    lines = run("-m", "launch.cli", "gpu-report", "--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(gpu_report.parts())
     assert "python -m launch.cli bench step --backend cupy" in "\n".join(lines)
 

@@ -460,7 +460,7 @@ def test_kernels_are_listed_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`distrib bench kernels` on the double, whose clock stands still between plans."""
-    from launch import bench_kernels
+    from launch.bench import kernels as bench_kernels
 
     with device("tf32") as backend:
         world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])

@@ -100,7 +100,7 @@ def test_pytorch(model: Model, pictures: tuple, dtype: str, bound: float) -> Non
     test_torch_parity.py.
     """
     torch = import_torch()
-    from launch.torch_resnet9 import TorchNetwork
+    from launch.torch_peer.network import TorchNetwork
 
     case = Case(model, pictures, dtype=dtype, poison=True)
     network, theirs = case.network, TorchNetwork(model, case.shape, case.classes).to(getattr(torch, dtype))

@@ -295,7 +295,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from distrib.pictures.prepare import read_pictures
-from launch.measure import peak_bytes
+from launch.bench.measure import peak_bytes
 assert read_pictures(Path(sys.argv[1])).drawn.tolist() == [True]
 print(peak_bytes())
 """

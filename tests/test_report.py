@@ -18,10 +18,19 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from distrib.data import formats
-from launch.plots import short
-from launch.records import line_of
-from launch.report import answers, label_of, page, points_of, report
-from launch.runs import POINTS, Curve, Log, RunData, all_test_images, logits_of_test_images, read_run, smooth
+from launch.report.page import answers, label_of, page, points_of, report
+from launch.report.plots import short
+from launch.report.records import line_of
+from launch.report.runs import (
+    POINTS,
+    Curve,
+    Log,
+    RunData,
+    all_test_images,
+    logits_of_test_images,
+    read_run,
+    smooth,
+)
 
 OPTIONS = (
     "--epochs",

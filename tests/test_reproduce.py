@@ -17,8 +17,10 @@ from test_failures import left_running
 from test_torch_parity import import_torch
 
 from distrib.faults import heartbeat
-from launch import cli, reproduce
-from launch.reproduce import ROWS, Settings, jobs, spread, time_table
+from launch import cli
+from launch.report.reference import ROWS, SECONDS, Settings, jobs
+from launch.report.reference_page import spread
+from launch.report.times import time_table
 
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
 
@@ -113,10 +115,10 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--only", "all"), "--only all: choose one of"),
+        (("--only", "all"), "--only all: choose accuracy, ablation, curves or time"),
         (("--epochs", 0), "--epochs 0"),
         (("--limit-train", 60001), "--limit-train 60001"),
-        (("--seeds", 0), "--seeds and --ranks"),
+        (("--seeds", 0), "--seeds 0: give 1 or more"),
         (("--report",), "holds nothing yet"),
     ],
 )
@@ -193,7 +195,7 @@ def test_numbers() -> None:
 
 def test_the_rows_are_the_reference_s() -> None:
     assert [row.test for row in ROWS["ablation"]] == [99.21, 99.46, 99.19, 99.20, 99.43]
-    assert reproduce.SECONDS["plain loop"] / reproduce.SECONDS["cupy"] == pytest.approx(32.5, abs=0.1)
+    assert SECONDS["plain loop"] / SECONDS["cupy"] == pytest.approx(32.5, abs=0.1)
 
 
 # ---- the PyTorch side
@@ -215,7 +217,7 @@ TORCH = (
 
 
 def torch_run(folder: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("-m", "launch.torch_train", "--run-dir", folder, *TORCH, *arguments, check=check)
+    return run("-m", "launch.cli", "torch-train", "--run-dir", folder, *TORCH, *arguments, check=check)
 
 
 def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
@@ -224,15 +226,16 @@ def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
     torch_run(tmp_path / "whole")
     script = """
 import os, runpy, signal, sys
-from launch import torch_bench
-plain, counted = torch_bench.TorchSide.batch, [0]
+from launch.torch_peer.side import TorchSide
+plain, counted = TorchSide.batch, [0]
 def batch(self, indices, train=True):
     counted[0] += 1
     if counted[0] == int(os.environ["STOP_AT"]):
         os.kill(os.getpid(), signal.SIGUSR1)
     return plain(self, indices, train)
-torch_bench.TorchSide.batch = batch
-runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
+TorchSide.batch = batch
+sys.argv.insert(1, "torch-train")
+runpy.run_module("launch.cli", run_name="__main__", alter_sys=False)
 """
     for stop in ("4", "3", "2", "5"):
         done = run("-c", script, "--run-dir", tmp_path / "parts", *TORCH, env={"STOP_AT": stop}, check=False)
@@ -265,20 +268,20 @@ def test_both_sides_train_alike_from_the_same_weights(tmp_path: Path) -> None:
     """Ours loaded into PyTorch: the losses of the first steps agree, so both rows are of one network."""
     import_torch()
     script = """
-import runpy
+import runpy, sys
 import numpy as np, torch
-from launch import torch_bench
-from distrib.data import idx as mnist
+from launch.torch_peer.side import TorchSide
 from nn.network import Network
 from nn.resnet9 import ResNet9
-plain = torch_bench.TorchSide.__init__
+plain = TorchSide.__init__
 def init(self, config, kind, threads):
     plain(self, config, kind, threads)
     options = {"variant": config.variant, "width": config.width}
-    state = Network(ResNet9, mnist.SHAPE, mnist.CLASSES, options, seed=config.seed).state_dict()
+    state = Network(ResNet9, self.data.shape, self.data.classes, options, seed=config.seed).state_dict()
     self.model.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
-torch_bench.TorchSide.__init__ = init
-runpy.run_module("launch.torch_train", run_name="__main__", alter_sys=False)
+TorchSide.__init__ = init
+sys.argv.insert(1, "torch-train")
+runpy.run_module("launch.cli", run_name="__main__", alter_sys=False)
 """
     options = (*TORCH[:-2], "--log-every", 1, "--optimizer", "sgd")
     run("-c", script, "--run-dir", tmp_path / "torch", *options)

@@ -1,5 +1,4 @@
-"""`distrib submit`: the sbatch command that it makes, against an sbatch that writes down what it was
-given."""
+"""`distrib submit`: the sbatch command that it makes; a pretend sbatch writes down what it was given."""
 
 from __future__ import annotations
 

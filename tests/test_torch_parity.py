@@ -69,7 +69,7 @@ class Pair:
 
     def __init__(self, variant: str, loss: str, dtype: str, seed: int, optimizer: str = "sgd") -> None:
         torch = self.torch = import_torch()
-        from launch.torch_resnet9 import TorchResNet9
+        from launch.torch_peer.network import TorchResNet9
 
         self.rng, self.loss, self.dtype = np.random.default_rng(seed), loss, dtype
         self.ours = resnet9(variant, WIDTH, seed=seed, dtype=dtype)

@@ -18,7 +18,9 @@ from conftest import ROOT, environment
 
 from distrib.faults import heartbeat as board
 from launch import watch as module
-from launch.watch import Follower, sparkline, view, watch
+from launch.report import follow, runs
+from launch.report.follow import Follower
+from launch.watch import sparkline, view, watch
 
 TRAINING = (
     "--epochs",
@@ -177,14 +179,14 @@ def test_ctrl_c_leaves_the_run_alone_and_a_stop_is_told(call, start, tmp_path: P
         watching.kill()
         watching.wait()
     assert re.match(r"epoch \d+/10000", first)
-    assert rest.endswith("not watched any more; the run goes on\n")
+    assert rest.endswith("no longer watching; the run continues\n")
     assert watching.returncode == 130
     assert call(tmp_path / "run", "--once")[0] == 0
     assert training.poll() is None
     training.send_signal(signal.SIGUSR1)
     code, out, _ = call(tmp_path / "run", "--interval", 0.1)
     assert code == 85
-    assert "stopped, with a checkpoint to go on from, at step" in out.splitlines()[-1]
+    assert "stopped, with a checkpoint to resume from, at step" in out.splitlines()[-1]
 
 
 def test_a_killed_run_is_told_soon(call, start, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_killed_run_is_told_soon(call, start, tmp_path: Path) -> None:
     code, out, _ = call(tmp_path / "run", "--interval", 0.2)
     assert code == 1
     assert out.splitlines()[-1].startswith(f"rank 0 on {socket.gethostname()} failed at step ")
-    assert out.endswith("its process is gone without a word: killed, or out of memory\n")
+    assert out.endswith("its process is gone: killed, or out of memory\n")
     assert sorted(written(tmp_path / "run")) == before
 
 
@@ -214,9 +216,9 @@ def test_failed(call, tmp_path: Path) -> None:
     [
         (
             [board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
-            r"no word of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for \d+ s:",
+            r"no heartbeat of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for",
         ),
-        ([], r"no word of any rank for \d+ s: it did not start"),
+        ([], r"no heartbeat of any rank for \d+ s: it did not start"),
         (
             [board.Word(0, "elsewhere", 1, step=5, state=board.REFUSED, time=time.time())],
             "ended with a message .* step 5",
@@ -247,7 +249,7 @@ def test_one_that_speaks_is_not_silent_whatever_its_clock(
             (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 20, "world_size": 1}))
         return [board.Word(**{**vars(word), "time": word.time + told})]
 
-    monkeypatch.setattr(module, "read_words", read_words)
+    monkeypatch.setattr(follow, "read_words", read_words)
     code, out, _ = call(make(tmp_path / "run"), "--timeout", 0.5, "--interval", 0.1)
     assert code == 0, out
 
@@ -345,9 +347,9 @@ def test_progress_and_many_ranks(tmp_path: Path) -> None:
 
 
 def test_training_images(small_data: Path, tmp_path: Path) -> None:
-    assert module.training_images(None) == 60000
-    assert module.training_images(str(small_data)) == 64
-    assert module.training_images(str(tmp_path / "nowhere")) is None
+    assert runs.training_images(None) == 60000
+    assert runs.training_images(str(small_data)) == 64
+    assert runs.training_images(str(tmp_path / "nowhere")) is None
     run = Follower(make(tmp_path / "run", limit_train=None, data=str(tmp_path / "nowhere")), 60)
     run.look()
     assert run.progress() == (0.0, "epoch ?/2", "7/?")

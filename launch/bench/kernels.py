@@ -1,4 +1,4 @@
-"""`distrib bench kernels`: every kernel of a training step on a GPU, its time, and what the step takes beside them."""
+"""`distrib bench kernels`: the time of every kernel of a training step on a GPU, and of the whole step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from statistics import median
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,9 @@ from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
-from launch.measure import AsJson, BatchSize, Width, machine, refuse_launcher
+from launch.bench.measure import AsJson, BatchSize, Variant, Width
+from launch.entry import choice
+from launch.machine import machine, refuse_launcher
 from nn.device import capture
 
 COPIES, ROUNDS = 50, 7
@@ -72,28 +73,20 @@ def microseconds(cuda: Any, work: Callable[[], None], copies: int) -> float:
 def kernels(
     batch_size: BatchSize = 8,
     width: Width = 1.0,
-    variant: Annotated[
-        str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")
-    ] = "baseline",
-    precision: Annotated[str, typer.Option(help="float32, tf32 or bf16.")] = "tf32",
+    variant: Variant = "baseline",
+    precision: Annotated[
+        str, choice("--precision", "Its steps are graphs.", "float32", "tf32", "bf16")
+    ] = "tf32",
     as_json: AsJson = False,
 ) -> None:
-    """Every kernel of a training step on one GPU: microseconds each, their sum, and the step's time as one graph.
+    """Time every kernel of a training step on one GPU alone, and the step as one graph.
 
-    Kernels are timed alone, one after another, with warm caches; in the step weight gradients run beside the rest, so
-    that their sum may exceed it. Example: distrib bench kernels --batch-size 8
+    Kernels run one after another, with warm caches; in the step weight gradients run beside the rest, so the
+    sum of the kernels may exceed it. Example: distrib bench kernels --batch-size 8
     """
     refuse_launcher("distrib bench kernels")
-    if precision == "float64":
-        raise UserError("--precision float64: its steps are no graphs: use float32, tf32 or bf16")
-    options = {
-        "batch_size": batch_size,
-        "width": width,
-        "variant": variant,
-        "precision": precision,
-        "limit_test": 1,
-    }
-    config = build({**options, "backend": "cupy", "comm": "none"})
+    options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision}
+    config = build({**options, "limit_test": 1, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)
     data = formats.load(None, None, 1)
     trainer = Trainer(config.resolve(1, data), world, data)
@@ -122,19 +115,18 @@ def kernels(
         "step_microseconds": whole,
         "outside_percent": max(0.0, 100 * (1 - total / whole)),
     }
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    table = Table(
-        "kernel",
-        "µs",
-        "%",
-        title=f"{result['device'].get('gpu')}: batch {batch_size}, {precision}, width {width}",
-    )
-    for row in rows:
+    print(json.dumps(result, indent=2)) if as_json else print_report(result)
+
+
+def print_report(r: dict[str, Any]) -> None:
+    """Print the table for people."""
+    title = f"{r['device'].get('gpu')}: batch {r['batch_size']}, {r['precision']}, width {r['width']}"
+    table = Table("kernel", "µs", "%", title=title)
+    total = r["sum_microseconds"]
+    for row in r["kernels"]:
         table.add_row(row["name"], f"{row['microseconds']:.2f}", f"{100 * row['microseconds'] / total:.1f}")
     Console().print(table)
     print(
-        f"{len(rows)} launches, {total:.1f} µs one after another; the step as a graph {whole:.1f} µs:"
-        f" {result['outside_percent']:.0f} % outside kernels"
+        f"{r['launches']} launches, {total:.1f} µs one after another; the step as a graph"
+        f" {r['step_microseconds']:.1f} µs: {r['outside_percent']:.0f} % outside kernels"
     )

@@ -21,9 +21,9 @@ from distrib.files import printable
 from distrib.predict import probabilities
 from distrib.run.console import on_terminal
 from launch.entry import one_process
-from launch.plots import figure, plain, render, save, svg, write
-from launch.records import shown
-from launch.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
+from launch.report.plots import figure, plain, render, save, svg, write
+from launch.report.records import shown
+from launch.report.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,29 +1,19 @@
-"""`distrib bench ops`: every operation of a step at its shapes, one after another, and the forms of convolution."""
+"""`distrib bench ops`: every operation of a step at its shapes, and each algorithm of convolution."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 
 from distrib.config import build
-from distrib.errors import UserError
-from launch.measure import (
-    AsJson,
-    BatchSize,
-    Repeats,
-    Width,
-    machine,
-    matrix_peak,
-    refuse_launcher,
-    require_torch,
-    spread,
-)
+from launch.bench.measure import AsJson, BatchSize, Repeats, Width, matrix_peak, spread
+from launch.entry import choice
+from launch.machine import machine, refuse_launcher, require_torch
 from nn.array import Array
 from nn.buffers import Buffers
 from nn.device import NUMPY
@@ -118,7 +108,7 @@ def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) 
 
 
 def error_of(algorithm: str, w: Array, side: int) -> float:
-    """Largest error of y, dw, dx in float32, relative to each one's largest value; against patches in float64."""
+    """Largest error of y, dw, dx in float32, over each one's largest value; against patches in float64."""
     found: list[list[Array]] = []
     for dtype, name in (("float32", algorithm), ("float64", "patches")):
         buffers, rng, weights = Buffers(dtype=dtype), np.random.default_rng(1), w.astype(dtype)
@@ -238,7 +228,7 @@ def optimizer(model: Network, width: float, repeats: int, torch: bool) -> Times:
     if torch:
         import torch as pytorch
 
-        from launch.torch_resnet9 import TorchResNet9
+        from launch.torch_peer.network import TorchResNet9
 
         theirs = TorchResNet9(width=width)
         for parameter in theirs.parameters():
@@ -252,7 +242,7 @@ def ops(
     width: Width = 1.0,
     repeats: Repeats = 7,
     against: Annotated[
-        str | None, typer.Option(help="torch: the same operations in PyTorch, channels-last.")
+        str | None, choice("--against", "torch: the same operations in PyTorch, channels-last.", "torch")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -260,16 +250,12 @@ def ops(
 
     Example: distrib bench ops --batch-size 32 --against torch
     """
-    if against not in (None, "torch"):
-        raise UserError(f"--against {against}: choose torch, or leave it out")
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats}: give 1 or more")
     refuse_launcher("distrib bench ops")
     build({"batch_size": batch_size, "width": width})  # refuses what no run could have
-    if torch := against == "torch":
+    torch = against == "torch"
+    if torch:
         require_torch("--against torch")
     model = Network(MODELS["resnet9"], (28, 28, 1), 10, {"width": width})
-    seen = set()
     result: dict[str, Any] = {
         "machine": machine(),
         "batch_size": batch_size,
@@ -277,45 +263,50 @@ def ops(
         "matrix_peak_gflops": matrix_peak(),
         "layers": [],
     }
-    say = (lambda _: None) if as_json else print
+    say: Callable[[str], None] = (lambda _: None) if as_json else print
     say(
         f"{result['machine']}; batch {batch_size}, width {width}, float32, matrix product"
         f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward"
     )
+    seen = set()
     for conv, side, added in layers(model):
-        shape = side, conv.c_in, conv.out
-        row: dict[str, Any] = {
-            "name": conv.name,
-            "side": side,
-            "channels": [conv.c_in, conv.out],
-            "residual": added,
-        }
-        say(f"{conv.name}: {side}×{side}, {conv.c_in}→{conv.out}")
-        if shape not in seen:
+        row: dict[str, Any] = {"name": conv.name, "side": side, "channels": [conv.c_in, conv.out]}
+        row["residual"] = added
+        if (shape := (side, conv.c_in, conv.out)) not in seen:
             seen.add(shape)
-            row["convolution"] = found = convolution(side, conv, batch_size, repeats, torch)
-            for algorithm in ("patches", "winograd", *(["torch"] if torch else [])):
-                ms = found["ms"]
-                work = found["gflop"] * (3 if conv.c_in > 1 else 2)
-                rate = 1e3 * work / sum(statistics.median(ms[f"{algorithm} {way}"]) for way in WAYS)
-                note = f", chosen, error {found['error']:.1e}" if algorithm == found["chosen"] else ""
-                say(f"    {'convolution, ' + algorithm:44} {pair(ms, algorithm)}   {rate:.0f} GFLOP/s{note}")
+            row["convolution"] = convolution(side, conv, batch_size, repeats, torch)
         row["batch_norm_ms"] = batch_norm(side, conv, added, batch_size, repeats, torch)
-        label = "batch norm, " + ("residual, " if added else "") + "ReLU, " + ("pool, " if conv.pool else "")
-        for name in ("distrib", *(["torch"] if torch else [])):
-            say(f"    {label + name:44} {pair(row['batch_norm_ms'], name)}")
         result["layers"].append(row)
-    for name, found in (
-        ("head_ms", head(model, batch_size, repeats, torch)),
-        ("adam_ms", optimizer(model, width, repeats, torch)),
-    ):
-        result[name] = found
-        say(
-            f"{name.removesuffix('_ms')}: "
-            + ", ".join(f"{side} {spread(ms, 3)}" for side, ms in found.items())
-        )
+        for line in layer_lines(row, conv):
+            say(line)
+    result["head_ms"] = head(model, batch_size, repeats, torch)
+    result["adam_ms"] = optimizer(model, width, repeats, torch)
+    for name in ("head", "adam"):
+        times = (f"{side} {spread(ms, 3)}" for side, ms in result[f"{name}_ms"].items())
+        say(f"{name}: {', '.join(times)}")
     if as_json:
         print(json.dumps(result, indent=2))
+
+
+def layer_lines(row: dict[str, Any], conv: ConvBN) -> Iterator[str]:
+    """The text of a row, for people."""
+    side, (c_in, out) = row["side"], row["channels"]
+    yield f"{row['name']}: {side}×{side}, {c_in}→{out}"
+    found = row.get("convolution") or {"ms": {}}
+    for algorithm in sides(found["ms"]):
+        work = found["gflop"] * (3 if c_in > 1 else 2)
+        rate = 1e3 * work / sum(statistics.median(found["ms"][f"{algorithm} {way}"]) for way in WAYS)
+        note = f", chosen, error {found['error']:.1e}" if algorithm == found["chosen"] else ""
+        label = f"convolution, {algorithm}"
+        yield f"    {label:44} {pair(found['ms'], algorithm)}   {rate:.0f} GFLOP/s{note}"
+    label = f"batch norm, {'residual, ' if row['residual'] else ''}ReLU, {'pool, ' if conv.pool else ''}"
+    for name in sides(row["batch_norm_ms"]):
+        yield f"    {label + name:44} {pair(row['batch_norm_ms'], name)}"
+
+
+def sides(times: Times) -> list[str]:
+    """The names in these times, forward and backward once."""
+    return list(dict.fromkeys(job.rpartition(" ")[0] for job in times))
 
 
 def pair(times: Times, name: str) -> str:

@@ -26,7 +26,7 @@ from distrib.evaluate import HOST_BATCH
 from distrib.files import open_to_read, printable
 from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
-from launch.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
+from launch.report.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
 
 POINTS = 600
 """Points of a curve that are kept at least, and at most twice as many: no screen shows more."""

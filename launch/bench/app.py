@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from launch.bench_allreduce import allreduce
-from launch.bench_kernels import kernels
-from launch.bench_ops import ops
-from launch.bench_run import run
-from launch.bench_save import save
-from launch.bench_step import step
+from launch.bench.allreduce import allreduce
+from launch.bench.kernels import kernels
+from launch.bench.ops import ops
+from launch.bench.run import run
+from launch.bench.step import step
 
 app = typer.Typer(help="Measure speed, against PyTorch in the same run.", no_args_is_help=True)
-app.command()(step)
-app.command()(ops)
-app.command()(allreduce)
-app.command()(kernels)
-app.command()(save)
+for command in (step, ops, allreduce, kernels):
+    app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run)
 
 

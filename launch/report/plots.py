@@ -53,11 +53,11 @@ def require(*modules: str) -> None:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of one of this folder's templates."""
+    """A page of one of the templates."""
     require("jinja2")
     import jinja2
 
-    loader = jinja2.PackageLoader("launch", ".")
+    loader = jinja2.PackageLoader("launch.report", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["short"] = short
     return environment.get_template(template).render(

@@ -1,0 +1,1 @@
+"""`distrib bench`: speed on real data, against PyTorch on the same work in the same run."""

@@ -1,0 +1,66 @@
+"""What the benchmarks share: options, how to say a spread, the matrix-product peak, peak memory.
+
+Both sides take turns, so that each pair of measurements saw the same machine; ratios are of pairs.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from launch.entry import number, positive
+from nn.device import NUMPY, Backend
+
+BatchSize = Annotated[int, number("--batch-size", "Global batch.", most=60_000)]
+Width = Annotated[float, positive("--width", "Multiplier of all channel counts.")]
+Variant = Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")]
+Precision = Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")]
+BackendName = Annotated[str, typer.Option("--backend", help="numpy, cupy, or auto.")]
+Repeats = Annotated[int, number("--repeats", "Measurements of each side, in alternation.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Median (least–most)."""
+    return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}–{max(values):.{digits}g})"
+
+
+def matrix_peak(backend: Backend = NUMPY) -> float:
+    """GFLOP/s of this process's product of two float32 matrices.
+
+    1024×1024, on a GPU 8192×8192 (TF32 where that is chosen).
+    """
+    side = 1024 if backend.on_host else 8192
+    a = backend.asarray(np.random.default_rng(0).random((side, side), np.float32))
+    out = backend.xp.empty_like(a)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        backend.xp.matmul(a, a, out=out)
+        if not backend.on_host:
+            backend.stream.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return float(2 * side**3 / statistics.median(seconds) / 1e9)
+
+
+def peak_bytes() -> int:
+    """The most memory this process ever held, libraries included.
+
+    Not `ru_maxrss` where it can be helped: a child inherits its parent's.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def pool_bytes(backend: Backend) -> int:
+    """Memory of the GPU that this process holds through CuPy."""
+    return int(backend.xp.get_default_memory_pool().total_bytes())

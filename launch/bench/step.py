@@ -1,0 +1,338 @@
+"""`distrib bench step`: whole training steps on real data, alone or under mpirun."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from distrib.comm.world import World, connect
+from distrib.config import Config, build
+from distrib.data import formats, sampler
+from distrib.data.dataset import Dataset
+from distrib.errors import UserError
+from distrib.evaluate import infer
+from distrib.results import HISTORY
+from distrib.timing import PHASES
+from distrib.trainer import Trainer, blas_threads
+from distrib.warmup import warm_up
+from launch.bench.measure import (
+    AsJson,
+    BackendName,
+    BatchSize,
+    Precision,
+    Repeats,
+    Variant,
+    Width,
+    matrix_peak,
+    peak_bytes,
+    pool_bytes,
+    spread,
+)
+from launch.entry import choice, number
+from launch.machine import machine, require_torch
+from launch.torch_peer.worker import Worker, kinds
+
+AGAINST = (
+    "torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU eagerly and"
+    " compiled with CUDA graphs; loop: this network with its convolutions as plain loops (slow)."
+)
+
+Rows = dict[str, list[dict[str, Any]]]
+"""The measurements of each side, by its name."""
+
+
+def step(
+    batch_size: BatchSize = 64,
+    width: Width = 1.0,
+    variant: Variant = "baseline",
+    optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
+    precision: Precision = "float32",
+    backend: BackendName = "auto",
+    comm: Annotated[str, typer.Option(help="none, mpi, nccl, or auto.")] = "auto",
+    graph: Annotated[
+        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, whole steps as CUDA graphs.")
+    ] = True,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Forward passes of evaluation instead of training.")
+    ] = False,
+    steps: Annotated[
+        int | None, number("--steps", "Steps of one measurement; without it, about a second's.")
+    ] = None,
+    repeats: Repeats = 7,
+    against: Annotated[str | None, choice("--against", AGAINST, "torch", "loop")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whole training steps: images/s, where a step's time goes, peak memory; alone or under mpirun.
+
+    Example: mpirun -n 2 distrib bench step --against torch
+    """
+    if evaluate and against == "loop":
+        raise UserError("--evaluate --against loop: the loop only trains: leave out --evaluate")
+    if against == "torch" and precision == "float64":
+        raise UserError("--against torch: not in float64")
+    given = {"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer}
+    given |= {"precision": precision, "backend": backend, "comm": comm, "cuda_graph": graph, "limit_test": 1}
+    config = build(given)
+    world = connect(comm, backend, precision, timeout=600)
+    with world.agree():
+        data = formats.load(None, None, 1)
+        config = config.resolve(world.size, data)
+    bench = Bench(config, world, data, steps, evaluate)
+    if against == "loop":
+        bench.add_plain_loop()
+    if against == "torch":
+        bench.add_torch()
+    result = bench.figures(repeats)
+    if world.rank == 0:
+        result = with_ratios(result)
+        print(json.dumps(result, indent=2)) if as_json else print_report(result)
+    bench.close()
+
+
+class Bench:
+    """Our trainer, warmed up, and the sides that it is compared with: measurements of `steps` steps each."""
+
+    def __init__(
+        self, config: Config, world: World, data: Dataset, steps: int | None, evaluate: bool
+    ) -> None:
+        self.config, self.world, self.data, self.evaluate = config, world, data, evaluate
+        self.trainer = Trainer(config, world, data)
+        warm_up(self.trainer, None)
+        one = ours(self.trainer, 1, evaluate)
+        one()
+        about_a_second = max(1, round(1.0 / one()["seconds"]))
+        self.steps = steps or world.broadcast(about_a_second, "the number of steps")
+        self.measure = ours(self.trainer, self.steps, evaluate)
+        self.held = self.trainer.model.buffers.nbytes()
+        self.threads = world.size * blas_threads()
+        self.plain_loop: Callable[[], dict[str, Any]] | None = None
+        self.workers: dict[str, Worker | None] = {}  # on rank 0 alone
+
+    def add_plain_loop(self) -> None:
+        """Compare with one step with every convolution as a plain loop, scaled to `steps`."""
+        trainer = Trainer(self.config, self.world, self.data)
+        for conv in trainer.model.convs():
+            conv.algorithm = "loop"
+        one = ours(trainer, 1, evaluate=False)
+        self.plain_loop = lambda: {"seconds": one()["seconds"] * self.steps}
+
+    def add_torch(self) -> None:
+        """Compare with PyTorch in each memory layout, started by rank 0."""
+        require_torch("--against torch")
+        config = replace(self.config, backend=self.world.backend.name)
+        for kind in kinds(not self.world.backend.on_host):
+            worker = None
+            if self.world.rank == 0:
+                worker = Worker(config, kind, self.threads, self.steps, self.evaluate)
+            self.workers[f"torch {kind}"] = worker
+
+    def turn(self) -> dict[str, dict[str, Any]]:
+        """One measurement of each side."""
+        done = {"distrib": self.measure()}
+        if self.plain_loop:
+            done["plain loop"] = self.plain_loop()
+        for name, worker in self.workers.items():
+            done[name] = wait_quietly(self.world, worker)
+        return done
+
+    def matrix_peak(self) -> float | None:
+        """GFLOP/s of matrix products on all ranks together; CuPy has none in bf16."""
+        if self.config.precision == "bf16":
+            return None
+        return sum(self.world.allgather(matrix_peak(self.world.backend), "the peak"))
+
+    def rows(self, repeats: int) -> tuple[Rows, list[float]]:
+        """(the measurements of each side, the matrix peaks between them); the first turn only warms up."""
+        self.turn()
+        self.matrix_peak()
+        rows: Rows = {}
+        peaks = []
+        for _ in range(repeats):
+            for name, row in self.turn().items():
+                rows.setdefault(name, []).append(row)
+            peaks.append(self.matrix_peak())
+        return rows, [peak for peak in peaks if peak is not None]
+
+    def phases(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Milliseconds of a step by phase: the mean over ranks, the median over `rows`.
+
+        Empty on a device, which works behind the host's clock.
+        """
+        everyone = self.world.allgather([row["phases"] for row in rows], "the phases")
+        if self.evaluate or not self.world.backend.on_host:
+            return {}
+        return {
+            name: 1e3
+            / self.steps
+            * statistics.median(statistics.mean(rank[i][name] for rank in everyone) for i in range(len(rows)))
+            for name in PHASES
+        }
+
+    def figures(self, repeats: int) -> dict[str, Any]:
+        """All that is measured; PyTorch's part on rank 0 alone."""
+        world, trainer, on_host = self.world, self.trainer, self.world.backend.on_host
+        memory = None if on_host else world.allgather(pool_bytes(world.backend), "peak memory")
+        rows, peaks = self.rows(repeats)
+        grown = trainer.model.buffers.nbytes() - self.held
+        alone = reduce_alone(trainer) if world.size > 1 and not self.evaluate else None
+        memory = memory or world.allgather(peak_bytes(), "peak memory")
+        images = self.steps * self.config.batch_size
+        found = {name: [row for row in each if row] for name, each in rows.items()}
+        theirs = {
+            name: [each[-1]["peak_bytes"]]
+            for name, each in found.items()
+            if each and "peak_bytes" in each[-1]
+        }
+        return {
+            "machine": machine(),
+            "backend": world.backend.name,
+            "ranks": world.size,
+            "hosts": len(set(world.hosts)),
+            "threads": self.threads,
+            "precision": self.config.precision,
+            "device": world.backend.describe(),
+            "graph": bool(trainer.graphs and trainer.graphs.replays),
+            "batch_size": self.config.batch_size,
+            "width": self.config.width,
+            "variant": self.config.variant,
+            "evaluate": self.evaluate,
+            "steps": self.steps,
+            "images_per_second": {
+                name: [images / row["seconds"] for row in each] for name, each in found.items()
+            },
+            "phases_ms": self.phases(rows["distrib"]),
+            "matrix_peak_gflops": peaks,
+            "peak_bytes": {"distrib": memory, **theirs},
+            "workspace_grown_bytes": grown,
+            "flops_per_image": trainer.model.flops(training=not self.evaluate),
+            "gradient_buckets": len(trainer.reducer.buckets),
+            "all_reduce_alone_ms": None if alone is None else 1e3 * alone,
+        }
+
+    def close(self) -> None:
+        """End PyTorch's processes and the trainer."""
+        for worker in self.workers.values():
+            if worker:
+                worker.close()
+        self.trainer.close()
+
+
+def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str, Any]]:
+    """A function that trains (or evaluates) `steps` batches and says how long that took, by phase."""
+    batch, world = trainer.config.batch_size, trainer.world
+    whole = len(trainer.images) // batch  # steps with a whole batch
+
+    def train() -> None:
+        for _ in range(steps):
+            if trainer.at.step % trainer.steps_per_epoch == whole:  # not the smaller last one
+                trainer.results.read()
+                trainer.at.step += trainer.steps_per_epoch - whole
+            trainer.step()
+            if world.backend.on_host or len(trainer.results.unread) == HISTORY:
+                trainer.results.read(wait=world.backend.on_host)
+        trainer.results.read()
+
+    def infer_only() -> None:
+        for step in range(steps):
+            part = sampler.share(batch, world.rank, world.size)
+            first = step % whole * batch
+            logits = infer(
+                trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop
+            )[0]
+        world.backend.to_host(logits)  # the device is waited for once
+
+    def measure() -> dict[str, Any]:
+        before = trainer.laps.seconds.copy()
+        world.comm.barrier()
+        begin = time.perf_counter()
+        infer_only() if evaluate else train()
+        world.comm.barrier()
+        seconds = time.perf_counter() - begin
+        return {
+            "seconds": seconds,
+            "phases": {name: trainer.laps.seconds[name] - before[name] for name in PHASES},
+        }
+
+    return measure
+
+
+def reduce_alone(trainer: Trainer) -> float:
+    """Seconds of one all-reduce of all gradient buckets with nothing beside it."""
+    seconds = []
+    for _ in range(7):
+        trainer.world.comm.barrier()
+        begin = time.perf_counter()
+        for parameter in reversed(list(trainer.params)):
+            trainer.reducer.ready(parameter)
+        trainer.reducer.wait()
+        trainer.world.comm.barrier()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def wait_quietly(world: World, measure: Callable[[], Any] | None) -> Any:
+    """Rank 0 measures in PyTorch; the other ranks sleep, so that it has all cores."""
+    with world.watchdog.waiting("PyTorch's measurement"):
+        done = measure() if measure else None
+        if world.size > 1:
+            request = world.control.Ibarrier()
+            while not request.Test():
+                time.sleep(0.02)
+    return done
+
+
+def with_ratios(result: dict[str, Any]) -> dict[str, Any]:
+    """Add the ratios to the best of the others, pair by pair, and our GFLOP/s."""
+    rates = result["images_per_second"]
+    mine = rates["distrib"]
+    others = [name for name in rates if name != "distrib"]
+    if others:
+        best = max(others, key=lambda name: statistics.median(rates[name]))
+        ratios = {name: [a / b for a, b in zip(mine, rates[name], strict=True)] for name in others}
+        result |= {"against": best, "ratio": ratios[best], "ratios": ratios}
+    result["gflops"] = [rate * result["flops_per_image"] / 1e9 for rate in mine]
+    return result
+
+
+def print_report(r: dict[str, Any]) -> None:
+    """Print what `Bench.figures` found, for people."""
+    device = ", ".join(f"{name} {value}" for name, value in r["device"].items())
+    what = "evaluation" if r["evaluate"] else "training"
+    how = "whole steps as CUDA graphs" if r["graph"] else f"{r['threads']} thread(s) in total"
+    print(r["machine"] + (f"; {device}" if device else ""))
+    print(
+        f"{what}, {r['ranks']} rank(s), {how}, batch {r['batch_size']},"
+        f" width {r['width']}, {r['variant']}, {r['precision']}, {r['steps']} steps a measurement"
+    )
+    for name, rates in r["images_per_second"].items():
+        print(f"  {name:26} {spread(rates)} images/s{memory_text(r['peak_bytes'].get(name))}")
+    for name, ratio in r.get("ratios", {}).items():
+        print(f"  ratio to {name}: {spread(ratio)}{'  (the best of them)' if name == r['against'] else ''}")
+    text = f"  direct convolution's work done at {spread(r['gflops'])} GFLOP/s"
+    if peaks := r["matrix_peak_gflops"]:
+        share = [100 * a / b for a, b in zip(r["gflops"], peaks, strict=True)]
+        text += f"; matrix product {spread(peaks)} GFLOP/s: {spread(share, 3)} %"
+    print(text)
+    print(f"  workspace after warm-up grew by {r['workspace_grown_bytes']} bytes")
+    if phases := r["phases_ms"]:
+        print("  ms a step: " + ", ".join(f"{name} {ms:.3g}" for name, ms in phases.items()))
+    if phases and r["all_reduce_alone_ms"] is not None:
+        waited, alone = phases["gradients"], r["all_reduce_alone_ms"]
+        hidden = max(0.0, 100 * (1 - waited / alone))
+        print(
+            f"  gradients: {r['gradient_buckets']} bucket(s) take {alone:.3g} ms alone; {waited:.3g} ms of"
+            f" waiting (for the slower rank too) remain after the backward: {hidden:.0f} % hidden"
+        )
+
+
+def memory_text(peaks: list[int] | None) -> str:
+    """Peak memory of the rank with most."""
+    if not peaks:
+        return ""
+    return f"   peak memory {max(peaks) / 2**20:.0f} MiB" + (" a rank" if len(peaks) > 1 else "")

@@ -1,0 +1,1 @@
+"""`distrib report` and `distrib reproduce`: what runs left, as pages and plots."""
