@@ -208,18 +208,18 @@ def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer,
     )
 
 
-def train(config: Config) -> int:
-    """Run one configuration on this rank; returns the exit code."""
+def train(config: Config, last: bool = False) -> int:
+    """Run one configuration on this rank; returns the exit code. `last`: only the exit comes after it."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
     with (
         Run(Path(config.run_dir) if config.run_dir else None, config)
         if world.rank == 0
         else nullcontext() as run
     ):
-        return train_on(world, config, run)
+        return train_on(world, config, run, last)
 
 
-def train_on(world: World, config: Config, run: Run | None) -> int:
+def train_on(world: World, config: Config, run: Run | None, last: bool = False) -> int:
     """`train`, with the ranks joined; rank 0 has the run's folder."""
     screen = Screen(active=world.rank == 0)
     stored, saved = None, None
@@ -259,7 +259,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         world.size,
         trainer.at.step,
     )
-    with listening(trainer), verdict_of(world):
+    with listening(trainer, last), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
         state.wait_for_save(trainer, run)  # and verified before anyone counts on it

@@ -98,7 +98,7 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     if not (
         folder / "failure.json"
     ).exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
-        run("-m", "distrib.faults.heartbeat", folder)
+        run("-m", "launch.cli", "verdict", folder)
     verdict = json.loads((folder / "failure.json").read_text())
     assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
     assert verdict["host"] == os.uname().nodename
@@ -293,12 +293,12 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
         stdout=subprocess.DEVNULL,
     )
     wait_for(lambda: read(folder), "the first word", process)
-    assert run("-m", "distrib.faults.heartbeat", folder).stdout == f"distrib: {folder}: the run goes on\n"
+    assert run("-m", "launch.cli", "verdict", folder).stdout == f"distrib: {folder}: the run goes on\n"
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 0
-    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", folder).stdout
+    assert "tells of no rank" in run("-m", "launch.cli", "verdict", folder).stdout
     assert train(tmp_path / "refused", *OPTIONS, "--lr", 1e30, check=False).returncode == 2
-    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", tmp_path / "refused").stdout
+    assert "tells of no rank" in run("-m", "launch.cli", "verdict", tmp_path / "refused").stdout
     assert not list(tmp_path.glob("*/failure.json"))
 
 
@@ -307,7 +307,7 @@ def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
         Board(tmp_path, rank, 3).publish(
             now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {})
         )
-    assert run("-m", "distrib.faults.heartbeat", tmp_path).stdout.startswith("distrib: rank 1 on ")
+    assert run("-m", "launch.cli", "verdict", tmp_path).stdout.startswith("distrib: rank 1 on ")
     assert json.loads((tmp_path / "failure.json").read_text())["cause"] == "ValueError: planted"
 
 
@@ -402,6 +402,47 @@ def test_ranks_speak_at_most_once_a_second(tmp_path: Path, monkeypatch: pytest.M
     board.publish(step=2)
     assert [word.step for word in read(tmp_path)] == [2]
     assert read(tmp_path)[0].pid == os.getpid()
+
+
+def test_the_watchdog_outlives_a_lack_of_memory() -> None:
+    code = """
+import os, time
+from distrib.faults import watchdog
+plain, planted = watchdog.Watchdog._check, [True]
+def check(self):
+    if planted: planted.pop(); raise MemoryError("planted")
+    plain(self)
+watchdog.Watchdog._check = check
+with watchdog.Watchdog(0, 1).waiting("a test"):
+    time.sleep(3600)
+"""
+    done = run("-c", code, check=False)
+    assert done.returncode == 1
+    assert "waited 1 s in a test" in done.stderr
+
+
+def test_a_save_that_cannot_begin_is_not_waited_for() -> None:
+    code = """
+from distrib.run.checkpoint import Saver
+saver = Saver()
+class Full:
+    def put(self, _): raise MemoryError("planted")
+saver._work = Full()
+try: saver.start(1)
+except MemoryError: print("raised")
+"""
+    assert run("-c", code).stdout == "raised\n"
+
+
+def test_a_living_process_is_not_gone_where_no_file_can_be_opened() -> None:
+    code = """
+import os, resource
+from distrib.faults.heartbeat import gone
+free = os.open(os.devnull, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+print(gone(os.getpid()))
+"""
+    assert run("-c", code).stdout == "False\n"
 
 
 def test_the_watchdog_publishes(tmp_path: Path) -> None:

@@ -209,15 +209,18 @@ def gone(pid: int) -> bool:
         if not Path("/proc/self/stat").exists():
             return False
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except PermissionError:
-        return False
-    except (ProcessLookupError, OSError):
+    except (ProcessLookupError, FileNotFoundError):
         return True
+    except OSError:  # it belongs to somebody else, or this process has no descriptor left
+        return False
     return state in "ZX"
 
 
-def explain(folder: Path) -> str:
-    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last."""
+def explain(folder: Path, ended: bool = False) -> str:
+    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last.
+
+    Silence alone is no verdict, unless the job has `ended`: a job may be suspended.
+    """
     if verdict := read_verdict(folder):
         return line(verdict)
     words = read(folder)
@@ -227,6 +230,8 @@ def explain(folder: Path) -> str:
         time.sleep(SILENT)
         if any(word.time != before.time for word, before in zip(read(folder), words, strict=False)):
             return f"{folder}: the run goes on"
+        if not (ended or all(word.host == socket.gethostname() and gone(word.pid) for word in alive)):
+            return f"{folder}: silent, but it may be suspended or on another host; --ended if its job is over"
     if not failed and not alive:
         return f"{folder} tells of no rank that failed"
     word = min(failed or alive, key=lambda word: word.time)

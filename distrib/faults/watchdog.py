@@ -71,7 +71,7 @@ class Watchdog:
         self._questions = queue.SimpleQueue[Callable[[], None]]()
         self.reserve = Reserve()
         for name, work in (("watchdog", self._run), ("board", self._speak)):
-            threading.Thread(target=work, daemon=True, name=name).start()
+            threading.Thread(target=self._forever, args=(work,), daemon=True, name=name).start()
 
     @contextmanager
     def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
@@ -101,8 +101,7 @@ class Watchdog:
         while True:
             with suppress(queue.Empty):
                 self._questions.get(timeout=TICK)()
-            with suppress(MemoryError):
-                self.publish()
+            self.publish()
 
     def ask(self, question: Callable[[Board], Any]) -> Any:
         """What the board answers, within a few seconds; None where there is none, or its files cannot be
@@ -136,6 +135,14 @@ class Watchdog:
             with self._checking:
                 self._check()
 
+    def _forever(self, work: Callable[[], None]) -> None:
+        """Run the thread's `work`, again where memory has run out: without it no wait would be bounded."""
+        while True:
+            try:
+                work()
+            except MemoryError:
+                self.reserve.release()
+
     def _lasts(self, wait: Wait) -> bool:
         """Look again: whether the main thread, given the time to run, is still in the same wait."""
         time.sleep(TICK)
@@ -152,6 +159,12 @@ class Watchdog:
                 )
 
     def _expire(self, what: str) -> None:
+        try:
+            self._accuse(what)
+        finally:
+            os._exit(EXIT_CRASH)
+
+    def _accuse(self, what: str) -> None:
         self.reserve.release()
         tell(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
         if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives), self.publish)):
@@ -163,7 +176,6 @@ class Watchdog:
                 threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
         end_launcher(LAUNCHER_GRACE)
-        os._exit(EXIT_CRASH)
 
 
 class Reserve:
@@ -223,8 +235,9 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
     pid = os.getpid()
     script = (
         f"left={math.ceil(seconds)}; while [ $left -gt 0 ]; do sleep 1;"
-        f" {{ read -r _ _ state _ </proc/{pid}/stat; }} 2>/dev/null || exit; [ $state = Z ] && exit;"
-        f" [ $state = T ] || left=$((left - 1)); done; echo 'distrib: process {pid} on {socket.gethostname()}"
+        f" {{ read -r stat </proc/{pid}/stat; }} 2>/dev/null || exit;"
+        " case ${stat##*) } in Z*) exit ;; T*) ;; *) left=$((left - 1)) ;; esac; done;"
+        f" echo 'distrib: process {pid} on {socket.gethostname()}"
         f" spent {seconds:.0f} s in {what}: another rank or the launcher is gone' >&2; kill -9 {pid}"
     )
     guard = subprocess.Popen(

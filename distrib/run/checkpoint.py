@@ -172,7 +172,11 @@ class Saver:
         self.wait()
         self.used = True
         self._idle.clear()
-        self._work.put(arguments)
+        try:
+            self._work.put(arguments)
+        except BaseException:  # no memory: there is nothing to wait for
+            self._idle.set()
+            raise
 
     def wait(self) -> None:
         """Return when the last one is on disk."""
