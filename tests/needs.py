@@ -75,12 +75,13 @@ def nccl(version: int = 0) -> bool:
         return False
 
 
+SLURM = "slurmctld slurmd slurm-client munge libpmix2 iproute2"
 DEV, REPORT = "pip install -e '.[dev]'", "pip install -e '.[report]'"
 NEEDS = {
     "g++": Need(lambda: programs("g++"), "g++", "apt-get install g++"),
     "chromium": Need(lambda: chromium() is not None, "Chromium", "apt-get install chromium"),
-    "hosts": Need(hosts, "root, network namespaces and ip", "apt-get install iproute2, and start it as root"),
-    "slurm": Need(slurm, "root, network namespaces and Slurm", "tests/slurm_cluster.sh install, as root"),
+    "hosts": Need(hosts, "root, network namespaces and ip", "apt-get install iproute2, as root"),
+    "slurm": Need(slurm, "root, network namespaces and Slurm", f"apt-get install {SLURM}, as root"),
     "mounts": Need(mounts, "the right to mount", "start it as root"),
     "torch": Need(packages("torch"), "PyTorch", "pip install torch"),
     "onnx": Need(packages("onnx", "onnxruntime"), "ONNX and its runtime", REPORT),

@@ -129,6 +129,8 @@ def test_run_against_torch() -> None:
     short = (
         "--recipe",
         "demo",
+        "--shift",
+        "0",
         "--limit-train",
         "960",
         "--limit-test",
@@ -170,7 +172,9 @@ def test_run_against_torch() -> None:
         (("run", "--batch-size", "1"), "below the number of ranks"),
         (("ops", "--width", "nan"), "--width nan: give a finite number"),
         (("ops", "--batch-size", "0"), "--batch-size 0: give 1 to 60000"),
-        (("run", "--loss", "bce", "--against", "torch"), "--loss ce"),
+        (("run", "--loss", "bce", "--against", "torch"), "--loss bce: the PyTorch side has ce only"),
+        (("run", "--shift", "2", "--against", "torch"), "--shift 2.0: the PyTorch side has 0.0 only"),
+        (("run", "--precision", "float64", "--against", "torch"), "--precision float64"),
     ],
 )
 def test_wrong_use(arguments: tuple[str, ...], message: str, command_line) -> None:

@@ -226,13 +226,6 @@ def test_wrong_use(arguments: tuple[object, ...], message: str, tmp_path: Path, 
     assert message in errors[0]
 
 
-@pages
-def test_one_process_only(tmp_path: Path) -> None:
-    done = scale("--out", tmp_path / "out", ranks=2, check=False)
-    assert "start it without mpirun or srun" in done.stderr
-    assert done.returncode == 2
-
-
 def test_a_measurement_is_bounded_in_time(tmp_path: Path) -> None:
     """And what it started is ended, the launcher's own children too."""
     with pytest.raises(UserError, match=r"not done after 4 s: .*: give a longer --timeout"):

@@ -21,7 +21,7 @@ from launch.bench.measure import AsJson, spread
 from launch.entry import choice, number
 from launch.machine import Done, child_environment, finish, machine, mpirun, refuse_launcher, require_torch
 from launch.torch_peer import worker
-from launch.torch_peer.worker import kinds
+from launch.torch_peer.worker import kinds, require_plain
 
 Results = dict[str, list[dict[str, float]]]
 """A row for each seed, by the name of the side."""
@@ -98,8 +98,7 @@ def recipe(arguments: list[str], ranks: int, against: bool) -> Config:
     config = config.resolve(ranks, formats.load(config.data, config.limit_train, config.limit_test))
     if against:
         require_torch("--against torch")
-        if config.loss != "ce" or config.precision == "float64" or config.batch_norm != "sync":
-            raise UserError("--against torch: compares --loss ce and --batch-norm sync, and not in float64")
+        require_plain(config)
     return config
 
 

@@ -24,16 +24,10 @@ from distrib.run.folder import Run
 from distrib.train import with_options
 from launch.entry import one_process
 from launch.machine import all_threads, machine, require_torch
-from launch.torch_peer.worker import LAYOUTS
+from launch.torch_peer.worker import LAYOUTS, require_plain
 
 if TYPE_CHECKING:
     from launch.torch_peer.side import TorchSide
-
-PLAIN = {
-    name: getattr(Config(), name)
-    for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")
-}
-"""Options that this side has one value of."""
 
 START: dict[str, Any] = {
     "step": 0,
@@ -196,10 +190,7 @@ def train(config: Config) -> int:
     require_torch("distrib torch-train")
     from launch.torch_peer.side import TorchSide
 
-    for name, value in PLAIN.items():
-        if getattr(config, name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {getattr(config, name)}: the PyTorch side has {value} only")
+    require_plain(config)
     if not config.run_dir:
         raise UserError("--run-dir: give the run's folder")
     stop: deque[int] = deque()

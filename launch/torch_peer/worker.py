@@ -15,10 +15,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distrib.config import Config
+from distrib.errors import UserError
 from launch.machine import child_environment
 
 if TYPE_CHECKING:
     from launch.torch_peer.side import TorchSide
+
+PLAIN = {
+    name: getattr(Config(), name)
+    for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")
+}
+"""Options that the PyTorch side has one value of."""
 
 LAYOUTS = ("channels-last", "contiguous")
 
@@ -28,6 +35,16 @@ def kinds(gpu: bool) -> tuple[str, ...]:
     return (
         tuple(f"{mode} {layout}" for mode in ("eager", "compile") for layout in LAYOUTS) if gpu else LAYOUTS
     )
+
+
+def require_plain(config: Config) -> None:
+    """UserError where PyTorch would do other work than ours."""
+    for name, value in PLAIN.items():
+        if getattr(config, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(config, name)}: the PyTorch side has {value} only")
+    if config.precision == "float64":
+        raise UserError("--precision float64: the PyTorch side has none: give another")
 
 
 def command(what: str, config: Config, kind: str, threads: int, **more: Any) -> list[str]:
