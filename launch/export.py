@@ -15,7 +15,7 @@ from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
-from launch.entry import one_process
+from launch.entry import number, one_process
 from launch.report.plots import require, require_place, write
 from launch.report.records import shown
 from launch.report.runs import data_of, load_model
@@ -239,7 +239,7 @@ def export(
         typer.Option(help="The data set of the check, as for train.", show_default="the run's own"),
     ] = None,
     limit_test: Annotated[
-        int | None, typer.Option(help="Check with the first N test images only.", show_default="all")
+        int | None, number("--limit-test", "Check with the first N test images only.", show_default="all")
     ] = None,
 ) -> None:
     """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
@@ -252,8 +252,6 @@ def export(
       distrib export runs/first digits.safetensors
     """
     kind = format_of(out, format)
-    if limit_test is not None and limit_test < 1:
-        raise UserError(f"--limit-test {limit_test}: give 1 or more")
     if kind == "onnx":
         require("onnx")
         if check:

@@ -17,6 +17,7 @@ from rich.text import Text
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.run.console import on_terminal
+from launch.entry import number
 
 SHADES = " .:-=+*#%@"
 """Characters from dark to bright, for where there are no shades of grey."""
@@ -100,12 +101,12 @@ def predict(
     images: Annotated[
         list[Path], typer.Argument(help="PNG, JPEG or other pictures, or IDX files, gzipped or not.")
     ],
-    top: Annotated[int, typer.Option(help="Classes named for each image, the most probable first.")] = 3,
+    top: Annotated[int, number("--top", "Classes named for each image, the most probable first.")] = 3,
     draw: Annotated[
         bool,
         typer.Option("--draw", help="Draw what the network saw beside a bar chart of its probabilities."),
     ] = False,
-    limit: Annotated[int, typer.Option(help="Images drawn at most.")] = 20,
+    limit: Annotated[int, number("--limit", "Images drawn at most.")] = 20,
     as_is: Annotated[
         bool,
         typer.Option(
@@ -124,10 +125,6 @@ def predict(
     digit is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    if top < 1:
-        raise UserError(f"--top {top}: give 1 or more")
-    if limit < 1:
-        raise UserError(f"--limit {limit}: give 1 or more")
     if draw and as_json:
         raise UserError("--draw and --json: give one of them")
     try:
