@@ -24,13 +24,13 @@ class StepResults:
     the last step that was read; they are added to those of the epoch in `at`.
     """
 
-    def __init__(self, world: World, at: Position, steps_per_epoch: int, dtype: Any) -> None:
+    def __init__(self, world: World, at: Position, steps_per_epoch: int, lr: float, dtype: Any) -> None:
         self.history = world.backend.xp.zeros((HISTORY, 4), dtype)
         self.unread: list[int] = []
         self.copies: deque[Any] = deque()  # results on their way to the host
         self.last: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.stopped = False  # whether a rank was told to stop
-        self._world, self._at, self._steps_per_epoch = world, at, steps_per_epoch
+        self._world, self._at, self._steps_per_epoch, self._lr = world, at, steps_per_epoch, lr
 
     @property
     def all_read(self) -> bool:
@@ -81,5 +81,5 @@ class StepResults:
         rank = finite.index(False) if False in finite else 0
         raise UserError(
             f"the loss is {loss} at step {step}, first on rank {rank}: nothing of it was saved;"
-            " try a lower --lr, --warmup-epochs, or --precision float64"
+            f" try a lower --lr than {self._lr}, --warmup-epochs, or --precision float64"
         )

@@ -84,7 +84,7 @@ class Trainer:
         self.limit = min(self.steps, config.max_steps or self.steps)
         self.stop_requested = False
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
-        self.results = StepResults(world, self.at, self.steps_per_epoch, dtype)
+        self.results = StepResults(world, self.at, self.steps_per_epoch, config.lr, dtype)
         self.sums = self.sum_over_ranks if world.size > 1 else None
         graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
         self.saver = ckpt.Saver()

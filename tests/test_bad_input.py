@@ -17,9 +17,9 @@ from conftest import losses, run, train
 from safetensors.numpy import save_file
 
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
 from distrib.train import main
-from distrib.trainer import Trainer
 
 SMALL = ("--width", 0.0625, "--batch-size", 16, "--epochs", 1, "--backend", "numpy")
 Call = Callable[..., tuple[int, str]]
@@ -276,8 +276,8 @@ def test_non_finite_test_loss_is_no_success(call: Call, small_data: Path, tmp_pa
 @pytest.mark.parametrize(("own", "rank"), [([1.0, np.nan, np.inf], 1), ([1.0, 2.0, np.inf], 2)])
 def test_first_rank_with_a_non_finite_loss(own: list[float], rank: int) -> None:
     world = SimpleNamespace(allgather=lambda _value, _what: [bool(np.isfinite(x)) for x in own])
-    trainer = SimpleNamespace(world=world, config=SimpleNamespace(lr=0.5))
+    results = SimpleNamespace(_world=world, _lr=0.5)
     with pytest.raises(
         UserError, match=rf"loss is nan at step 9, first on rank {rank}: .*lower --lr than 0\.5"
     ):
-        Trainer.stop_at_non_finite(trainer, 9, own[0], np.nan)  # type: ignore[arg-type]
+        StepResults._refuse(results, 9, own[0], np.nan)  # type: ignore[arg-type]
