@@ -39,7 +39,7 @@ test: lint  ## every test that needs no GPU; the last lines say what was not run
 test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at most
 	$(BIN)/python -m pytest -x -m "quick and not needs"
 
-test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as GPU.md sets it up
+test-gpu:  ## every test and benchmark that needs a GPU, into gpu-report.json; PYTHON as docs/gpu.md sets it up
 	@$(PYTHON) -c 'import sys; sys.excepthook = lambda *found: print("make test-gpu: give a Python with this", \
 		"package as PYTHON=, as docs/gpu.md sets it up:", found[1], file=sys.stderr); import launch.cli'
 	PATH=$(abspath $(dir $(shell command -v $(PYTHON)))):$$PATH $(PYTHON) -m launch.cli gpu-report $(ONLY:%=--only %)

@@ -37,7 +37,8 @@ LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra
 
 
 def parent() -> tuple[int, str]:
-    """(pid, name) of the process that started this one, a shell around each rank left aside; a launcher's, on Linux."""
+    """(pid, name) of the process that started this one, a shell around each rank left aside; a launcher's, on
+    Linux."""
     pid, name = os.getppid(), ""
     with suppress(OSError, ValueError):
         name = Path(f"/proc/{pid}/comm").read_text().strip()

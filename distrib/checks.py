@@ -1,4 +1,5 @@
-"""What all ranks must have alike, compared before the first step: options, data, code, the layout of what travels."""
+"""What all ranks must have alike, compared before the first step: options, data, code, the layout of what
+travels."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from distrib.trainer import Trainer
 
 
 def guard(world: World, config: Config, data: Dataset) -> None:
-    """UserError where the ranks were started with different options, run different code or read different data."""
+    """UserError where the ranks were started with different options, run different code or read different
+    data."""
     mine = {"options": asdict(config), "data": data.digest(), "code": code_digest()}
     everyone = world.allgather(mine, "the comparison of configurations")
     for rank, other in enumerate(everyone):
@@ -28,7 +30,8 @@ def guard(world: World, config: Config, data: Dataset) -> None:
                 )
         if other["code"] != everyone[0]["code"]:
             raise UserError(
-                f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version everywhere"
+                f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version"
+                " everywhere"
             )
         if other["data"] != everyone[0]["data"]:
             raise UserError(
@@ -50,14 +53,16 @@ def guard_layout(trainer: Trainer) -> None:
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
             raise UserError(
-                f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets for"
-                f" {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for {everyone[0][3]}:"
+                f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets"
+                f" for {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for"
+                f" {everyone[0][3]}:"
                 " start all ranks alike"
             )
 
 
 def compare_replicas(trainer: Trainer) -> None:
-    """Failure naming the rank whose parameters are not those of the most: its memory, a link or a kernel corrupts data."""
+    """Failure naming the rank whose parameters are not those of the most: its memory, a link or a kernel
+    corrupts data."""
     if trainer.world.size == 1:
         return
     with trainer.waiting("the comparison of parameters"):

@@ -15,10 +15,10 @@ from nn.device import capture
 class Graphs:
     """Runs steps, as graphs where they are held.
 
-    A step runs eagerly before it is captured: that compiles kernels, chooses convolution plans and lets buffers grow,
-    none of which a capture allows. `generation()` tells when a buffer moved since; a graph older than that is void.
-    `alone` says that there is one rank: then `run` captures by itself. Several must do so together, as NCCL wants
-    (see `distrib.warmup`), and a buffer must not move afterwards.
+    A step runs eagerly before it is captured: that compiles kernels, chooses convolution plans and lets
+    buffers grow, none of which a capture allows. `generation()` tells when a buffer moved since; a graph
+    older than that is void. `alone` says that there is one rank: then `run` captures by itself. Several must
+    do so together, as NCCL wants (see `distrib.warmup`), and a buffer must not move afterwards.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from distrib import state
 from distrib.checks import compare_replicas, guard, guard_layout
 from distrib.comm.world import World, connect
 from distrib.config import Config
@@ -43,15 +44,15 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
     screen.start(trainer.steps, trainer.at.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
-        while trainer.at.step < trainer.limit and not trainer.stopped:
+        while trainer.at.step < trainer.limit and not trainer.results.stopped:
             epoch = trainer.at.step // trainer.steps_per_epoch
             train_epoch(trainer, epoch, run, screen)
             whole = trainer.at.step % trainer.steps_per_epoch == 0
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
-            trainer.save(run)
+            state.save(trainer, run)
     finally:
         screen.close()
-    if not result and not trainer.stopped:
+    if not result and not trainer.results.stopped:
         result = {**trainer.at.last_epoch, **trainer.test()}
     return trainer.summary(result)
 
@@ -64,7 +65,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         world.watchdog.step = at.step + 1
         lr = trainer.lr()
         trainer.step()
-        meter.count(trainer.unread[-1])
+        meter.count(trainer.results.unread[-1])
 
         last, end = s == trainer.steps_per_epoch - 1, at.step >= trainer.limit
         log = at.step % config.log_every == 0 or last
@@ -72,22 +73,22 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         now = world.backend.on_host or last or save or end  # else a device is not waited for
         if log:
             line = {"step": at.step, "epoch": epoch + 1, "lr": lr}
-            trainer.read_results(now, partial(log_step, run, world, line, meter, meter.take()))
-        elif now or len(trainer.unread) == READ_EVERY:
-            trainer.read_results(now)
+            trainer.results.read(now, partial(log_step, run, world, line, meter, meter.take()))
+        elif now or len(trainer.results.unread) == READ_EVERY:
+            trainer.results.read(now)
         if screen.due():
-            screen.progress(at.step, epoch, trainer.results["loss"], meter.rate())
+            screen.progress(at.step, epoch, trainer.results.last["loss"], meter.rate())
         if config.check_every and (
-            at.step % config.check_every == 0 or save or last or end or trainer.stopped
+            at.step % config.check_every == 0 or save or last or end or trainer.results.stopped
         ):
             compare_replicas(trainer)
-        if save and not trainer.stopped:
+        if save and not trainer.results.stopped:
             meter.pause()
-            trainer.save(run)
+            state.save(trainer, run)
             meter.resume()
-        if end or trainer.stopped:
+        if end or trainer.results.stopped:
             break
-    trainer.read_results()  # a stop is heard with steps on their way
+    trainer.results.read()  # a stop is heard with steps on their way
     meter.pause()
 
 
@@ -131,7 +132,8 @@ class Meter:
         return images
 
     def read(self, images: int) -> dict[str, float | None]:
-        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are unknown."""
+        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are
+        unknown."""
         self.pause()
         laps = self._trainer.laps.seconds
         passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
@@ -166,7 +168,8 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     log_line(run, trainer.world, {"step": at.step, "epoch": epoch + 1}, result)
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
-        f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy {result['test_accuracy']:.2f} %"
+        f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy"
+        f" {result['test_accuracy']:.2f} %"
     )
     return result
 
@@ -181,8 +184,8 @@ def advice(world: World, config: Config) -> str | None:
     if world.size > 1 and world.size * blas_threads() >= cores:
         return None
     return (
-        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be faster:"
-        f" mpirun -n {best} python -m distrib.train …"
+        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be"
+        f" faster: mpirun -n {best} python -m distrib.train …"
     )
 
 
@@ -205,18 +208,18 @@ def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer,
     )
 
 
-def train(config: Config) -> int:
-    """Run one configuration on this rank; returns the exit code."""
+def train(config: Config, last: bool = False) -> int:
+    """Run one configuration on this rank; returns the exit code. `last`: only the exit comes after it."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
     with (
         Run(Path(config.run_dir) if config.run_dir else None, config)
         if world.rank == 0
         else nullcontext() as run
     ):
-        return train_on(world, config, run)
+        return train_on(world, config, run, last)
 
 
-def train_on(world: World, config: Config, run: Run | None) -> int:
+def train_on(world: World, config: Config, run: Run | None, last: bool = False) -> int:
     """`train`, with the ranks joined; rank 0 has the run's folder."""
     screen = Screen(active=world.rank == 0)
     stored, saved = None, None
@@ -235,7 +238,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
     changed: list[str] = []
     with world.agree():
         if saved:
-            changed = trainer.restore(saved)
+            changed = state.restore(trainer, saved)
     with world.agree():
         if run:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.about())
@@ -245,7 +248,7 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
             if note:
                 screen.say(f"note: {note}")
         if saved:
-            screen.say(f"going on from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
+            screen.say(f"resuming from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
     guard_layout(trainer)
@@ -256,10 +259,10 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         world.size,
         trainer.at.step,
     )
-    with listening(trainer), verdict_of(world):
+    with listening(trainer, last), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
-        trainer.saved(run)  # and verified before anyone counts on it
+        state.wait_for_save(trainer, run)  # and verified before anyone counts on it
         logits = world.allgather(trainer.logits, "the logits of the test images")
         with world.agree():
             if run:
@@ -269,12 +272,13 @@ def train_on(world: World, config: Config, run: Run | None) -> int:
         world.watchdog.ask(lambda board: board.publish(now=True, step=trainer.at.step, state="finished"))
         trainer.close()
     world.watchdog.board = None
-    return EXIT_REQUEUE if trainer.stopped and not summary["finished"] else 0
+    return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 
 @contextmanager
 def verdict_of(world: World) -> Iterator[None]:
-    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends the job."""
+    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends
+    the job."""
     try:
         yield
     except UserError:  # all ranks have it

@@ -39,8 +39,8 @@ class Loaded:
         shape, classes = self.model.shape, self.model.classes
         if (shape, classes) != (data.shape, data.classes):
             raise UserError(
-                f"{self.path}: takes images of {text(shape)} and tells {classes} classes apart; {data.name} has"
-                f" {text(data.shape)} and {data.classes}: give the data it was trained with (--data)"
+                f"{self.path}: takes images of {text(shape)} and tells {classes} classes apart; {data.name}"
+                f" has {text(data.shape)} and {data.classes}: give the data it was trained with (--data)"
             )
 
     @property
@@ -96,11 +96,13 @@ def read(loaded: Loaded, path: Path, as_is: bool = False) -> Pictures:
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    """For each image: its name, class, probability, the probabilities of all classes, whether it was inverted.
+    """For each image: its name, class, probability, the probabilities of all classes, whether it was
+    inverted.
 
     Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each class's by
-    itself, which need not sum to 1. The class is that of the largest logit, the first of equals. Of an image on
-    which nothing is drawn it is None, and all probabilities are 0. Where classes are digits, `digit` is the number.
+    itself, which need not sum to 1. The class is that of the largest logit, the first of equals. Of an image
+    on which nothing is drawn it is None, and all probabilities are 0. Where classes are digits, `digit` is
+    the number.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 PHASES = ("data", "forward", "backward", "sums", "gradients", "optimizer")
-"""Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the backward."""
+"""Of a step: `sums` is the time inside batch norm's sums over ranks, `gradients` the wait after the
+backward."""
 
 
 class Laps:

@@ -32,7 +32,7 @@ def train_command(**given: Any) -> None:
 
       mpirun -n 4 python -m distrib.train --epochs 1 --limit-train 8000
     """
-    raise typer.Exit(train(build(given)))
+    raise typer.Exit(train(build(given), last=True))
 
 
 def _number(flag: str, kind: type) -> Any:
@@ -111,8 +111,8 @@ def run_app(app: typer.Typer) -> int:
 def _say(message: str) -> int:
     """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it.
 
-    Before MPI a rank cannot know whether it is alone with its mistake: it leaves rank 0 some seconds, with which the
-    launcher ends the job, then says it. With MPI all ranks agreed on it.
+    Before MPI a rank cannot know whether it is alone with its mistake: it leaves rank 0 some seconds, with
+    which the launcher ends the job, then says it. With MPI all ranks agreed on it.
     """
     rank = launched_rank() if launched_ranks() > 1 else 0
     alone = "mpi4py.MPI" not in sys.modules

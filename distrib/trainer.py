@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -15,15 +13,17 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from distrib.comm.reducer import Reducer
-from distrib.comm.world import PATIENCE, World
+from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data import sampler
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import evaluate
 from distrib.graph import Graphs
+from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
-from distrib.run.folder import Run, environment
+from distrib.run.folder import environment
+from distrib.state import Position
 from distrib.timing import Laps
 from nn.layer import StepContext
 from nn.network import Network
@@ -32,23 +32,6 @@ from nn.ops.loss import loss_and_gradient
 from nn.ops.update import average, record_step
 from nn.optim import OPTIMIZERS
 from nn.resnet9 import MODELS
-
-HISTORY = 256
-"""Steps whose results may stay on the device before they are read."""
-
-
-@dataclass
-class Position:
-    """Where a run stands: everything besides parameters and optimizer that a checkpoint must hold."""
-
-    step: int = 0  # steps done, over all epochs
-    loss_sum: float = 0.0  # this epoch so far: Σ loss · images
-    correct: float = 0.0
-    images: int = 0
-    images_per_rank: list[int] = field(default_factory=list)
-    wall_seconds: float = 0.0
-    train_seconds: float = 0.0
-    last_epoch: dict[str, float] = field(default_factory=dict)  # train_loss, train_accuracy
 
 
 class Trainer:
@@ -91,19 +74,17 @@ class Trainer:
         self.warps = (
             xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
         )
-        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see `averaged`
+        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see
+        # `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
         self.at = Position(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.limit = min(self.steps, config.max_steps or self.steps)
-        self.stop_requested = self.stopped = False
+        self.stop_requested = False
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
-        # a ring: [this rank's part of the loss, then the summed STEP_METRICS] of the last steps
-        self.history = xp.zeros((HISTORY, 4), dtype)
-        self.unread: list[int] = []  # global image counts of steps whose results are on the device only
-        self.copies: deque[Any] = deque()  # results on their way to the host
+        self.results = StepResults(world, self.at, self.steps_per_epoch, dtype)
         self.sums = self.sum_over_ranks if world.size > 1 else None
         graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
         self.saver = ckpt.Saver()
@@ -112,7 +93,6 @@ class Trainer:
             self.graphs = Graphs(
                 backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
             )
-        self.results: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
         self.laps = Laps()
         self.started = time.perf_counter()
@@ -130,8 +110,8 @@ class Trainer:
 
         `order` instead of the sampler's is for tests.
         """
-        if self.unread:
-            self.read_results()
+        if self.results.unread:
+            self.results.read()
         backend, first = self.world.backend, epoch * self.steps_per_epoch
         if order is None:
             order = sampler.permutation(self.config.seed, epoch, len(self.images))
@@ -160,7 +140,7 @@ class Trainer:
         self.queue(part.start, part.stop - part.start, count)
         self.model.batches_tracked = tracked + 1  # a replay runs no Python
         self.evaluated = None
-        self.unread.append(count)
+        self.results.unread.append(count)
         self.at.step += 1
         self.optimizer.steps += 1
         self.at.images_per_rank[self.world.rank] += part.stop - part.start
@@ -174,7 +154,8 @@ class Trainer:
                 self.compute(*kind)
 
     def waiting(self, what: str) -> Any:
-        """Context of a wait for a device, which another rank's failure may make endless; on the host nothing."""
+        """Context of a wait for a device, which another rank's failure may make endless; on the host
+        nothing."""
         return nullcontext() if self.world.backend.on_host else self.world.watchdog.waiting(what)
 
     def compute(self, start: int, n: int, count: int) -> None:
@@ -215,7 +196,7 @@ class Trainer:
         self.optimizer.update(self.rates, self.cursor)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
-        record_step(self.history, self.own, self.params.step_metrics, self.cursor)
+        record_step(self.results.history, self.own, self.params.step_metrics, self.cursor)
         laps.lap("optimizer")
 
     def close(self) -> None:
@@ -228,7 +209,8 @@ class Trainer:
     def averaged(self, share: float | None = None) -> Iterator[None]:
         """Context in which the model has the averaged weights, where the run averages them.
 
-        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or by `share`.
+        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or
+        by `share`.
         """
         if not self.averages:
             yield
@@ -247,165 +229,24 @@ class Trainer:
             self.params.refresh()
 
     def capturable(self) -> bool:
-        """Whether all convolutions of the last step were forms of the device's own, which a graph can hold."""
+        """Whether all convolutions of the last step were forms of the device's own, which a graph can
+        hold."""
         return self.model.capturable()
 
     def lr(self) -> float:
         """Learning rate of the coming step."""
         return self.config.rate(self.at.step, self.steps_per_epoch)
 
-    def read_results(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
-        """Take in the results of all steps so far; `then` is called with the last one's.
-
-        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by now; those
-        since are on their way to the host until the next.
-        """
-        assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
-        first = (self.at.step - len(self.unread)) % self.steps_per_epoch
-        self.copies.append(
-            (self.world.backend.start_copy(self.history), first, self.at.step, self.unread, then)
-        )
-        self.unread = []
-        while len(self.copies) > (0 if wait else 1):
-            self._take_in(*self.copies.popleft())
-
-    def _take_in(
-        self,
-        copy: Callable[[], np.ndarray],
-        first: int,
-        step: int,
-        counts: list[int],
-        then: Callable[[dict[str, float]], None] | None,
-    ) -> None:
-        """Results of the `len(counts)` steps up to `step`, the first of which is number `first` of its epoch."""
-        with self.world.watchdog.waiting("the device's results"):
-            rows = copy()
-        for i, count in enumerate(counts):
-            own, loss, correct, stop = rows[(first + i) % HISTORY].tolist()
-            if not np.isfinite(loss):
-                self.stop_at_non_finite(step - len(counts) + i + 1, own, loss)
-            self.at.loss_sum += loss * count
-            self.at.correct += correct
-            self.at.images += count
-            self.results = {"loss": loss, "accuracy": 100 * correct / count}
-            self.stopped = self.stopped or stop > 0
-        if then:
-            then(self.results)
-
-    def stop_at_non_finite(self, step: int, own: float, loss: float) -> None:
-        """All ranks come here together: the loss they read is the same sum."""
-        finite = self.world.allgather(bool(np.isfinite(own)), "the search for a non-finite loss")
-        rank = finite.index(False) if False in finite else 0
-        raise UserError(
-            f"the loss is {loss} at step {step}, first on rank {rank}: nothing of it was saved;"
-            f" try a lower --lr than {self.config.lr}, --warmup-epochs, or --precision float64"
-        )
-
-    def save(self, run: Run | None) -> None:
-        """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0 writes."""
-        at = asdict(self.at)
-        at["wall_seconds"] = self.wall_seconds()
-        at["images_per_rank"] = self.images_per_rank()
-        at["optimizer_steps"], at["world_size"] = self.optimizer.steps, self.world.size
-        at["environment"], at["config"], at["data"] = (
-            self.environment(),
-            asdict(self.config),
-            self.data_digest,
-        )
-        assert not self.unread, "a checkpoint needs the results of all steps"
-        assert not self.copies, "a checkpoint needs the results of all steps"
-        self.share_statistics()
-        self.world.allgather(
-            None, "the beginning of a checkpoint"
-        )  # the wait for rank 0's disk alone is a patient one
-        with self.world.agree(PATIENCE):
-            self.saver.wait()
-            if run:
-                c = self.config
-                moments = {
-                    f"{moment}/{name}": tensor
-                    for moment, flat in self.optimizer.state.items()
-                    for name, tensor in self.params.to_checkpoint(flat).items()
-                }
-                if self.averages:  # the model's file has the corrected average
-                    moments |= {f"last/{name}": tensor for name, tensor in self.model.state_dict().items()}
-                    with self.averaged(share=1.0):
-                        moments |= {
-                            f"average/{name}": tensor for name, tensor in self.model.state_dict().items()
-                        }
-                self.saver.start(
-                    run.checkpoints, self.at.step, self.state_dict(), self.spec, moments, at, c.keep
-                )
-
     def state_dict(self) -> dict[str, np.ndarray]:
         """The model as it is evaluated and saved: with averaged weights, where the run averages them."""
         with self.averaged():
             return self.model.state_dict()
-
-    def saved(self, run: Run | None) -> None:
-        """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
-        with self.world.agree(PATIENCE):
-            self.saver.wait()
-            if run and self.saver.used:
-                ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, self.at.step))
 
     def share_statistics(self) -> None:
         """With local batch norm, rank 0's running statistics count; with sync they are equal anyway."""
         if self.config.batch_norm == "local":
             for value in (self.model.statistics, *(mean for mean, _ in self.averages[1:])):
                 self.world.comm.broadcast(value)
-
-    def restore(self, saved: ckpt.Checkpoint) -> list[str]:
-        """Take up the run of a checkpoint; returns what has changed since it was saved."""
-        c, path = self.config, saved.path
-        for name, own in self.spec.items():
-            if saved.about[name] != own and name != "class_names":
-                raise UserError(
-                    f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint"
-                )
-        at = dict(saved.position)
-        different = c.differences(at.pop("config"))
-        if at.pop("data") != self.data_digest:
-            different.append("other data")
-        if different:
-            raise UserError(
-                f"{path}: is of a run with other settings: {'; '.join(different)}: give the same ones"
-            )
-        before = {**at.pop("environment"), "world_size": at.pop("world_size")}
-        if c.batch_norm == "local" and before["world_size"] != self.world.size:
-            raise UserError(
-                f"--batch-norm local pins the number of ranks: {path} has {before['world_size']},"
-                f" not {self.world.size}"
-            )
-        try:
-            self.model.load_state_dict(
-                self._named(saved.optimizer, "average") if self.averages else saved.model
-            )
-            for mean, values in self.averages:
-                mean[...] = values
-            if self.averages:
-                self.model.load_state_dict(self._named(saved.optimizer, "last"))
-            for moment, flat in self.optimizer.state.items():
-                self.params.from_checkpoint(self._named(saved.optimizer, moment), flat)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: does not fit this run ({error}): use a matching checkpoint") from None
-        self.optimizer.steps = at.pop("optimizer_steps")
-        self.at = Position(**at)
-        self.earlier_images = self.at.images_per_rank
-        self.at.images_per_rank = [0] * self.world.size
-        now = {**self.environment(), "world_size": self.world.size}
-        return [
-            f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}"
-            for name in {**now, **before}
-            if before.get(name) != now.get(name)
-        ]
-
-    @staticmethod
-    def _named(tensors: dict[str, np.ndarray], group: str) -> dict[str, np.ndarray]:
-        """Those named "group/…", by the rest of their names."""
-        return {
-            name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")
-        }
 
     def environment(self) -> dict[str, Any]:
         """What must be the same for a resumed run to agree to the bit."""

@@ -27,7 +27,8 @@ def evaluation_sizes(trainer: Trainer, rank: int) -> list[int]:
 
 
 def choose_plans(trainer: Trainer, run: Run | None) -> None:
-    """Make every rank compute each convolution in the same way, which rank 0 chooses by timing and the folder of `run` keeps."""
+    """Make every rank compute each convolution in the same way, which rank 0 chooses by timing and the folder
+    of `run` keeps."""
     world, model = trainer.world, trainer.model
     convolutions = world.backend.algorithms.get("cudnn")
     if convolutions is None:
@@ -50,9 +51,11 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
 
 
 def warm_up(trainer: Trainer, run: Run | None) -> None:
-    """Run each kind of step and of evaluation, then put everything back: the first real step is as fast as the last.
+    """Run each kind of step and of evaluation, then put everything back: the first real step is as fast as
+    the last.
 
-    Every rank comes here; on the host there is nothing to do. Either all ranks have graphs afterwards or none has.
+    Every rank comes here; on the host there is nothing to do. Either all ranks have graphs afterwards or none
+    has.
     """
     if trainer.world.backend.on_host:
         return

@@ -119,17 +119,14 @@ def predict(
 ) -> None:
     """The class of each image, with its probability and the next likely ones.
 
-    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it finds
-    the ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A picture that
-    is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its digit
-    is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
+    For digits: takes photos, scans and drawings with one digit, in any colours. As MNIST's makers did, it
+    finds the ink, cuts to it, scales it into 20×20 and centres it in 28×28; --draw shows the result. A
+    picture that is made like this already is not changed. A sheet without ink is "nothing drawn": in JSON its
+    digit is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    from launch.machine import refuse_launcher
-
     if draw and as_json:
         raise UserError("--draw and --json: give one of them")
-    refuse_launcher("distrib predict")
     try:
         if as_json:
             print_json(checkpoint, images, as_is)

@@ -13,7 +13,12 @@ from launch.entry import one_process
 
 
 @one_process
-def verdict(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def verdict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    ended: Annotated[
+        bool, typer.Option("--ended", help="The job is over: a rank that fell silent has died.")
+    ] = False,
+) -> None:
     """Say which rank ended a job that failed, and why, after the fact.
 
     It reads failure.json, or concludes from the ranks' last heartbeats and writes failure.json.
@@ -21,4 +26,4 @@ def verdict(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fol
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder: give a run's folder")
-    print(f"distrib: {heartbeat.explain(run)}")
+    print(f"distrib: {heartbeat.explain(run, ended)}")

@@ -21,7 +21,8 @@ Model = Callable[..., Layer]
 def parameter_shapes(
     model: Model, shape: Shape, classes: int, options: Mapping[str, Any]
 ) -> dict[str, Shape]:
-    """Shapes of a network's parameters by name, without its memory; ValueError where its layers do not fit."""
+    """Shapes of a network's parameters by name, without its memory; ValueError where its layers do not
+    fit."""
     layers = model(shape, classes, **options)
     layers.build("", tuple(shape), need_dx=False)
     return {spec.name: spec.shape for layer in layers.walk() for spec in layer.specs()}

@@ -226,7 +226,7 @@ elif [ -n "$cancelled" ]; then
     say "job $job: cancelled, stopped $at"
 else
     verdict=''
-    [ "$code" = 2 ] || verdict=$("$python" -m launch.cli verdict "$run_dir" 2>/dev/null)
+    [ "$code" = 2 ] || verdict=$("$python" -m launch.cli verdict --ended "$run_dir" 2>/dev/null)
     case $verdict in
         *" failed at step "*) ;;
         *) verdict=$last ;;

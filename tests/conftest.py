@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,10 @@ MPI_ENVIRONMENT = {
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
     config.addinivalue_line("markers", "quick: starts no other process")
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background job, and in its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,7 +102,8 @@ def run(
 
 
 def before_each_step(code: str) -> str:
-    """A program that trains, and does `code`, one statement in which `self` is the Trainer, before each step."""
+    """A program that trains, and does `code`, one statement in which `self` is the Trainer, before each
+    step."""
     return f"""
 import os, signal, sys, time
 from distrib import loop as train
@@ -122,7 +128,8 @@ def pause(path: Path) -> str:
 
 
 def wait_for(condition: Callable[[], object], what: str, process: subprocess.Popen | None = None) -> None:
-    """Come back once `condition` holds; AssertionError where `process` ends before, or after LIMIT seconds."""
+    """Come back once `condition` holds; AssertionError where `process` ends before, or after LIMIT
+    seconds."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline, f"not in {LIMIT} s: {what}"
@@ -153,7 +160,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """An IDX file of unsigned bytes, gzipped if the name says so; of images of one channel, without its axis."""
+    """An IDX file of unsigned bytes, gzipped if the name says so; of images of one channel, without its
+    axis."""
     array = array[..., 0] if array.ndim == 4 else array
     head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     data = head + array.astype(np.uint8).tobytes()

@@ -1,4 +1,5 @@
-"""Double of `cupy.RawModule` for tests without a GPU: the CUDA C++ text is compiled by g++ and run on the CPU.
+"""Double of `cupy.RawModule` for tests without a GPU: the CUDA C++ text is compiled by g++ and run on the
+CPU.
 
     module = HostModule(nn.cuda.kernels.source("float32"))
     module.get_function("scale")((blocks,), (256,), (x, np.float32(2), np.int32(x.size)))
@@ -8,10 +9,12 @@
 * A launch refuses what CUDA refuses, and what it leaves undefined as far as that shows: argument types,
   shapes, divergent barriers, memory written through a `__restrict__` pointer and reached through another.
 * Shared memory is NaN before each block. An index outside a shared or local array, a misaligned pointer, an
-  integer overflow and a division by zero raise RuntimeError. An index outside an argument's array is not seen.
+  integer overflow and a division by zero raise RuntimeError. An index outside an argument's array is not
+  seen.
 
 Not as on a GPU: blocks do not wait for each other (one that spins on another's write hangs), `a * b + c` is
-not contracted to fma, functions round as the C library's. Inline PTX and dynamic shared memory do not compile.
+not contracted to fma, functions round as the C library's. Inline PTX and dynamic shared memory do not
+compile.
 """
 
 from __future__ import annotations
@@ -258,7 +261,8 @@ class Function:
         return argument.tobytes().ljust(8, b"\0") if address is None else address.to_bytes(8, "little")
 
     def _check_restrict(self, args: tuple) -> None:
-        """ValueError where memory that may be written is reached through a `__restrict__` pointer and another."""
+        """ValueError where memory that may be written is reached through a `__restrict__` pointer and
+        another."""
         arrays = [
             (*parameter, _span(argument))
             for parameter, argument in zip(self.parameters, args)

@@ -1,9 +1,11 @@
-"""Doubles of the module `cudnn` (NVIDIA's Python frontend, 1.32 with cuDNN 9.28) and of what it needs of `cupy.cuda`,
-for tests without a GPU: a "device pointer" is the address of host memory, and NumPy convolves there.
+"""Doubles of the module `cudnn` (NVIDIA's Python frontend, 1.32 with cuDNN 9.28) and of what it needs of
+`cupy.cuda`, for tests without a GPU: a "device pointer" is the address of host memory, and NumPy convolves
+there.
 
-The double is stricter than the frontend where the frontend helps out: it wants every step in its documented order.
-What plans there are is up to the test: `Cudnn.offers` lists them, with notes, workspace and a pretended time.
-`Cudnn.log` records what is built and executed. SIGNATURES holds the parameters of the real functions.
+The double is stricter than the frontend where the frontend helps out: it wants every step in its documented
+order. What plans there are is up to the test: `Cudnn.offers` lists them, with notes, workspace and a
+pretended time. `Cudnn.log` records what is built and executed. SIGNATURES holds the parameters of the real
+functions.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def memory(pointer: int, dim: list[int], stride: list[int], kind: data_type) -> np.ndarray:
-    """The host memory at `pointer` as a writable array of the tensor's dimensions and strides (in elements)."""
+    """The host memory at `pointer` as a writable array of the tensor's dimensions and strides (in
+    elements)."""
     dtype: Any = np.dtype(CODES[kind])
     span = sum((d - 1) * s for d, s in zip(dim, stride, strict=True)) + 1
     flat = np.ctypeslib.as_array((ctypes.c_uint8 * (span * dtype.itemsize)).from_address(pointer)).view(dtype)
@@ -293,7 +296,8 @@ class _pygraph:
             views[place][...] = to_bf16(result.astype(np.float32)) if bf16 else result
 
     def _convolve(self, x, w, y) -> tuple[np.ndarray, int]:
-        """The node's result from the other two of x (N, C, H, W), w (O, C, kh, kw), y (N, O, P, Q), and which it is."""
+        """The node's result from the other two of x (N, C, H, W), w (O, C, kh, kw), y (N, O, P, Q), and which
+        it is."""
         (pad_h, pad_w), (step_h, step_w), (dil_h, dil_w) = self.window
         padded = np.pad(x, ((0, 0), (0, 0), (pad_h, pad_h), (pad_w, pad_w)))
         out = np.zeros_like(y)
@@ -325,7 +329,8 @@ class Cudnn:
         self.pygraph = type("pygraph", (_pygraph,), {"cudnn": self})
 
     def check(self, handle: Any) -> None:
-        """A handle must be one of cuDNN's and run on the current stream, which is what the caller means by it."""
+        """A handle must be one of cuDNN's and run on the current stream, which is what the caller means by
+        it."""
         if not isinstance(handle, Handle):
             raise TypeError(f"expected a cudnn.Handle, got {type(handle).__name__}")
         if handle.stream != self.cuda.current.ptr:

@@ -1,8 +1,9 @@
-"""A whole GPU on the CPU: CuPy's arrays, streams and graphs, this project's kernels, cuDNN and NCCL, as doubles.
+"""A whole GPU on the CPU: CuPy's arrays, streams and graphs, this project's kernels, cuDNN and NCCL, as
+doubles.
 
 With DISTRIB_TEST_GPU=1 in the environment `device` gives the real GPU instead, and the same tests run on it.
-What is queued on the compute stream runs at once, what is queued on another when that is waited for; while a stream
-captures it goes into the graph and runs when that is launched, and operations on arrays are refused.
+What is queued on the compute stream runs at once, what is queued on another when that is waited for; while a
+stream captures it goes into the graph and runs when that is launched, and operations on arrays are refused.
 """
 
 from __future__ import annotations
@@ -90,10 +91,11 @@ class Cuda(_Cuda):
         self.compute = self.stream
 
     def queue(self, work: Callable[[], None]) -> None:
-        """Run `work`, let the capture have it, or on another stream than the compute stream leave it until awaited.
+        """Run `work`, let the capture have it, or on another stream than the compute stream leave it until
+        awaited.
 
-        So a graph runs a branch as early as can be and an eager step as late: where both give the same bits, nothing
-        that the branch reads or writes was touched in between.
+        So a graph runs a branch as early as can be and an eager step as late: where both give the same bits,
+        nothing that the branch reads or writes was touched in between.
         """
         work = partial(self._run_on, self.current, work)
         if self.captured is not None:
@@ -192,7 +194,8 @@ class DoubleBackend(Backend):
 
 @contextlib.contextmanager
 def device(precision: str = "float64") -> Iterator[Any]:
-    """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the real GPU."""
+    """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the
+    real GPU."""
     if REAL:
         backend = cupy_backend(precision)
         if (

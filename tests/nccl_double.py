@@ -323,7 +323,8 @@ class _NcclCommunicator:
         self._live = False
 
     def destroy(self) -> None:
-        """Run all that is queued, then refuse further calls. The real one waits for ever while a graph holds its calls."""
+        """Run all that is queued, then refuse further calls. The real one waits for ever while a graph holds
+        its calls."""
         self.nccl.log.append(("destroy",))
         gc.collect()
         if list(self.nccl.cuda.graphs):

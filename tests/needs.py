@@ -1,8 +1,10 @@
-"""What tests need beyond `make`'s virtual environment: checked here alone, and said once at the end of the run.
+"""What tests need beyond `make`'s virtual environment: checked here alone, and said once at the end of the
+run.
 
-`@pytest.mark.needs("g++")` on a test or a module, or `require("g++")` inside one. Where the need is not met the test
-is skipped, and the last lines of the run say how many were and which package brings it; with DISTRIB_TEST_ALL=1 in
-the environment, as `.ci/run` sets it, the test fails instead. No test skips by other means (test_layout.py).
+`@pytest.mark.needs("g++")` on a test or a module, or `require("g++")` inside one. Where the need is not met
+the test is skipped, and the last lines of the run say how many were and which package brings it; with
+DISTRIB_TEST_ALL=1 in the environment, as `.ci/run` sets it, the test fails instead. No test skips by other
+means (test_layout.py).
 """
 
 from __future__ import annotations
@@ -73,12 +75,13 @@ def nccl(version: int = 0) -> bool:
         return False
 
 
+SLURM = "slurmctld slurmd slurm-client munge libpmix2 iproute2"
 DEV, REPORT = "pip install -e '.[dev]'", "pip install -e '.[report]'"
 NEEDS = {
     "g++": Need(lambda: programs("g++"), "g++", "apt-get install g++"),
     "chromium": Need(lambda: chromium() is not None, "Chromium", "apt-get install chromium"),
-    "hosts": Need(hosts, "root, network namespaces and ip", "apt-get install iproute2, and start it as root"),
-    "slurm": Need(slurm, "root, network namespaces and Slurm", "tests/slurm_cluster.sh install, as root"),
+    "hosts": Need(hosts, "root, network namespaces and ip", "apt-get install iproute2, as root"),
+    "slurm": Need(slurm, "root, network namespaces and Slurm", f"apt-get install {SLURM}, as root"),
     "mounts": Need(mounts, "the right to mount", "start it as root"),
     "torch": Need(packages("torch"), "PyTorch", "pip install torch"),
     "onnx": Need(packages("onnx", "onnxruntime"), "ONNX and its runtime", REPORT),

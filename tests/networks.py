@@ -36,7 +36,8 @@ def block_of_three(shape: Shape, classes: int) -> Sequential:
 
 
 def block_of_five(shape: Shape, classes: int) -> Sequential:
-    """It ends with a ReLU of its own, so that the addition is a pass by itself; its shortcut has two layers."""
+    """It ends with a ReLU of its own, so that the addition is a pass by itself; its shortcut has two
+    layers."""
     body = ConvBN(4), ConvBN(5), ConvBN(7, pool=2), ConvBN(5), ConvBN(6)
     shortcut = Sequential(ConvBN(5, pool=2), ConvBN(6, kernel=1, relu=False))
     return Sequential(

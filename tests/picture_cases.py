@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -351,12 +351,13 @@ def make(condition: str, digit: int, folder: Path) -> Path:
     return path
 
 
-def right(run: Path, condition: str, folder: Path) -> list[bool]:
-    """Whether `predict` gets each of the ten digits right."""
+def right(run: Path, condition: str, folder: Path, digits: Iterable[int] = range(10)) -> list[bool]:
+    """Whether `predict` gets each of the digits right."""
     from distrib.predict import load, predict_files
 
-    found = predict_files(load(run), [make(condition, digit, folder) for digit in range(10)])
-    return [result["digit"] == digit for digit, result in enumerate(found)]
+    digits = list(digits)
+    found = predict_files(load(run), [make(condition, digit, folder) for digit in digits])
+    return [result["digit"] == digit for result, digit in zip(found, digits, strict=True)]
 
 
 def main() -> None:

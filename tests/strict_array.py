@@ -84,7 +84,8 @@ class SyncError(RuntimeError):
 
 
 class CaptureError(RuntimeError):
-    """An array operation while a CUDA graph is captured: CuPy would allocate memory that the graph does not own."""
+    """An array operation while a CUDA graph is captured: CuPy would allocate memory that the graph does not
+    own."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""The moving average of the weights is what is evaluated and saved; training goes on from the weights themselves."""
+"""The moving average of the weights is what is evaluated and saved; training goes on from the weights
+themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def test_it_is_the_weighted_mean_of_the_weights_after_each_step() -> None:
     seen = []
     for _ in range(5):
         trainer.step()
-        trainer.read_results()
+        trainer.results.read()
         seen.append(trainer.model.state_dict())
     weights = DECAY ** np.arange(4, -1, -1.0)
     found = trainer.state_dict()
@@ -42,7 +43,7 @@ def test_training_is_as_without_it() -> None:
     for trainer in (plain, averaged):
         for _ in range(4):
             trainer.step()
-            trainer.read_results()
+            trainer.results.read()
             trainer.test()
             trainer.state_dict()
     assert (plain.params.values == averaged.params.values).all()
@@ -54,6 +55,6 @@ def test_what_is_tested_is_what_is_saved() -> None:
     trainer, other = a_trainer(NUMPY, average=DECAY), a_trainer(NUMPY, seed=5)
     for _ in range(4):
         trainer.step()
-        trainer.read_results()
+        trainer.results.read()
     other.model.load_state_dict(trainer.state_dict())
     assert other.test() == pytest.approx(trainer.test(), rel=1e-6)

@@ -58,7 +58,8 @@ def test_against_pytorch(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_each_image_of_a_batch_has_its_own_row(channels: int) -> None:
-    """More images than are warped at once, in another order, into both memory layouts; labels above a byte."""
+    """More images than are warped at once, in another order, into both memory layouts; labels above a
+    byte."""
     rng, n = np.random.default_rng(2), 2 * WARPED_AT_ONCE + 3
     images, labels = rng.integers(0, 256, (n, 20, 28, channels), np.uint8), rng.integers(0, 1000, n, LABELS)
     order, table = rng.permutation(n).astype(np.int32), warps(0, 0, n, 2, 20)

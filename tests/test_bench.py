@@ -216,7 +216,7 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
 
     def step() -> None:
         trainer.step()
-        trainer.read_results()
+        trainer.results.read()
 
     for _ in range(3):
         step()

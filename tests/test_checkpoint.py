@@ -39,7 +39,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_data: Path) -> Call:
     """A small training run within this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("distrib.loop.listening", lambda _: nullcontext())
+    monkeypatch.setattr("distrib.loop.listening", lambda *_: nullcontext())
 
     def command(folder: Path, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(
@@ -170,7 +170,7 @@ def test_damaged_newest_is_passed_over(stopped: Path, call: Call, tmp_path: Path
     code, out, err = call(stopped)
     assert (code, err) == (0, "")
     assert re.search(rf"note: passed over: \S+{path.name}: .*use another checkpoint", out)
-    assert "going on from step-00000002.safetensors, step 2 of 4" in out
+    assert "resuming from step-00000002.safetensors, step 2 of 4" in out
     assert call(tmp_path / "whole", "--log-every", 1)[0] == 0
     assert summary(stopped)["parameter_digest"] == summary(tmp_path / "whole")["parameter_digest"]
 

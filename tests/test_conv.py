@@ -105,7 +105,8 @@ def test_any_geometry(kernel: int, stride: int, algorithm: str, order: str) -> N
 @each_seed
 @pytest.mark.parametrize("tiles", [1, 5, 512])
 def test_winograd(tiles: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes of one to 23 pixels (every end: 1, 2, 3, 4; one piece or two), one image or none, one chunk or many."""
+    """Axes of one to 23 pixels (every end: 1, 2, 3, 4; one piece or two), one image or none, one chunk or
+    many."""
     monkeypatch.setattr(winograd, "CHUNK", tiles)
     rng, g = np.random.default_rng(seed), Geometry(1, 1, 1)
     for n, size, c, c_out in product(
@@ -183,7 +184,8 @@ def test_winograd_error_in_float32(size_channels: tuple[int, int, int]) -> None:
 def test_scratch_does_not_grow_with_the_batch(
     algorithm: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight times the images need the same scratch: only what is kept for the backward is as large as the batch."""
+    """Eight times the images need the same scratch: only what is kept for the backward is as large as the
+    batch."""
     monkeypatch.setattr(conv, "PATCH_ELEMENTS", 1 << 14)
     monkeypatch.setattr(winograd, "CHUNK", 64)
     g, w, held = Geometry(1, 1, 1), np.ones((3, 3, 4, 5)), []

@@ -1,7 +1,7 @@
 """cuDNN's convolution on a double of the library: results, choice of plans, streams, refusals.
 
-The double cannot tell whether the real library behaves as it does: the last test compares names and parameters with
-the real package, and the tests on a GPU compare results.
+The double cannot tell whether the real library behaves as it does: the last test compares names and
+parameters with the real package, and the tests on a GPU compare results.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def test_stored_plan_that_cannot_be_had(offer: Offer, why: str) -> None:
     algorithm.plans["forward 2x6x5x4 3x3x4x8 s1p1d1 float32"] = "old"
     case = Case(X, W, G, "float32")
     message = (
-        f"cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32' ({why}): "
+        "cuDNN 9.28.0 cannot use the plan 'old' stored for 'forward 2x6x5x4 3x3x4x8 s1p1d1 float32'"
+        f" ({why}): "
         "remove plans.json"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -84,6 +84,10 @@ NPZ = {  # name: (arrays that replace good ones, words)
     "other size": ({"x_test": np.zeros((6, 8, 9), np.uint8)}, "8×8×1, test images 8×9×1"),
     "objects": ({"y_train": np.array([None] * 30)}, "y_train holds Python objects"),
     "names": ({"class_names": np.array(["a", "a", "b"])}, "two classes have the same name"),
+    "one name": ({"class_names": np.array("abc")}, "class_names is <U3 of shape .*: give a list of texts"),
+    "numbers as names": ({"class_names": np.arange(3)}, "class_names is int64 .*: give a list of texts"),
+    "a huge label": ({"y_train": np.full(30, 1 << 40)}, "most classes below it have no image"),
+    "an unsigned label": ({"y_train": np.full(30, (1 << 64) - 1, np.uint64)}, "most classes below it"),
 }
 
 
@@ -122,6 +126,12 @@ def test_an_npz_runs_no_code_and_bombs_are_refused(tmp_path: Path) -> None:
             archive.writestr(f"{name}.npy", head.ljust(127) + b"\n")
     with pytest.raises(UserError, match=r"x_train has .* GB, more than this machine's memory"):
         formats.load(str(path))
+    for bad in (head.replace(b"99999999999999", b"-9"), head[:40], b"\x93NUMPY\x01\x00v\x00" + b"-" * 118):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in good:
+                archive.writestr(f"{name}.npy", bad.ljust(127) + b"\n")
+        with pytest.raises(UserError, match=r"x_train has|is damaged, or no \.npz file"):
+            formats.load(str(path))
 
 
 @pytest.mark.quick
@@ -142,11 +152,63 @@ def test_pictures_by_class(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.png: is 7×9 pixels, 0\.png 8×9: scale all"):
         formats.load(str(tmp_path))
     (tmp_path / "test" / "dog" / "x.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"x\.png: cannot be read .no picture"):
+    with pytest.raises(UserError, match=r"x\.png: cannot be read .no picture that"):
         formats.load(str(tmp_path))
     (tmp_path / "test" / "bird").mkdir()
     with pytest.raises(UserError, match="no such class in train/"):
         formats.load(str(tmp_path))
+
+
+PICTURES = {  # name: (a picture, what the network sees of its pixel in the corner)
+    "half transparent": (Image.new("RGBA", (8, 8), (200, 100, 0, 51)), [40, 20, 0]),
+    "grey, half transparent": (Image.new("LA", (8, 8), (200, 51)), [40]),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", PICTURES)
+def test_pictures_are_read_as_predict_reads_them(tmp_path: Path, what: str) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+        PICTURES[what][0].save(tmp_path / part / "a" / "x.tif")
+    data = formats.load(str(tmp_path))
+    assert data.class_names == ("a",)
+    assert data.train_images[0, 0, 0].tolist() == PICTURES[what][1]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    """How bright they are cannot be known."""
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / part / "a" / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif: has more than 8 bits a channel"):
+        formats.load(str(tmp_path))
+
+
+@pytest.mark.quick
+def test_pictures_are_upright(tmp_path: Path) -> None:
+    pixels = RNG.integers(0, 256, (8, 9), np.uint8)
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        exif = Image.Exif()
+        exif[0x0112] = 3  # turned by 180 degrees
+        Image.fromarray(pixels[::-1, ::-1]).save(tmp_path / part / "a" / "x.png", exif=exif)
+    np.testing.assert_array_equal(formats.load(str(tmp_path)).train_images[0, ..., 0], pixels)
+
+
+@pytest.mark.quick
+def test_files_beside_mnist_s_are_left_alone(tmp_path: Path) -> None:
+    for name in ("train", "t10k"):
+        x, y = part(20, 10, 28, 28)
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", x)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", y)
+    before = formats.load(str(tmp_path)).digest()
+    for other in ("._train-images-idx3-ubyte.gz", "backup-train-images-idx3-ubyte.gz"):
+        (tmp_path / other).write_bytes(b"another's")
+    assert formats.load(str(tmp_path)).digest() == before
 
 
 @pytest.mark.quick
@@ -169,7 +231,10 @@ def test_synthetic() -> None:
     assert data.digest() == formats.load("synthetic:300x9x8x3:256").digest()
     assert not data.notes()
     assert formats.load("synthetic:600x8x8x1:300").train_labels.max() == 299
-    for wrong in ("synthetic:", "synthetic:1x2x3:4", "synthetic:0x8x8x1:2", "synthetic:5x8x8x1:9"):
+    for wrong in (
+        *("synthetic:", "synthetic:1x2x3:4", "synthetic:0x8x8x1:2", "synthetic:5x8x8x1:9"),
+        *("synthetic:5x8x8x1:00", f"synthetic:{'9' * 5000}x8x8x1:3"),
+    ):
         with pytest.raises(UserError, match=f"--data {wrong}: "):
             formats.load(wrong)
 

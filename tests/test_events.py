@@ -114,6 +114,11 @@ def test_names_ascend_whatever_the_clock_says(tmp_path: Path) -> None:
     assert names[0] == "events.out.tfevents.1700000000.b"
     (tmp_path / "events.out.tfevents.oddity").touch()
     assert events.name(tmp_path, "a", 0.0) > names[-1]
+    for _ in range(3):  # planted: no clock says so; each start has a new name all the same
+        (tmp_path / "events.out.tfevents.9999999999.x").touch()
+        path = tmp_path / events.name(tmp_path, "a", 0.0)
+        assert not path.exists()
+        path.touch()
 
 
 def test_the_check_value_of_crc32c() -> None:

@@ -1,7 +1,8 @@
-"""Every way a rank can fail: the job ends within a bound, non-zero, nothing is left running, and the right rank is named.
+"""Every way a rank can fail: the job ends within a bound, non-zero, nothing is left running, and the right
+rank is named.
 
-Faults are put into a random rank at a random step of a real run of several ranks; FAULT_ROUNDS in the environment asks
-for more rounds than the few of a quick pass (`make soak`).
+Faults are put into a random rank at a random step of a real run of several ranks; FAULT_ROUNDS in the
+environment asks for more rounds than the few of a quick pass (`make soak`).
 """
 
 from __future__ import annotations
@@ -97,11 +98,12 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
     if not (
         folder / "failure.json"
     ).exists():  # mpirun left nobody the time: what `slurm/train.sh` does afterwards
-        run("-m", "distrib.faults.heartbeat", folder)
+        run("-m", "launch.cli", "verdict", folder)
     verdict = json.loads((folder / "failure.json").read_text())
     assert (verdict["rank"], words in verdict["cause"]) == (rank, True), (verdict, done.stderr)
     assert verdict["host"] == os.uname().nodename
-    # what a rank that was killed had said last may be a second old; a corrupted one is found out some steps later
+    # what a rank that was killed had said last may be a second old; a corrupted one is found out some steps
+    # later
     assert verdict["step"] <= step + 3
     assert verdict["step"] >= step or fault in ("killed", "dies", "stopped")
     wait_for(lambda: not left_running(folder), f"nothing of {folder} is left running")
@@ -165,11 +167,13 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
         "runs other code than rank 0: install the same version everywhere",
     ),
     "data": (
-        "plain = formats.load; formats.load = lambda *given: replace(found := plain(*given), train_images=255 - found.train_images)",
+        "plain = formats.load; formats.load = lambda *given:"
+        " replace(found := plain(*given), train_images=255 - found.train_images)",
         "reads other data than rank 0: give all the same files",
     ),
     "steps": (
-        "plain = Trainer.__init__; Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
+        "plain = Trainer.__init__;"
+        " Trainer.__init__ = lambda self, *given: (plain(self, *given), setattr(self, 'steps', 7))[1]",
         "buckets for 7 steps, rank 0 float32",
     ),
     "buckets": (
@@ -213,7 +217,8 @@ def test_singletons_are_recognised(tmp_path: Path) -> None:
 
 
 def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
-    """A signal to one rank that waits for another is heard while it waits, and all stop after the same step."""
+    """A signal to one rank that waits for another is heard while it waits, and all stop after the same
+    step."""
     script = at(1, 9, pause(tmp_path / "go on"))
     folder = tmp_path / "run"
     mpirun = Path(sys.executable).with_name("mpirun")
@@ -235,7 +240,8 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 85
     found = summary(folder)
-    # the step at hand, number 10, was told before the signal came: the request travels with the next one's gradient
+    # the step at hand, number 10, was told before the signal came: the request travels with the next one's
+    # gradient
     assert (found["steps"], found["finished"]) == (11, False)
 
 
@@ -287,12 +293,12 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
         stdout=subprocess.DEVNULL,
     )
     wait_for(lambda: read(folder), "the first word", process)
-    assert run("-m", "distrib.faults.heartbeat", folder).stdout == f"distrib: {folder}: the run goes on\n"
+    assert run("-m", "launch.cli", "verdict", folder).stdout == f"distrib: {folder}: the run goes on\n"
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 0
-    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", folder).stdout
+    assert "tells of no rank" in run("-m", "launch.cli", "verdict", folder).stdout
     assert train(tmp_path / "refused", *OPTIONS, "--lr", 1e30, check=False).returncode == 2
-    assert "tells of no rank" in run("-m", "distrib.faults.heartbeat", tmp_path / "refused").stdout
+    assert "tells of no rank" in run("-m", "launch.cli", "verdict", tmp_path / "refused").stdout
     assert not list(tmp_path.glob("*/failure.json"))
 
 
@@ -301,7 +307,7 @@ def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
         Board(tmp_path, rank, 3).publish(
             now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {})
         )
-    assert run("-m", "distrib.faults.heartbeat", tmp_path).stdout.startswith("distrib: rank 1 on ")
+    assert run("-m", "launch.cli", "verdict", tmp_path).stdout.startswith("distrib: rank 1 on ")
     assert json.loads((tmp_path / "failure.json").read_text())["cause"] == "ValueError: planted"
 
 
@@ -396,6 +402,47 @@ def test_ranks_speak_at_most_once_a_second(tmp_path: Path, monkeypatch: pytest.M
     board.publish(step=2)
     assert [word.step for word in read(tmp_path)] == [2]
     assert read(tmp_path)[0].pid == os.getpid()
+
+
+def test_the_watchdog_outlives_a_lack_of_memory() -> None:
+    code = """
+import os, time
+from distrib.faults import watchdog
+plain, planted = watchdog.Watchdog._check, [True]
+def check(self):
+    if planted: planted.pop(); raise MemoryError("planted")
+    plain(self)
+watchdog.Watchdog._check = check
+with watchdog.Watchdog(0, 1).waiting("a test"):
+    time.sleep(3600)
+"""
+    done = run("-c", code, check=False)
+    assert done.returncode == 1
+    assert "waited 1 s in a test" in done.stderr
+
+
+def test_a_save_that_cannot_begin_is_not_waited_for() -> None:
+    code = """
+from distrib.run.checkpoint import Saver
+saver = Saver()
+class Full:
+    def put(self, _): raise MemoryError("planted")
+saver._work = Full()
+try: saver.start(1)
+except MemoryError: print("raised")
+"""
+    assert run("-c", code).stdout == "raised\n"
+
+
+def test_a_living_process_is_not_gone_where_no_file_can_be_opened() -> None:
+    code = """
+import os, resource
+from distrib.faults.heartbeat import gone
+free = os.open(os.devnull, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+print(gone(os.getpid()))
+"""
+    assert run("-c", code).stdout == "False\n"
 
 
 def test_the_watchdog_publishes(tmp_path: Path) -> None:

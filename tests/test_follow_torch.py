@@ -1,4 +1,5 @@
-"""From the same weights, in the same order, our float32 training follows PyTorch's as far as rounding allows."""
+"""From the same weights, in the same order, our float32 training follows PyTorch's as far as rounding
+allows."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict
     trainer.begin_epoch(0, order)
     for _ in range(STEPS):
         trainer.step()
-        trainer.read_results()
-        found.append(trainer.results["loss"])
+        trainer.results.read()
+        found.append(trainer.results.last["loss"])
     return np.array(found), initial
 
 

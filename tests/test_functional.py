@@ -109,7 +109,8 @@ def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pyt
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", [(4, 0, 2), (1, 5)])
 def test_network_in_parts(sizes: tuple[int, ...], variant: str, loss: str) -> None:
-    """Gradients and losses of the parts of a batch add up to those of the whole; statistics are the whole's."""
+    """Gradients and losses of the parts of a batch add up to those of the whole; statistics are the
+    whole's."""
     rng = np.random.default_rng(sizes[0])
     x, labels, stops = rng.random((6, 28, 28, 1)), rng.integers(0, 10, 6), np.cumsum((0, *sizes))
 
@@ -226,7 +227,8 @@ def test_avg_pool(size: int, order: str, seed: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 @pytest.mark.parametrize(("loss", "smoothing"), [("ce", 0.0), ("ce", 0.1), ("bce", 0.0)])
 def test_losses(loss: str, smoothing: float, scale: float, images: int, count: int, seed: int) -> None:
-    """A part of a batch of `count` images, up to logits of ±1e4 on the right and the wrong side: no warning."""
+    """A part of a batch of `count` images, up to logits of ±1e4 on the right and the wrong side: no
+    warning."""
     torch, rng = import_torch(), np.random.default_rng(seed)
     logits, labels = scale * rng.choice([-1.0, 1.0, 0.3, 0.0], (images, 10)), rng.integers(0, 10, images)
     with np.errstate(all="raise", under="ignore"):

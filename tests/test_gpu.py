@@ -30,7 +30,8 @@ LAYERS = [
     (3, 32, 32),
 ]
 BOUND = {"float32": 2e-6, "tf32": 2e-3, "bf16": 1e-2}
-"""Of the largest value. TF32 rounds inputs to 2^-11, bfloat16 to 2^-9; sums of many products average that out."""
+"""Of the largest value. TF32 rounds inputs to 2^-11, bfloat16 to 2^-9; sums of many products average that
+out."""
 
 
 @pytest.mark.parametrize("precision", list(BOUND))
@@ -136,7 +137,8 @@ def on_ranks(folder: Path, ranks: int, comm: str, *more: object, like: Path | No
 @pytest.mark.parametrize("comm", [pytest.param("nccl", marks=needs_shared_gpu), "mpi"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_equal_one(ranks: int, comm: str, tmp_path: Path) -> None:
-    """Several ranks on one GPU, NCCL inside the graph (or MPI through the host): the same losses as one rank's."""
+    """Several ranks on one GPU, NCCL inside the graph (or MPI through the host): the same losses as one
+    rank's."""
     for name, count, kind in (("one", 1, "none"), ("many", ranks, comm)):
         on_ranks(tmp_path / name, count, kind, "--precision", "float64" if comm == "mpi" else "float32")
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
@@ -175,13 +177,16 @@ def test_resume_to_the_bit(precision: str, tmp_path: Path) -> None:
 
 @needs_shared_gpu
 def test_a_rank_that_stops_ends_the_job(tmp_path: Path) -> None:
-    """Stopped, not dead, while the other sits in a captured collective: the other's watchdog speaks, and no one hangs."""
+    """Stopped, not dead, while the other sits in a captured collective: the other's watchdog speaks, and no
+    one hangs."""
     script = f"""
 import os, signal, sys, threading, time
 from mpi4py import MPI
 if MPI.COMM_WORLD.Get_rank() == 1:
-    threading.Thread(target=lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP)), daemon=True).start()
-sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend", "cupy", "--comm", "nccl", "--epochs", "50",
+    stop = lambda: (time.sleep(20), os.kill(os.getpid(), signal.SIGSTOP))
+    threading.Thread(target=stop, daemon=True).start()
+sys.argv = ["distrib.train", "--run-dir", {str(tmp_path / "run")!r}, "--backend", "cupy",
+            "--comm", "nccl", "--epochs", "50",
             "--timeout", "10", "--batch-size", "64", "--width", "0.125"]
 from distrib.train import main
 sys.exit(main())

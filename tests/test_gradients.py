@@ -40,7 +40,8 @@ def check(
     step: float,
     rng: np.random.Generator,
 ) -> None:
-    """For each argument of `value`, the others held fixed: derivative along a random direction = ⟨gradient, d⟩."""
+    """For each argument of `value`, the others held fixed: derivative along a random direction = ⟨gradient,
+    d⟩."""
     for k, (point, gradient) in enumerate(zip(points, gradients, strict=True)):
         direction = rng.uniform(-1, 1, point.shape)
 

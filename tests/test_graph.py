@@ -60,8 +60,8 @@ def steps(trainer: Trainer, count: int) -> list[float]:
     losses: list[float] = []
     for _ in range(count):
         trainer.step()
-        trainer.read_results(wait=False, then=lambda results: losses.append(results["loss"]))
-    trainer.read_results()
+        trainer.results.read(wait=False, then=lambda results: losses.append(results["loss"]))
+    trainer.results.read()
     return losses[:count]
 
 
@@ -80,7 +80,8 @@ AUGMENTED = {"shift": 2.0, "rotate": 15.0, "average": 0.5}
     ],
 )
 def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, optimizer: dict) -> None:
-    """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a graph."""
+    """To the bit, over three epochs with a smaller last batch and evaluations, whose larger buffers void a
+    graph."""
     found = []
     for graph in (True, False):
         with device(precision) as backend:
@@ -135,7 +136,7 @@ def test_the_host_waits_for_nothing() -> None:
         assert sync_count() == 0
         assert trainer.graphs is not None
         assert trainer.graphs.replays == 5
-        trainer.read_results()
+        trainer.results.read()
         assert sync_count() == 1
 
 
@@ -232,12 +233,12 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(trainer, "step", stop_at_ten)
         distrib.loop.train_epoch(trainer, 0, None, screen)
-        assert trainer.stopped
+        assert trainer.results.stopped
         assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
         assert trainer.at.images == 8 * trainer.at.step, (
             "the checkpoint that follows needs the results of every step"
         )
-        assert not trainer.copies
+        assert not trainer.results.copies
 
 
 def captured(backend: DoubleBackend, **options: Any) -> list[Any]:
@@ -262,7 +263,7 @@ def test_nan_is_not_lost_on_its_way(layer: str, average: bool) -> None:
         trainer.model.load_state_dict(weights)
         trainer.step()
         with pytest.raises(UserError, match="the loss is nan at step 1"):
-            trainer.read_results()
+            trainer.results.read()
 
 
 def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +334,8 @@ from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
 rng = np.random.default_rng(1)
-data = make("random", *[(rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8))] * 2, least=10)
+part = rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)
+data = make("random", part, part, least=10)
 
 def train(alone, graph):
     with device("float32") as backend:
@@ -341,9 +343,11 @@ def train(alone, graph):
             comm, control = SingleCommunicator(), SingleControl()
         else:
             nccl = CapturedNccl(world, backend.cuda, [])
-            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"), BRANCH and backend.side_stream), world
+            side, zero = BRANCH and backend.side_stream, lambda: backend.xp.zeros(1, "float32")
+            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, side), world
         options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
-        trainer = Trainer(Config(**options, cuda_graph=graph), World(comm, control, backend, "", watchdog, [""] * comm.size), data)
+        all_ranks = World(comm, control, backend, "", watchdog, [""] * comm.size)
+        trainer = Trainer(Config(**options, cuda_graph=graph), all_ranks, data)
         trainer.reducer = Reducer(trainer.params, comm, trainer.config.gradients, bucket_bytes=1 << 12)
         plain = trainer.reducer.ready
         trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))

@@ -19,7 +19,7 @@ from test_bad_input import SMALL, assert_one_line, newest, snapshot
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
 from distrib.run.folder import Run
-from distrib.trainer import Position
+from distrib.state import Position
 
 Call = Callable[..., tuple[int, str]]
 call, stopped = test_bad_input.call, test_bad_input.stopped

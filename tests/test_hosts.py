@@ -1,4 +1,5 @@
-"""Two hosts, as network namespaces of this machine, under mpirun: a run to its end, and one whose link goes down.
+"""Two hosts, as network namespaces of this machine, under mpirun: a run to its end, and one whose link goes
+down.
 
 Needs root and iproute2 (needs.py).
 """
@@ -48,7 +49,8 @@ def on_two_hosts(*arguments: object, output: Path) -> subprocess.Popen[bytes]:
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     command = (
-        f"hostname h1; exec {mpirun} --prtemca plm_ssh_agent {HOSTS} --host h1:2,h2:2 --map-by ppr:2:node:oversubscribe"
+        f"hostname h1; exec {mpirun} --prtemca plm_ssh_agent {HOSTS} --host h1:2,h2:2"
+        " --map-by ppr:2:node:oversubscribe"
         f" -n 4 -x PYTHONPATH -x OMP_NUM_THREADS {sys.executable} {' '.join(map(str, arguments))}"
     )
     with open(output, "wb") as file:
@@ -79,7 +81,8 @@ def test_a_run_over_two_hosts(tmp_path: Path) -> None:
 
 
 def test_a_link_that_goes_down(tmp_path: Path) -> None:
-    """Ends within the bound, non-zero, with a line that says who waited for what, and nothing is left running."""
+    """Ends within the bound, non-zero, with a line that says who waited for what, and nothing is left
+    running."""
     folder = tmp_path / "run"
     process = on_two_hosts(
         "-m",
@@ -105,6 +108,7 @@ def test_a_link_that_goes_down(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_text(errors="replace")
     assert "waited 10 s in all_reduce" in text or "failed at step" in text, text
     verdict = json.loads((folder / "failure.json").read_text())
-    # nobody is silent: the folder is on a disk that both hosts still reach; so it is who waits first, and for what
+    # nobody is silent: the folder is on a disk that both hosts still reach; so it is who waits first, and for
+    # what
     assert verdict["cause"].startswith(("waited 10 s in ", "behind the others, waiting in ")), verdict
     wait_for(lambda: not left_running(folder), f"nothing of {folder} is left running")

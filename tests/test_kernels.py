@@ -1,4 +1,5 @@
-"""Every operation on the kernels against the plain one that it stands for: results, and what it does to its arguments.
+"""Every operation on the kernels against the plain one that it stands for: results, and what it does to its
+arguments.
 
 The kernels' CUDA sources run on the CPU here; on a GPU `make test-gpu` runs the same cases.
 """

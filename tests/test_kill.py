@@ -1,4 +1,5 @@
-"""kill -9 of a whole job at random moments, some of them inside a save: the run always goes on, and ends alike.
+"""kill -9 of a whole job at random moments, some of them inside a save: the run always goes on, and ends
+alike.
 
 KILL_ROUNDS in the environment asks for more kills than a quick pass has (`make soak`).
 """

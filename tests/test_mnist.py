@@ -387,7 +387,7 @@ def test_unpacked_file_in_the_package(small_data: Path, monkeypatch: pytest.Monk
             np.arange(32) % 11,
             "test label 10 at index 10: labels go from 0 to 9",
         ),
-        (LABELS, np.full(64, 255), "label 255 at index 0: most classes below it have no image"),
+        (LABELS, np.full(64, 255), "training label 255 at index 0: most classes below it have no image"),
         (LABELS, np.zeros((64, 28, 28)), "IDX labels start with 00000801"),
         (IMAGES, np.zeros((64, 28, 27)), "training images are 28×27×1, test images 28×28×1"),
         (IMAGES, np.zeros(64), "IDX images start with 00000803"),

@@ -43,7 +43,8 @@ def padding(params: Parameters) -> np.ndarray:
 
 
 def steps(optimizer: Optimizer, params: Parameters, seed: int):
-    """Take len(LRS) steps; yields the learning rate and a copy of the random gradient, then the step is taken."""
+    """Take len(LRS) steps; yields the learning rate and a copy of the random gradient, then the step is
+    taken."""
     rng = np.random.default_rng(seed + 100)
     for lr in LRS:
         for parameter in params:

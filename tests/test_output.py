@@ -122,6 +122,54 @@ def test_progress_right_after_a_logged_step_has_a_speed(tmp_path: Path) -> None:
     assert not [line for line in progress if " 0 images/s" in line]
 
 
+def test_unbuffered_output_is_written_at_once() -> None:
+    """A rank that is killed loses nothing of what it printed; slurm/train.sh asks for that."""
+    code = """
+import os, sys
+from distrib.run.console import secure_output
+secure_output()
+print("out")
+print("err", file=sys.stderr)
+os._exit(0)
+"""
+    done = run("-c", code, env={"PYTHONUNBUFFERED": "1"})
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")
+    assert run("-c", code, env={"PYTHONUNBUFFERED": ""}).stderr == "err\n"
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all() -> None:
+    code = """
+import os
+from distrib.run.console import secure_output
+secure_output()
+os.set_blocking(1, False)
+for line in range(20000):
+    print(line)
+"""
+    job = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
+    assert job.stdout
+    time.sleep(0.5)  # the pipe is full by now, or it is not: all must come
+    text = job.stdout.read()
+    job.stdout.close()
+    assert job.wait(LIMIT) == 0
+    assert text.split() == [str(line).encode() for line in range(20000)]
+
+
+def test_signals_are_handled_as_before_after_a_run() -> None:
+    code = """
+import signal
+from types import SimpleNamespace
+from distrib.faults.signals import HEARD, listening
+before = [signal.getsignal(number) for number in HEARD]
+with listening(SimpleNamespace(stop_requested=False)): pass
+after = [signal.getsignal(number) for number in HEARD]
+assert after[1:] == before[1:] and after[0] == signal.SIG_IGN, after
+with listening(SimpleNamespace(stop_requested=False), last=True): pass
+assert {signal.getsignal(number) for number in HEARD} == {signal.SIG_IGN}
+"""
+    run("-c", code)
+
+
 def test_one_process_inside_a_step_of_several_tasks(tmp_path: Path) -> None:
     """`srun -n 4 --pty bash`: Slurm counts four tasks, and one process is wanted."""
     command = [*SHORT[1:], "--comm", "none", "--run-dir", tmp_path / "run"]

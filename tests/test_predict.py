@@ -64,7 +64,8 @@ def test_lines_and_json_agree(model: Path, files: tuple[Path, Path], call) -> No
         order = sorted(range(10), key=lambda digit: -p[digit])
         assert result["digit"] == order[0]
         assert text.startswith(
-            f"{result['image']}: {order[0]}  {100 * p[order[0]]:.1f} %   {order[1]}  {100 * p[order[1]]:.1f} %"
+            f"{result['image']}: {order[0]}  {100 * p[order[0]]:.1f} %"
+            f"   {order[1]}  {100 * p[order[1]]:.1f} %"
         )
         assert text.count(" %") == 3
         assert ("(inverted: dark on bright)" in text) == result["inverted"]

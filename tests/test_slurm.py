@@ -194,7 +194,7 @@ def test_usr1_requeue_resume_ends_at_the_same_digest(whole: Job, tmp_path: Path,
     assert not state["finished"]
     assert 5 <= state["steps"] < 200
     assert job.end() == ("COMPLETED", "0:0"), job.log
-    assert f"going on from step-{state['steps']:08d}" in job.log
+    assert f"resuming from step-{state['steps']:08d}" in job.log
     assert not set(job.log) & set(CONTROL)
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
     assert [line["step"] for line in metrics(job.run_dir) if "loss" in line] == list(range(1, 201))
@@ -272,7 +272,10 @@ def test_requeueing_stops_without_progress(tmp_path: Path, program: Callable[[st
 
 
 def test_a_step_a_start_is_progress(tmp_path: Path, program: Callable[[str], str]) -> None:
-    step = "folder=${@: -1}/checkpoints; mkdir -p $folder; touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors"
+    step = (
+        "folder=${@: -1}/checkpoints; mkdir -p $folder;"
+        " touch $folder/step-0000010$SLURM_RESTART_COUNT.safetensors"
+    )
     job = Job(
         tmp_path,
         NODES[1],
@@ -284,7 +287,8 @@ def test_a_step_a_start_is_progress(tmp_path: Path, program: Callable[[str], str
 
 
 def test_a_launcher_that_lost_its_ranks_is_no_success(tmp_path: Path, program: Callable[[str], str]) -> None:
-    """As when a node goes down under mpirun, which then ends with 0; and as when srun could not start a rank."""
+    """As when a node goes down under mpirun, which then ends with 0; and as when srun could not start a
+    rank."""
     job = Job(tmp_path, NODES[1], PYTHON=program("exit 0"), STALLS="2")
     assert job.end() == ("FAILED", "1:0"), job.log
     assert "a node or a launch was lost: the launcher ended without a result of the run" in job.log

@@ -1,7 +1,8 @@
 """A job that is suspended and continued goes on as if nothing had been, however long it stood still.
 
-Slurm's gang scheduling and `scontrol suspend`, Ctrl-Z and fg, a laptop's lid: all stop the ranks of a job, and often
-mpirun too, longer than --timeout. SUSPEND_ROUNDS in the environment asks for a campaign of many (`make soak`).
+Slurm's gang scheduling and `scontrol suspend`, Ctrl-Z and fg, a laptop's lid: all stop the ranks of a job,
+and often mpirun too, longer than --timeout. SUSPEND_ROUNDS in the environment asks for a campaign of many
+(`make soak`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OPTIONS = [
 
 
 @contextmanager
-def started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(folder: Path, ranks: int, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     """A training job on `ranks` ranks, under mpirun where there are several."""
     python = [
         sys.executable,
@@ -51,6 +52,7 @@ def started(folder: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
         "--timeout",
         str(TIMEOUT),
         *OPTIONS,
+        *more,
     ]
     launcher = [str(Path(sys.executable).with_name("mpirun")), "-n", str(ranks)] if ranks > 1 else []
     with open(f"{folder}.log", "wb") as log:
@@ -121,6 +123,21 @@ def test_the_run_ends_as_if_it_had_not_been_suspended(
     code = suspend(folder, ranks, moment, timeouts * TIMEOUT, launcher_too)
     assert code == 0, Path(f"{folder}.log").read_text()
     assert summary(folder)["parameter_digest"] == undisturbed(ranks)
+    assert not (folder / "failure.json").exists()
+
+
+def test_a_suspended_run_is_not_said_to_have_failed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(folder, 1, "--epochs", "10000") as job:
+        until(lambda: any(word.step > 5 for word in read(folder)), job)
+        os.kill(job.pid, signal.SIGSTOP)
+        verdict = run("-m", "launch.cli", "verdict", folder).stdout
+        watched = run("-m", "launch.cli", "watch", folder, "--once", "--timeout", 1, check=False)
+        os.kill(job.pid, signal.SIGCONT)
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.wait(LIMIT) == 85
+    assert "it may be suspended" in verdict
+    assert watched.returncode == 0, watched.stdout
     assert not (folder / "failure.json").exists()
 
 

@@ -19,7 +19,8 @@ WIDTH, BATCH, STEPS = 0.0625, 5, 10
 LR = {"float64": 1e-2, "float32": 1e-3}
 
 # Relative to the largest absolute value of each tensor. Float64: the two sum in other orders.
-# Float32: Winograd's transforms make a rounding of 6e-8 up to 7e-6 a layer at full width (tests/test_conv.py),
+# Float32: Winograd's transforms make a rounding of 6e-8 up to 7e-6 a layer at full width
+# (tests/test_conv.py),
 # less at this one, and a gradient has passed 16 to 24 such layers, each divided by a standard deviation.
 BOUND = {"float64": 1e-9, "float32": 1e-4}
 
@@ -63,7 +64,8 @@ def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tu
 
 
 class Pair:
-    """Our network and PyTorch's with the same random weights and running statistics, and a stream of batches."""
+    """Our network and PyTorch's with the same random weights and running statistics, and a stream of
+    batches."""
 
     def __init__(self, variant: str, loss: str, dtype: str, seed: int, optimizer: str = "sgd") -> None:
         torch = self.torch = import_torch()

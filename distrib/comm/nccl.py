@@ -120,7 +120,8 @@ class NcclCommunicator:
         self._control.Abort(1)  # not NCCL's first: that waits for the CUDA graphs that hold its calls
 
     def close(self) -> None:
-        """Release the communicator; CUDA graphs that hold its calls must be gone, as NCCL waits for their end."""
+        """Release the communicator; CUDA graphs that hold its calls must be gone, as NCCL waits for their
+        end."""
         self._watchdog.forget_checks()
         with self._watchdog.waiting("the end of NCCL"):
             self._comm.destroy()

@@ -10,16 +10,19 @@ from nn.ops.bf16 import from_bf16, to_bf16
 from nn.params import Parameter, Parameters
 
 BUCKET_BYTES = 1 << 20
-"""Large enough that latency does not count, small enough that batch norm's sums never wait long behind one."""
+"""Large enough that latency does not count, small enough that batch norm's sums never wait long behind
+one."""
 
 
 class Reducer:
     """Sums the flat gradient over ranks, bucket by bucket, while the backward still runs.
 
-    Buckets are slices of `params.comm_buffer` in the order in which the backward completes them, from the end of
-    the vector; the first takes the STEP_METRICS scalars along. They are issued in that order on every rank.
+    Buckets are slices of `params.comm_buffer` in the order in which the backward completes them, from the end
+    of the vector; the first takes the STEP_METRICS scalars along. They are issued in that order on every
+    rank.
 
-    With `kind` "bf16" gradients travel and are summed as bfloat16, half as many bytes, and the scalars on their own.
+    With `kind` "bf16" gradients travel and are summed as bfloat16, half as many bytes, and the scalars on
+    their own.
     """
 
     def __init__(

@@ -18,7 +18,8 @@ from nn.cuda import backend as backends
 from nn.device import NUMPY, Backend
 
 PATIENCE = 10
-"""Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice of plans."""
+"""Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice
+of plans."""
 
 MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 
@@ -49,7 +50,8 @@ class World:
         return self.comm.size
 
     def agree(self, patience: float = 1) -> Any:
-        """Context in which a UserError of one rank becomes the same UserError on all; one may take `patience` timeouts."""
+        """Context in which a UserError of one rank becomes the same UserError on all; one may take `patience`
+        timeouts."""
         return Agreement(self.rank, lambda value: self.allgather(value, "an agreement", patience))()
 
     def broadcast(self, value: Any, what: str) -> Any:
@@ -68,7 +70,8 @@ MPI_INIT_SECONDS = 300
 
 
 def import_mpi() -> Any:
-    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing. The import calls MPI_Init."""
+    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing. The import calls
+    MPI_Init."""
     os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # a second less in MPI_Init
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
     if "mpi4py.MPI" in sys.modules:
@@ -147,8 +150,8 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
     if forms != forms[:1] * len(forms):
         odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
         raise UserError(
-            f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install the"
-            " same libraries for all ranks"
+            f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install"
+            " the same libraries for all ranks"
         )
     if precision == "bf16" and "cudnn" not in chosen.algorithms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
@@ -168,7 +171,8 @@ def _devices(control: Any, backend: Backend) -> tuple[int, int]:
 def _device_communicator(
     name: str, control: Any, backend: Backend, watchdog: Watchdog
 ) -> tuple[Communicator, str]:
-    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not NCCL."""
+    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not
+    NCCL."""
     from distrib.comm.mpi import StagedCommunicator
 
     device, sharing = _devices(control, backend)
@@ -226,7 +230,8 @@ def connect(
             ):
                 if wanted != first:
                     raise UserError(
-                        f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all ranks alike"
+                        f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all"
+                        " ranks alike"
                     )
         chosen, why = _choose_backend(backend, precision, control)
         communicator: Communicator

@@ -84,8 +84,8 @@ def make(
 ) -> Dataset:
     """A data set of (images, labels) twice, checked; UserError names the array and what is wrong with it.
 
-    Images are uint8 (N, H, W, C), or (N, H, W) of one channel. Without `class_names` there are as many classes
-    as the training labels have, `least` at least, named by their numbers.
+    Images are uint8 (N, H, W, C), or (N, H, W) of one channel. Without `class_names` there are as many
+    classes as the training labels have, `least` at least, named by their numbers.
     """
     parts = []
     for part, (images, labels) in (("training", train), ("test", test)):
@@ -111,7 +111,7 @@ def make(
         )
     if class_names and len(set(class_names)) < len(class_names):
         raise UserError(f"{name}: two classes have the same name: give each one of its own")
-    classes = len(class_names) if class_names else max(least, int(train_labels.max()) + 1)
+    classes = len(class_names) if class_names else max(least, _classes(f"{name}: training", train_labels))
     for part, labels in (("training", train_labels), ("test", test_labels)):
         _check_labels(f"{name}: {part}", labels, classes)
     kind = np.uint8 if classes <= 256 else np.int32
@@ -123,6 +123,18 @@ def make(
         test_labels.astype(kind, copy=False),
         class_names or tuple(map(str, range(classes))),
     )
+
+
+def _classes(where: str, labels: np.ndarray) -> int:
+    """How many there are by the largest label; UserError where most below it have no image: it is damaged."""
+    at = int(labels.argmax())
+    classes = int(labels[at]) + 1
+    if classes > 10 and len(np.unique(labels)) < classes / 2:
+        raise UserError(
+            f"{where} label {labels[at]} at index {at}: most classes below it have no image: number the"
+            " classes from 0 without gaps, or give class_names"
+        )
+    return classes
 
 
 def _size(images: np.ndarray) -> str:

@@ -19,7 +19,8 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def load(data: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
-    """The data set that --data names (default: the MNIST of the package), the first `limit` images of each part."""
+    """The data set that --data names (default: the MNIST of the package), the first `limit` images of each
+    part."""
     return _whole(data).first(limit_train, limit_test)
 
 

@@ -1,4 +1,5 @@
-"""Images and labels in IDX files, gzipped or not: MNIST, which ships with the package, EMNIST, or any set like it."""
+"""Images and labels in IDX files, gzipped or not: MNIST, which ships with the package, EMNIST, or any set
+like it."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
 
 
 def _variants(folder: Path, name: str) -> list[Path]:
-    """Files of `folder` that are called `name`, in other case, with dots for dashes, gzipped; likeliest first."""
+    """Files of `folder` that are called `name`, in other case, with dots for dashes, gzipped; likeliest
+    first."""
     wanted = _plain(name)
     found = []
     for entry in sorted(os.listdir(folder)):
@@ -126,14 +128,17 @@ def _plain(entry: str) -> str:
 
 
 def _prefixes(folder: Path) -> list[str]:
-    """What comes before train-images-idx3-ubyte in the names of files: nothing for MNIST, emnist-letters-, …"""
+    """What comes before train-images-idx3-ubyte in the names of files: nothing for MNIST, emnist-letters-,
+    …"""
     ending = _plain("train-images-idx3-ubyte")
-    names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending)]
-    return sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
+    names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending) and entry[0] != "."]
+    found = sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
+    return [""] if "" in found else found  # MNIST's own names win
 
 
 def _find(folder: Path, *names: str) -> Path:
-    """The file of one of these names in a folder, however it is spelled; UserError says what is there instead."""
+    """The file of one of these names in a folder, however it is spelled; UserError says what is there
+    instead."""
     if found := [path for name in names for path in _variants(folder, name)]:
         return found[0]
     entries = sorted(os.listdir(folder))
@@ -169,19 +174,7 @@ def _part(folder: Path, *names: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if not len(images):
         raise UserError(f"{image_path}: holds no images")
-    _require_few_gaps(label_path, labels)
     return images, labels
-
-
-def _require_few_gaps(path: Path, labels: np.ndarray) -> None:
-    """UserError where a label is so large that most classes below it have no image: it is damaged, no class."""
-    classes = int(labels.max()) + 1
-    if classes > LEAST_CLASSES and len(np.unique(labels)) < classes / 2:
-        at = int(labels.argmax())
-        raise UserError(
-            f"{path}: label {labels[at]} at index {at}: most classes below it have no image: number the"
-            " classes from 0 without gaps"
-        )
 
 
 def recognises(path: Path) -> bool:

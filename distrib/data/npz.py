@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -25,36 +25,44 @@ def read(path: Path) -> Dataset:
     """The data set in `path`. Nothing in it runs code: arrays of Python objects are refused."""
     try:
         with zipfile.ZipFile(path) as archive:
-            held = {name.removesuffix(".npy") for name in archive.namelist()}
+            held = {entry.removesuffix(".npy"): entry for entry in archive.namelist()}
             if missing := [name for name in NAMES if name not in held]:
                 has = printable(", ".join(sorted(held)), 200) or "nothing"
                 raise UserError(
                     f"{path}: holds {has}, and no {', '.join(missing)}: give all of {', '.join(NAMES)}"
                 )
-            arrays = {name: _array(path, archive, name) for name in (*NAMES, *held & {"class_names"})}
+            wanted = (*NAMES, *held.keys() & {"class_names"})
+            arrays = {name: _array(path, archive, name, held[name]) for name in wanted}
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read {reason(error, path)}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: is damaged, or no .npz file ({printable(str(error), 200)})") from None
-    names = tuple(map(str, arrays["class_names"].tolist())) if "class_names" in arrays else None
+    except Exception as error:  # whatever the parsers of zip files and of NumPy's headers raise
+        what = printable(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path}: is damaged, or no .npz file ({what})") from None
     x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
-    return make(str(path), (x_train, y_train), (x_test, y_test), names)
+    return make(str(path), (x_train, y_train), (x_test, y_test), _names(path, arrays.get("class_names")))
 
 
-def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _names(path: Path, array: np.ndarray | None) -> tuple[str, ...] | None:
+    if array is None:
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "US" or not array.size:
+        raise UserError(f"{path}: class_names is {array.dtype} of shape {array.shape}: give a list of texts")
+    found = array.tolist()
+    return tuple(each.decode(errors="replace") if isinstance(each, bytes) else each for each in found)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str, entry: str) -> np.ndarray:
     """One array; UserError where its header says more than the machine can hold, or promises objects."""
-    with archive.open(f"{name}.npy") as file:
+    with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
-        header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = header(file)
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        headers = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = headers[version != (1, 0)](file)
+        size = prod(shape) * dtype.itemsize
         if dtype.hasobject:
             raise UserError(f"{path}: {name} holds Python objects, which are not read: give numbers or text")
-        if size > memory():
+        if min(shape, default=0) < 0 or size > memory():
             raise UserError(f"{path}: {name} has {size / 1e9:.0f} GB, more than this machine's memory")
         data = file.read(size)
         if len(data) != size or file.read(1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,8 @@ from PIL import Image
 
 from distrib.data.dataset import Dataset, make
 from distrib.errors import UserError
-from distrib.files import printable, reason
-
-MODES = {"1": "L", "L": "L", "I;16": "L"}
-"""Pillow's modes of one channel; every other becomes RGB."""
+from distrib.files import printable
+from distrib.pictures.files import pixels_of, read_sheets
 
 
 def recognises(path: Path) -> bool:
@@ -23,16 +21,20 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path) -> Dataset:
     """The data set in a folder; a class is a folder in train/, and its label the place among their names."""
-    names = sorted(each.name for each in (path / "train").iterdir() if each.is_dir())
+    names = _classes(path / "train")
     if not names:
         raise UserError(f"{path / 'train'}: holds no folders: give one for each class")
-    unknown = sorted({each.name for each in (path / "test").iterdir() if each.is_dir()} - set(names))
+    unknown = sorted(set(_classes(path / "test")) - set(names))
     if unknown:
         raise UserError(f"{path / 'test' / unknown[0]}: there is no such class in train/: add it there")
     train, test = (_part(path / part, names) for part in ("train", "test"))
     if train[0].shape[-1] != test[0].shape[-1]:  # one of them in colour
         train, test = ((np.repeat(x, 3, -1) if x.shape[-1] == 1 else x, y) for x, y in (train, test))
     return make(str(path), train, test, tuple(printable(name, 60) for name in names))
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name[0] != ".")
 
 
 def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,31 +44,41 @@ def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         for label, name in enumerate(names)
         if (folder / name).is_dir()
         for file in sorted((folder / name).iterdir())
-        if file.is_file() and not file.name.startswith(".")
+        if file.is_file() and file.name[0] != "."
     ]
     if not files:
         raise UserError(f"{folder}: holds no pictures: put them into {folder / names[0]} and the like")
-    images = [_picture(file) for file, _ in files]
-    first = images[0].shape[:2]
-    for (file, _), image in zip(files, images, strict=True):
-        if image.shape[:2] != first:
+    images: list[np.ndarray] = []
+    for file, _ in files:
+        images.append(_picture(file))
+        h, w = images[0].shape[:2]
+        if images[-1].shape[:2] != (h, w):
             raise UserError(
-                f"{file}: is {image.shape[1]}×{image.shape[0]} pixels, {files[0][0].name}"
-                f" {first[1]}×{first[0]}: scale all pictures to one size"
+                f"{file}: is {images[-1].shape[1]}×{images[-1].shape[0]} pixels, {files[0][0].name} {w}×{h}:"
+                " scale all pictures to one size"
             )
-    colour = any(image.shape[2] == 3 for image in images)
-    whole = np.stack([np.repeat(x, 3, 2) if colour and x.shape[2] == 1 else x for x in images])
+    channels = max(image.shape[2] for image in images)
+    whole = np.empty((len(images), *images[0].shape[:2], channels), np.uint8)
+    for place, image in zip(whole, images, strict=True):
+        place[...] = image  # grey into each channel
     return whole, np.array([label for _, label in files], np.int64)
 
 
 def _picture(path: Path) -> np.ndarray:
-    try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            array = np.asarray(picture.convert(MODES.get(picture.mode, "RGB")))
-    except OSError as error:
-        why = reason(error, path) if error.errno else "(no picture that is understood): remove it"
-        raise UserError(f"{path}: cannot be read {why}") from None
-    except (ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: cannot be read ({printable(str(error), 200)}): remove it") from None
-    return array[..., None] if array.ndim == 2 else array
+    """uint8 (H, W, 1), or (H, W, 3) of a coloured one, upright, on black where it is transparent."""
+    mode = ""
+    with (
+        suppress(OSError, ValueError, SyntaxError),
+        Image.open(path) as picture,
+    ):  # what is wrong is told below
+        mode = picture.mode
+    if mode.startswith(("I", "F")):
+        raise UserError(f"{path}: has more than 8 bits a channel: save it with 8, black 0 and white 255")
+    found = read_sheets(path, lambda sheet: (pixels_of(sheet), sheet.size))
+    if found is None or len(found) > 1:
+        what = "no picture that is understood" if found is None else f"{len(found)} pages"
+        raise UserError(f"{path}: cannot be read ({what}): remove it")
+    pixels, (w, h) = found[0]
+    if sorted(pixels.shape[:2]) != sorted((h, w)):
+        raise UserError(f"{path}: is {w}×{h} pixels, too large for a data set: scale all pictures down")
+    return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels

@@ -11,8 +11,9 @@ def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
 
 
 def warps(seed: int, epoch: int, images: int, shift: float, rotate: float) -> np.ndarray:
-    """(images, 4) float32 for `nn.ops.batch.warp`: each image of `epoch` moved by up to `shift` pixels each way and
-    turned by up to `rotate` degrees, uniformly; an image's row depends on (seed, epoch, its index) alone.
+    """(images, 4) float32 for `nn.ops.batch.warp`: each image of `epoch` moved by up to `shift` pixels each
+    way and turned by up to `rotate` degrees, uniformly; an image's row depends on (seed, epoch, its index)
+    alone.
     """
     drawn = np.random.default_rng((seed, epoch, 1)).uniform(-1, 1, (images, 3))
     angle = np.radians(rotate) * drawn[:, 0]

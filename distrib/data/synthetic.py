@@ -11,7 +11,7 @@ from distrib.data.dataset import Dataset, make
 from distrib.data.sniff import memory
 from distrib.errors import UserError
 
-FORM = re.compile(r"synthetic:(\d+)x(\d+)x(\d+)x(\d+):(\d+)")
+FORM = re.compile("synthetic:{0}x{0}x{0}x{0}:{0}".format(r"([1-9]\d{0,9})"))
 
 
 def recognises(name: str) -> bool:
@@ -25,7 +25,7 @@ def read(name: str) -> Dataset:
     Each class has a pattern of its own, under noise: a network can learn them.
     """
     found = FORM.fullmatch(name)
-    if not found or "0" in found.groups():
+    if not found:
         raise UserError(f"--data {name}: give synthetic:NxHxWxC:K, as synthetic:5000x32x32x3:100")
     n, h, w, c, k = map(int, found.groups())
     if 8 * prod((n, h, w, c)) > memory() or k > n:

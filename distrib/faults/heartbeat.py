@@ -1,8 +1,10 @@
-"""ranks/ and failure.json in a run's folder: what each rank last did, and which one ended the job, said without MPI.
+"""ranks/ and failure.json in a run's folder: what each rank last did, and which one ended the job, said
+without MPI.
 
-Every rank's watchdog publishes a line about its rank, at most once a second. When a job ends otherwise than it should,
-whoever notices reads what the others said last, and names a rank: one that said why it failed, one that fell silent,
-or the one furthest behind. The first verdict stands. `distrib verdict RUN` prints it after the fact.
+Every rank's watchdog publishes a line about its rank, at most once a second. When a job ends otherwise than
+it should, whoever notices reads what the others said last, and names a rank: one that said why it failed, one
+that fell silent, or the one furthest behind. The first verdict stands. `distrib verdict RUN` prints it after
+the fact.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from distrib.errors import UserError
 from distrib.files import create, fits, printable, read_json, replace
 
 SILENT = 2.5
-"""Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or gone."""
+"""Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or
+gone."""
 
 TOLD_TO_STOP, REFUSED, FAILED = "told to stop", "ended with a message", "failed: "
 
@@ -71,7 +74,8 @@ class Board:
         self.publish(now=True)
 
     def publish(self, now: bool = False, **news: Any) -> None:
-        """Take in `news` (fields of Word) and write them, at most once a second unless `now`. A full disk is no failure."""
+        """Take in `news` (fields of Word) and write them, at most once a second unless `now`. A full disk is
+        no failure."""
         with self._speaking:
             for name, value in news.items():
                 setattr(self.word, name, value)
@@ -96,8 +100,8 @@ class Board:
     def accuse(self, otherwise: str, last: list[str], publish: Callable[[], None]) -> str:
         """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out.
 
-        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks. Meanwhile
-        `publish` is called: a rank that listens is not silent itself.
+        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks.
+        Meanwhile `publish` is called: a rank that listens is not silent itself.
         """
         self.publish(now=True)
         self._write(f"{self.word.rank:05}-collectives.json", last)
@@ -205,15 +209,18 @@ def gone(pid: int) -> bool:
         if not Path("/proc/self/stat").exists():
             return False
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except PermissionError:
-        return False
-    except (ProcessLookupError, OSError):
+    except (ProcessLookupError, FileNotFoundError):
         return True
+    except OSError:  # it belongs to somebody else, or this process has no descriptor left
+        return False
     return state in "ZX"
 
 
-def explain(folder: Path) -> str:
-    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last."""
+def explain(folder: Path, ended: bool = False) -> str:
+    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last.
+
+    Silence alone is no verdict, unless the job has `ended`: a job may be suspended.
+    """
     if verdict := read_verdict(folder):
         return line(verdict)
     words = read(folder)
@@ -223,6 +230,8 @@ def explain(folder: Path) -> str:
         time.sleep(SILENT)
         if any(word.time != before.time for word, before in zip(read(folder), words, strict=False)):
             return f"{folder}: the run goes on"
+        if not (ended or all(word.host == socket.gethostname() and gone(word.pid) for word in alive)):
+            return f"{folder}: silent, but it may be suspended or on another host; --ended if its job is over"
     if not failed and not alive:
         return f"{folder} tells of no rank that failed"
     word = min(failed or alive, key=lambda word: word.time)

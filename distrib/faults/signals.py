@@ -1,4 +1,5 @@
-"""Requests to stop, heard at once: also while the main thread sits in a collective, where Python's handlers do not run."""
+"""Requests to stop, heard at once: also while the main thread sits in a collective, where Python's handlers
+do not run."""
 
 from __future__ import annotations
 
@@ -14,37 +15,43 @@ from distrib.faults.heartbeat import TOLD_TO_STOP
 from distrib.faults.watchdog import tell
 from distrib.trainer import Trainer
 
-HEARD = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ALWAYS = (signal.SIGUSR1, signal.SIGTERM)
+HEARD = (*ALWAYS, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask to stop; ALWAYS also where they were ignored."""
 
 
 @contextmanager
-def listening(trainer: Trainer) -> Iterator[None]:
-    """SIGUSR1, SIGTERM, SIGHUP and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same step.
+def listening(trainer: Trainer, last: bool = False) -> Iterator[None]:
+    """SIGUSR1, SIGTERM, SIGHUP and Ctrl-C ask the run to end, with a checkpoint, on all ranks at the same
+    step.
 
-    The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks SIGTERM
-    may also be the launcher's, after a rank has died: if one of this host has, that is said, and nothing is waited for.
-    A second Ctrl-C ends the process at once. SIGHUP stays ignored where it was, as nohup wants it.
+    The C handler of Python writes each signal's number into a pipe, and a thread reads it. With several ranks
+    SIGTERM may also be the launcher's, after a rank has died: if one of this host has, that is said, and
+    nothing is waited for. A second Ctrl-C ends the process at once. SIGHUP and SIGINT stay ignored where they
+    were, as nohup and a shell's background jobs want it.
 
-    Afterwards all of them stay ignored, for the process ends: a late one must not change its exit code.
+    Afterwards they are handled as before; with `last` they are ignored, for the process ends, and a late one
+    must not change its exit code. A late SIGUSR1, which kills by default, always is.
     """
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    for number in HEARD:
-        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, lambda *_: None)
-    before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    threading.Thread(target=_hear, args=(ear, trainer), daemon=True, name="signals").start()
+    before = {number: signal.getsignal(number) for number in HEARD}
+    heard = [number for number in HEARD if number in ALWAYS or before[number] != signal.SIG_IGN]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    for number in heard:
+        signal.signal(number, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(read_end, trainer), daemon=True, name="signals").start()
     try:
         yield
     finally:
-        for number in HEARD:  # first: none may find Python's default
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(before)
-        os.close(mouth)  # ends the thread
+        for number in heard:  # first: none may find Python's default
+            signal.signal(number, signal.SIG_IGN if last or number == signal.SIGUSR1 else before[number])
+        signal.set_wakeup_fd(wakeup)
+        os.close(write_end)  # ends the thread
 
 
-def _hear(ear: int, trainer: Trainer) -> None:
-    with os.fdopen(ear, "rb", buffering=0) as pipe:
+def _hear(read_end: int, trainer: Trainer) -> None:
+    with os.fdopen(read_end, "rb", buffering=0) as pipe:
         interrupts = 0
         while numbers := pipe.read(1):
             number = numbers[0]
@@ -57,7 +64,8 @@ def _hear(ear: int, trainer: Trainer) -> None:
 
 
 def _look_for_the_dead(trainer: Trainer) -> None:
-    """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for it."""
+    """End this process too where a rank of this host is gone; a launcher's SIGTERM leaves half a second for
+    it."""
     watchdog = trainer.world.watchdog
     watchdog.publish(now=True, state=TOLD_TO_STOP)
     if verdict := watchdog.ask(lambda board: board.dead_neighbour()):

@@ -47,12 +47,13 @@ class Wait:
 
 
 class Watchdog:
-    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check fails.
+    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check
+    fails.
 
-    A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are calls
-    that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous errors.
-    A second thread writes to `board`, once there is one, and asks it which rank keeps the others waiting, so that
-    a file system that hangs cannot stop the clock.
+    A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are
+    calls that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous
+    errors. A second thread writes to `board`, once there is one, and asks it which rank keeps the others
+    waiting, so that a file system that hangs cannot stop the clock.
 
     Time in which the watchdog itself did not run is no waiting time: a job that is suspended and continued
     (Slurm's gang scheduling, Ctrl-Z, a laptop's lid) waits no longer than it ran.
@@ -70,7 +71,7 @@ class Watchdog:
         self._questions = queue.SimpleQueue[Callable[[], None]]()
         self.reserve = Reserve()
         for name, work in (("watchdog", self._run), ("board", self._speak)):
-            threading.Thread(target=work, daemon=True, name=name).start()
+            threading.Thread(target=self._forever, args=(work,), daemon=True, name=name).start()
 
     @contextmanager
     def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
@@ -100,11 +101,11 @@ class Watchdog:
         while True:
             with suppress(queue.Empty):
                 self._questions.get(timeout=TICK)()
-            with suppress(MemoryError):
-                self.publish()
+            self.publish()
 
     def ask(self, question: Callable[[Board], Any]) -> Any:
-        """What the board answers, within a few seconds; None where there is none, or its files cannot be had."""
+        """What the board answers, within a few seconds; None where there is none, or its files cannot be
+        had."""
         board, answers, done = self.board, list[Any](), threading.Event()
         if board is None:
             return None
@@ -127,12 +128,20 @@ class Watchdog:
                 wait.seconds += min(now - before, 2 * TICK)
                 if wait.seconds > wait.limit and self._lasts(wait):
                     self._expire(
-                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has stopped or"
-                        " is too slow; see its log, or raise --timeout"
+                        f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has"
+                        " stopped or is too slow; see its log, or raise --timeout"
                     )
             before = now
             with self._checking:
                 self._check()
+
+    def _forever(self, work: Callable[[], None]) -> None:
+        """Run the thread's `work`, again where memory has run out: without it no wait would be bounded."""
+        while True:
+            try:
+                work()
+            except MemoryError:
+                self.reserve.release()
 
     def _lasts(self, wait: Wait) -> bool:
         """Look again: whether the main thread, given the time to run, is still in the same wait."""
@@ -150,6 +159,12 @@ class Watchdog:
                 )
 
     def _expire(self, what: str) -> None:
+        try:
+            self._accuse(what)
+        finally:
+            os._exit(EXIT_CRASH)
+
+    def _accuse(self, what: str) -> None:
         self.reserve.release()
         tell(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
         if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives), self.publish)):
@@ -161,7 +176,6 @@ class Watchdog:
                 threading.Thread(target=callback, daemon=True).start()
         time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
         end_launcher(LAUNCHER_GRACE)
-        os._exit(EXIT_CRASH)
 
 
 class Reserve:
@@ -195,7 +209,8 @@ LAUNCHER_GRACE = 8
 def end_launcher(seconds: int) -> None:
     """Kill the launcher's process above this one, if it is still there after a while.
 
-    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left alone.
+    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left
+    alone.
     """
     pid, name = parent()
     if name in LAUNCHERS:
@@ -211,15 +226,18 @@ def end_launcher(seconds: int) -> None:
 
 @contextmanager
 def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python run.
+    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python
+    run.
 
-    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are free.
+    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are
+    free.
     """
     pid = os.getpid()
     script = (
         f"left={math.ceil(seconds)}; while [ $left -gt 0 ]; do sleep 1;"
-        f" {{ read -r _ _ state _ </proc/{pid}/stat; }} 2>/dev/null || exit; [ $state = Z ] && exit;"
-        f" [ $state = T ] || left=$((left - 1)); done; echo 'distrib: process {pid} on {socket.gethostname()}"
+        f" {{ read -r stat </proc/{pid}/stat; }} 2>/dev/null || exit;"
+        " case ${stat##*) } in Z*) exit ;; T*) ;; *) left=$((left - 1)) ;; esac; done;"
+        f" echo 'distrib: process {pid} on {socket.gethostname()}"
         f" spent {seconds:.0f} s in {what}: another rank or the launcher is gone' >&2; kill -9 {pid}"
     )
     guard = subprocess.Popen(

@@ -88,6 +88,19 @@ class Sheet:
     size: tuple[int, int]  # (width, height) in the file
 
 
+def luminance(light: np.ndarray) -> np.ndarray:
+    return light[..., 0] if light.shape[2] == 1 else light @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def pixels_of(sheet: Sheet, channels: int | None = None) -> np.ndarray:
+    """uint8 (H, W, C) of a sheet, on black where it is transparent; C is its own, or `channels`, 1 or 3."""
+    light = luminance(sheet.light)[..., None] if channels == 1 else sheet.light
+    if sheet.alpha is not None:
+        light = light * sheet.alpha[..., None]
+    shape = (*light.shape[:2], channels or light.shape[2])
+    return np.round(255 * np.broadcast_to(light, shape)).astype(np.uint8)
+
+
 def kind_of(head: bytes) -> str:
     """What a file that is no picture is, by its first bytes, and what to do."""
     if not head:

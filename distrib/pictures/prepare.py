@@ -13,7 +13,7 @@ from PIL import Image
 from distrib.data import idx
 from distrib.errors import UserError
 from distrib.pictures.digit import SIDE, stroke_width
-from distrib.pictures.files import Sheet, kind_of, read_sheets
+from distrib.pictures.files import Sheet, kind_of, luminance, pixels_of, read_sheets
 from distrib.pictures.paper import find_digit
 
 MOST_IMAGES = 1_000_000
@@ -34,7 +34,8 @@ class Pictures:
 
 
 def read_pictures(path: Path, as_is: bool = False) -> Pictures:
-    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at most."""
+    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at
+    most."""
     found = read_sheets(path, (lambda sheet: scaled(sheet, (SIDE, SIDE, 1))) if as_is else prepare)
     if found is None:
         return read_idx(path, as_is)
@@ -55,16 +56,9 @@ def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
 def scaled(sheet: Sheet, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
     """(uint8 (H, W) or (H, W, 3), False): a picture scaled to `shape`, on black where it is transparent."""
     h, w, c = shape
-    light = luminance(sheet.light)[..., None] if c == 1 else sheet.light
-    if sheet.alpha is not None:
-        light = light * sheet.alpha[..., None]
-    planes = np.round(255 * np.broadcast_to(light, (*light.shape[:2], c))).astype(np.uint8)
-    picture = Image.fromarray(planes[..., 0] if c == 1 else np.ascontiguousarray(planes))
+    pixels = pixels_of(sheet, c)
+    picture = Image.fromarray(pixels[..., 0] if c == 1 else pixels)
     return np.asarray(picture.resize((w, h), Image.Resampling.LANCZOS)), False
-
-
-def luminance(light: np.ndarray) -> np.ndarray:
-    return light[..., 0] if light.shape[2] == 1 else light @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:

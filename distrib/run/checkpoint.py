@@ -154,8 +154,8 @@ def save_checkpoint(
 class Saver:
     """Saves checkpoints in a thread of its own, one after another: training waits for the copies only.
 
-    What goes wrong with one is raised by the next `start` or `wait`. The thread exists from the beginning, as none could
-    be started once memory has run out; an ending process lets it finish the save at hand.
+    What goes wrong with one is raised by the next `start` or `wait`. The thread exists from the beginning, as
+    none could be started once memory has run out; an ending process lets it finish the save at hand.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,11 @@ class Saver:
         self.wait()
         self.used = True
         self._idle.clear()
-        self._work.put(arguments)
+        try:
+            self._work.put(arguments)
+        except BaseException:  # no memory: there is nothing to wait for
+            self._idle.set()
+            raise
 
     def wait(self) -> None:
         """Return when the last one is on disk."""
@@ -267,7 +271,8 @@ def _object(path: Path, name: str, text: str, kinds: dict[str, str]) -> dict[str
 def _about(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
     """The description of a model, of a network that exists and whose tensors are those of the file.
 
-    A network is made before it takes its tensors: a width or a shape from a stranger could ask for any memory.
+    A network is made before it takes its tensors: a width or a shape from a stranger could ask for any
+    memory.
     """
     about = {**OLDER, **_object(path, "description", text, ABOUT)}
     if missing := ABOUT.keys() - about.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 import time
 from collections.abc import Mapping
@@ -39,14 +40,16 @@ class Unfailing(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            written = super().write(data)
+            while (written := super().write(data)) is None:  # it does not block, and is full
+                select.select([], [self], [])
         except OSError:
-            written = None
-        return len(data) if written is None else written
+            return len(data)
+        return written
 
 
 def secure_output() -> None:
-    """From here on printing never fails, and no file of the run takes the number of a standard stream that is closed.
+    """From here on printing never fails, and no file of the run takes the number of a standard stream that is
+    closed.
 
     A terminal without UTF-8 gets "?" for what it cannot show.
     """
@@ -58,12 +61,17 @@ def secure_output() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # not where a caller has put another
-            raw = io.BufferedWriter(Unfailing(number, "w", closefd=False))
-            lines, encoding = (
-                bool(getattr(stream, "line_buffering", False)),
+            raw: Any = Unfailing(number, "w", closefd=False)
+            at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
+            lines = number == 2 or getattr(stream, "line_buffering", False)
+            new = io.TextIOWrapper(
+                raw if at_once else io.BufferedWriter(raw),
                 getattr(stream, "encoding", None),
+                "replace",
+                line_buffering=lines,
+                write_through=at_once,
             )
-            setattr(sys, name, io.TextIOWrapper(raw, encoding, "replace", line_buffering=lines))
+            setattr(sys, name, new)
 
 
 class Screen:

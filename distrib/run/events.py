@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "events.out.tfevents."
-FILE = re.compile(re.escape(PREFIX) + r"(\d{10})\.")
+FILE = re.compile(re.escape(PREFIX) + r"(\d{10,})\.")
 
 
 def _table() -> list[int]:

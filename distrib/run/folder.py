@@ -187,13 +187,13 @@ class Run:
             self._clear()
             whole = {**asdict(config), "environment": environment, "dataset": dataset}
             replace(self.path / "config.json", json.dumps(whole, indent=2).encode(), sync=True)
-            (self.path / "summary.json").unlink(missing_ok=True)
             step = found.position["step"] if found else 0
             if os.path.lexists(self.metrics_path):
                 replace(self.metrics_path, self._kept(step), sync=True)
             begin = time.time()
             self.events_path = self.path / events.name(self.path, socket.gethostname(), begin)
             create(self.events_path, events.head(begin) + events.start(begin, step + 1))
+            (self.path / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             path = Path(str(error.filename or self.path))
             raise UserError(f"{path}: cannot be used {reason(error, path)}") from None
@@ -275,7 +275,9 @@ class Run:
             raise UserError(f"{path}: cannot be removed {reason(error, path)}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last file of a run."""
+        """Write summary.json, the last file of a run. Who took it for failed meanwhile was wrong."""
+        with contextlib.suppress(OSError):
+            (self.path / "failure.json").unlink(missing_ok=True)
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
 
 

@@ -17,8 +17,9 @@ from distrib.data import formats, sampler
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
+from distrib.results import HISTORY
 from distrib.timing import PHASES
-from distrib.trainer import HISTORY, Trainer, blas_threads
+from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
 from launch.bench.measure import (
     AsJson,
@@ -230,12 +231,12 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
     def train() -> None:
         for _ in range(steps):
             if trainer.at.step % trainer.steps_per_epoch == whole:  # not the smaller last one
-                trainer.read_results()
+                trainer.results.read()
                 trainer.at.step += trainer.steps_per_epoch - whole
             trainer.step()
-            if world.backend.on_host or len(trainer.unread) == HISTORY:
-                trainer.read_results(wait=world.backend.on_host)
-        trainer.read_results()
+            if world.backend.on_host or len(trainer.results.unread) == HISTORY:
+                trainer.results.read(wait=world.backend.on_host)
+        trainer.results.read()
 
     def infer_only() -> None:
         for step in range(steps):

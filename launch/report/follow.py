@@ -131,9 +131,10 @@ class Follower:
         alive = [word for word in self.words if word.running or word.state == TOLD_TO_STOP]
         here = socket.gethostname()
         quiet = min((self.silence(word) for word in alive), default=time.monotonic() - self._news)
-        lost = all(word.host == here and board.gone(word.pid) for word in alive)
-        gone = bool(self.words) and quiet > SILENT and lost
-        if not self.config or not (gone or quiet > self.patience):
+        near = [board.gone(word.pid) for word in alive if word.host == here]
+        gone = bool(self.words) and quiet > SILENT and len(near) == len(alive) and all(near)
+        suspended = not all(near)  # or busy: its processes are there
+        if not self.config or not (gone or (quiet > self.patience and not suspended)):
             self.doubt = None
             return None
         self.doubt = self.doubt or time.monotonic()  # the last files of a run may be on their way

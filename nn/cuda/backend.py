@@ -23,8 +23,8 @@ from nn.device import Backend, SideStream
 def place_cupy_cache() -> None:
     """Let CuPy keep its compiled kernels in a temporary folder where the home folder cannot be written.
 
-    CuPy makes the folder when it is imported. In a place that all users share, only a folder that belongs to this
-    user alone is taken: kernels that somebody else planted would be run.
+    CuPy makes the folder when it is imported. In a place that all users share, only a folder that belongs to
+    this user alone is taken: kernels that somebody else planted would be run.
     """
     wanted = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     with contextlib.suppress(OSError):
