@@ -21,7 +21,7 @@ from distrib.data import formats
 from distrib.errors import UserError
 from distrib.pictures import files as pictures
 from distrib.pictures.digit import stroke_width
-from distrib.pictures.files import kind_of
+from distrib.pictures.kinds import kind_of
 from distrib.pictures.prepare import MOST_IMAGES, read_pictures
 from launch.predict import predict
 

@@ -13,7 +13,8 @@ from PIL import Image
 from distrib.data import idx
 from distrib.errors import UserError
 from distrib.pictures.digit import SIDE, stroke_width
-from distrib.pictures.files import Sheet, kind_of, luminance, pixels_of, read_sheets
+from distrib.pictures.files import Sheet, luminance, pixels_of, read_sheets
+from distrib.pictures.kinds import kind_of
 from distrib.pictures.paper import find_digit
 
 MOST_IMAGES = 1_000_000
