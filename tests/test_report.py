@@ -121,7 +121,7 @@ def test_digits_agree_with_the_summary(runs: list[Path], which: int) -> None:
     assert found.step == data.summary["steps"]
     assert found.confusion.sum() == 500
     assert 100 * found.confusion.trace() / 500 == pytest.approx(data.summary["test_accuracy"], abs=1e-9)
-    assert sum(images for _, images, _ in found.per_class) == 500
+    assert sum(images for _, images, _, _ in found.per_class) == 500
     sure = [each["probability"] for each in found.worst]
     assert sure == sorted(sure, reverse=True)
     assert all(0 < each <= 100 for each in sure)
@@ -185,7 +185,7 @@ def test_many_runs(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
         shutil.rmtree(copy / "checkpoints")
     (copies[3] / "logits.safetensors").unlink()
     loads, plain = [], formats.load
-    monkeypatch.setattr(formats, "load", lambda *given: loads.append(given) or plain(*given))
+    monkeypatch.setattr(formats, "load", lambda *given, **more: loads.append(given) or plain(*given, **more))
     all_test_images.cache_clear()
     found = [read_run(copy) for copy in copies]
     text = page(found)
