@@ -89,10 +89,9 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
     """Resume the run of a checkpoint; returns what has changed since it was saved."""
     c, path = trainer.config, saved.path
     for name, own in trainer.spec.items():
-        if saved.about[name] != own and name != "class_names":
-            raise UserError(
-                f"{path}: has {name} {saved.about[name]}, this run {own}: use a matching checkpoint"
-            )
+        held = saved.about.get(name)
+        if held != own and name != "class_names":
+            raise UserError(f"{path}: has {name} {held}, this run {own}: use a matching checkpoint")
     at = dict(saved.position)
     different = c.differences(at.pop("config"))
     if at.pop("data") != trainer.data_digest:

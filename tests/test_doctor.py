@@ -429,6 +429,7 @@ def test_what_a_dead_child_left_behind_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A process of its own that holds its output open: the child's end is what counts."""
+    before = threading.enumerate()
     child = tmp_path / "python"
     child.write_text(f"#!/bin/bash\nsleep 100 &\necho $! >{tmp_path}/left\nexit 14\n")
     child.chmod(0o755)
@@ -438,8 +439,8 @@ def test_what_a_dead_child_left_behind_is_not_waited_for(
     left = int((tmp_path / "left").read_text())
     os.kill(left, signal.SIGKILL)  # it was there all the time
     assert found.found == "the start of Python: exit code 14"
-    for thread in threading.enumerate():
-        thread.join(30) if thread is not threading.current_thread() else None
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(30)
 
 
 def test_no_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:

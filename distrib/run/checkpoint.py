@@ -275,8 +275,6 @@ def _about(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
     memory.
     """
     about = {**OLDER, **_object(path, "description", text, ABOUT)}
-    if missing := ABOUT.keys() - about.keys():
-        raise UserError(f"{path}: its description lacks {', '.join(sorted(missing))}: use another checkpoint")
     choices: dict[str, Any] = {
         "model": MODELS,
         "variant": VARIANTS,
@@ -284,8 +282,10 @@ def _about(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
         "dtype": ("float32", "float64"),
     }
     for key, known in choices.items():
-        if about[key] not in known:
+        if key in about and about[key] not in known:
             raise UserError(f"{path}: has {key} {shown(about[key])}: use another checkpoint")
+    if not ABOUT.keys() <= about.keys():
+        return about  # of no network of ours: who makes one asks for what is missing
     options = {"variant": about["variant"], "width": about["width"]}
     try:
         if len(about["shape"]) != 3 or not 0 < about["width"] <= WIDEST:
