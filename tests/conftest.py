@@ -38,9 +38,10 @@ MPI_ENVIRONMENT = {
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
     config.addinivalue_line("markers", "quick: starts no other process")
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a shell's background job, and in its children
+    beside = str(Path(sys.executable).parent)  # mpirun of the virtual environment, activated or not
+    os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
+    # a shell's background job, and all that it starts, ignores Ctrl-C, which some tests send
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

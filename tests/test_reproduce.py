@@ -80,10 +80,10 @@ def test_nothing_is_run_twice(whole: Path) -> None:
 
 def test_a_stop_and_another_start(tmp_path: Path) -> None:
     """Ctrl-C in a run: a checkpoint, exit 85, and the same command ends at the digest of an unbroken run."""
-    options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
+    options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:-1]), "1"]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    every = jobs("ablation", Settings(4, 80, 40, 0.0625, 1, 2), tmp_path / "out")
+    every = jobs("ablation", Settings(4, 80, 40, 0.0625), tmp_path / "out")
     job = every[1]
     wait_for(lambda: (job.folder / "metrics.jsonl").exists() and heartbeat.read(job.folder), "a run", process)
     pid = heartbeat.read(job.folder)[0].pid
