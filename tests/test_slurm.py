@@ -231,7 +231,7 @@ def test_usr1_before_the_ranks_listen_is_not_lost(tmp_path: Path, program: Calla
 
 @pytest.mark.parametrize(("launcher", "code"), [("pmix", "85:0"), ("mpirun", "1:0")])
 def test_scancel_saves_and_does_not_requeue(tmp_path: Path, launcher: str, code: str) -> None:
-    job = Job(tmp_path, NODES[2], *SMALL, "--epochs", "20", LAUNCHER=launcher)
+    job = Job(tmp_path, NODES[2], *SMALL, "--epochs", "20", "--checkpoint-every", "2", LAUNCHER=launcher)
     job.train_some()
     job.call("scancel", job.number)
     assert job.end(DEAD_WITHIN) == ("CANCELLED", code), job.log

@@ -116,6 +116,7 @@ def test_a_run_to_its_end_in_a_file(call, start, tmp_path: Path) -> None:
     assert "/240" in lines[1]
     assert [line[:10] for line in lines[-3:]] == ["epoch 1/2:", "epoch 2/2:", "finished a"]
     assert all(line in (tmp_path / "log").read_text() for line in lines[-3:-1])  # as the run itself says it
+    wait_until(lambda: all(word.state == "finished" for word in board.read(tmp_path / "run")))
     before = written(tmp_path / "run")
     code, out, _ = call(tmp_path / "run", "--once")
     assert code == 0
