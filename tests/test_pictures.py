@@ -15,6 +15,7 @@ import numpy as np
 import picture_cases as cases
 import pytest
 from conftest import environment, train, write_idx
+from conftest import run as python
 from PIL import Image, ImageFilter
 
 from distrib.data import formats
@@ -78,7 +79,7 @@ def test_each_condition_gives_a_centred_digit_of_mnist_size(condition: str, tmp_
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_pictures_made_like_mnist_are_not_changed(dark: bool, tmp_path: Path) -> None:
-    images = formats.load(limit_test=200).test_images
+    images = formats.load(limit_test=200).test_images[..., 0]
     for i, pixels in enumerate(images):
         found = read_pictures(save(255 - pixels if dark else pixels, tmp_path / f"{i}.png"))
         assert np.array_equal(found.pixels[0], pixels)
@@ -86,7 +87,7 @@ def test_pictures_made_like_mnist_are_not_changed(dark: bool, tmp_path: Path) ->
 
 
 def test_a_large_picture_of_an_mnist_image_gives_it_back(tmp_path: Path) -> None:
-    images = formats.load(limit_test=50).test_images
+    images = formats.load(limit_test=50).test_images[..., 0]
     apart = []
     for i, pixels in enumerate(images):
         large = Image.fromarray(255 - pixels).resize((224, 224), Image.Resampling.BICUBIC)
@@ -170,7 +171,7 @@ def test_as_is_only_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx_files_are_taken_as_they_are_and_dark_ones_inverted(suffix: str, tmp_path: Path) -> None:
-    images = formats.load(limit_test=30).test_images
+    images = formats.load(limit_test=30).test_images[..., 0]
     for name, content, dark in (("white", images, False), ("black", 255 - images, True)):
         path = tmp_path / (name + suffix)
         write_idx(path, content)
@@ -334,9 +335,8 @@ def test_names_steer_no_terminal(run: Path, tmp_path: Path, call) -> None:
     assert "a?[2J?.png: is a PDF document" in err
 
 
-def test_several_ranks_are_refused(run: Path, tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    code, out, err = call(run, cases.make("black on white", 3, tmp_path))
-    assert code == 2
-    assert out == ""
-    assert "distrib predict is one process: start it without mpirun or srun" in err
+def test_under_a_launcher_rank_0_alone_predicts(run: Path, tmp_path: Path) -> None:
+    picture = cases.make("black on white", 3, tmp_path)
+    alone = python("-m", "launch.cli", "predict", run, picture).stdout
+    assert alone.count("\n") == 1
+    assert python("-m", "launch.cli", "predict", run, picture, ranks=2).stdout == alone
