@@ -445,6 +445,14 @@ print(gone(os.getpid()))
     assert run("-c", code).stdout == "False\n"
 
 
+def test_many_watchdogs_hold_one_reserve() -> None:
+    Watchdog(0, 60)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        Watchdog(0, 60)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_the_watchdog_publishes(tmp_path: Path) -> None:
     watchdog = Watchdog(0, 60)
     watchdog.board = Board(tmp_path, 0, 1)

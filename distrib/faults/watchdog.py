@@ -69,7 +69,7 @@ class Watchdog:
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
         self._questions = queue.SimpleQueue[Callable[[], None]]()
-        self.reserve = Reserve()
+        RESERVE.take()
         for name, work in (("watchdog", self._run), ("board", self._speak)):
             threading.Thread(target=self._forever, args=(work,), daemon=True, name=name).start()
 
@@ -141,7 +141,7 @@ class Watchdog:
             try:
                 work()
             except MemoryError:
-                self.reserve.release()
+                RESERVE.release()
 
     def _lasts(self, wait: Wait) -> bool:
         """Look again: whether the main thread, given the time to run, is still in the same wait."""
@@ -165,7 +165,7 @@ class Watchdog:
             os._exit(EXIT_CRASH)
 
     def _accuse(self, what: str) -> None:
-        self.reserve.release()
+        RESERVE.release()
         tell(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
         if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives), self.publish)):
             tell(f"distrib: {verdict}")
@@ -182,16 +182,27 @@ class Reserve:
     """Memory and file descriptors that the end of a rank needs, where it ends because they have run out."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, RESERVED_BYTES)  # address space only: nobody writes there
-        self._files = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FILES)]
+        self._memory: mmap.mmap | None = None
+        self._files: list[int] = []
+
+    def take(self) -> None:
+        """Hold them, once in a process however many watchdogs it has."""
+        if self._memory is None:
+            self._memory = mmap.mmap(-1, RESERVED_BYTES)  # address space only: nobody writes there
+            files = range(RESERVED_FILES)
+            self._files = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in files]
 
     def release(self) -> None:
-        """Give them back, once; for the traceback, the verdict and the launcher's end."""
-        self._memory.close()
-        while self._files:
-            os.close(self._files.pop())
+        """Give them back, for the traceback, the verdict and the launcher's end."""
+        memory, self._memory = self._memory, None
+        files, self._files = self._files, []
+        if memory is not None:
+            memory.close()
+        for file in files:
+            os.close(file)
 
 
+RESERVE = Reserve()
 RESERVED_BYTES, RESERVED_FILES = 32 << 20, 8
 """A thread's stack is 8 MiB of address space; a verdict has four files open, and a child process three."""
 
@@ -255,7 +266,7 @@ def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
     """An uncaught exception in this rank prints its traceback and a verdict, and ends the whole job."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        watchdog.reserve.release()
+        RESERVE.release()
         with suppress(Exception):  # where memory has run out, the verdict is what counts
             traceback.print_exception(kind, error, trace)
         give_up(watchdog, error, abort)
@@ -265,7 +276,7 @@ def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
 
 def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
     """Say why this rank cannot go on, on its last line and in failure.json, and end the job."""
-    watchdog.reserve.release()
+    RESERVE.release()
     rank, cause = watchdog.rank, f"{type(error).__name__}: {error}"
     if isinstance(error, Failure):
         rank, cause = error.rank, error.cause
