@@ -66,9 +66,9 @@ bench: $(VENV)/.dev  ## docs/benchmarks.md's table, against PyTorch on two cores
 
 soak: export PATH := $(CURDIR)/$(BIN):$(PATH)
 soak: $(VENV)/.dev  ## a campaign of 170 faults, kills and suspensions, also on Slurm: an hour
-	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/test_failures.py tests/test_kill.py \
-		tests/test_hosts.py tests/test_suspend.py tests/test_output.py
-	DISTRIB_SOAK=1 python -m pytest tests/test_slurm.py
+	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/cluster/test_hosts.py \
+		$(addprefix tests/distrib/test_,failures.py kill.py suspend.py output.py)
+	DISTRIB_SOAK=1 python -m pytest tests/cluster/test_slurm.py
 
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel

@@ -21,7 +21,11 @@ from distrib.data.dataset import Dataset, make
 from distrib.train import run_app
 
 ROOT = Path(__file__).parent.parent
-collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["test_gpu.py"]
+collect_ignore = [] if os.environ.get("DISTRIB_TEST_GPU") == "1" else ["nn/test_gpu.py"]
+ROOMS = ("doubles", "nn", "distrib", "launch", "cluster")
+FOLDERS = [ROOT, *(ROOT / "tests" / room for room in ("", *ROOMS))]
+HELPERS = {"PYTHONPATH": os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])}
+"""The environment of a subprocess that imports a test's helpers."""
 LIMIT = 600  # seconds; no test may hang, nor fail because the machine is busy
 QUESTIONS = ("ldconfig", "lscpu")  # what libraries ask about the machine as they are imported
 NOT_STARTED = "The PMIx server's listener thread failed to start"

@@ -59,7 +59,7 @@ def parts() -> dict[str, Part]:
     torch, many = ("--against", "torch"), ("--steps", "1000")
     on_host = (*BENCH, "step", "--backend", "numpy", "--batch-size", "8", "--json")
     return {
-        "tests-kernels": ((*PYTEST, "tests/test_kernels.py", "tests/test_graph.py"), GPU, 560),
+        "tests-kernels": ((*PYTEST, "tests/nn/test_kernels.py", "tests/distrib/test_graph.py"), GPU, 560),
         "step-8-tf32": (step(8, "tf32", *many, *torch), {}, 560),
         "kernels-8-tf32": (kernels(8, "tf32"), {}, 200),
         "step-512-tf32": (step(512, "tf32", *torch), {}, 560),
@@ -67,7 +67,7 @@ def parts() -> dict[str, Part]:
         "step-2048-tf32": (step(2048, "tf32", *torch), {}, 560),
         "step-2048-bf16": (step(2048, "bf16", *torch), {}, 560),
         "fast99": (training("fast99", 10), {}, 560),
-        "tests-gpu": ((*PYTEST, "tests/test_gpu.py"), GPU, 1200),
+        "tests-gpu": ((*PYTEST, "tests/nn/test_gpu.py"), GPU, 1200),
         "reference-ours": (training("reference", 5), {}, 560),
         "ranks-2": (ranks(2, "step", "--comm", "nccl"), SHARED_GPU, 200),
         "ranks-4": (ranks(4, "step", "--comm", "nccl"), SHARED_GPU, 200),

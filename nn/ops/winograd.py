@@ -20,7 +20,7 @@ The backward stays in the transform domain. With dM the transformed dY, computed
     dU_k = V_kᵀ dM_k        dw = Gᵀ dU G        dV_k = dM_k U_kᵀ        dx = B dV Bᵀ
 
 V is kept by the forward, so the input is transformed once. Error relative to a float64 reference in
-float32: 2e-6 to 8e-6 of the largest value (tests/test_conv.py).
+float32: 2e-6 to 8e-6 of the largest value (tests/nn/test_conv.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from test_failures import left_running
 
 pytestmark = pytest.mark.needs("hosts")
 
-HOSTS = ROOT / "tests" / "two_hosts.sh"
+HOSTS = Path(__file__).with_name("two_hosts.sh")
 OPTIONS = (
     "--batch-size",
     16,

@@ -22,7 +22,7 @@ from distrib.run.checkpoint import newest_valid
 
 pytestmark = pytest.mark.needs("slurm")
 
-CLUSTER = ROOT / "tests" / "slurm_cluster.sh"
+CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 FOLDER = Path("/tmp/distrib-slurm")
 SCRIPT = ROOT / "slurm" / "train.sh"
 CONTROL = [chr(code) for code in range(32) if chr(code) not in "\n\0"]  # mpirun itself leaves some NULs

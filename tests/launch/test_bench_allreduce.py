@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import HELPERS, run
 from nccl_double import Cuda, _bound, _Event, _Stream
 from strict_array import StrictModule
 from test_strict import StrictBackend
@@ -24,7 +24,6 @@ from launch.bench.meter import GRAPH_CALLS, bandwidths
 from launch.bench.sums import PART, Values
 from nn.device import NUMPY
 
-PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 QUICK = ("--repeats", "3", "--seconds", "0.01")
 SMALL = (*QUICK, "--min-bytes", "8", "--max-bytes", "5000000", "--factor", "100")
 
@@ -43,7 +42,7 @@ def allreduce(
     *arguments: str, ranks: int = 1, before: str = "", check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """The command alone or under mpirun, after the statements `before`."""
-    return run("-c", APP.format(before=before), *arguments, ranks=ranks, check=check, env=PATH)
+    return run("-c", APP.format(before=before), *arguments, ranks=ranks, check=check, env=HELPERS)
 
 
 def check_figures(row: dict, found: dict, ranks: int) -> None:

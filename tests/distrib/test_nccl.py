@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 
-from conftest import ROOT, run
+from conftest import HELPERS, run
 from needs import require
-
-PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
 
 PRELUDE = """
 import sys
@@ -29,7 +26,7 @@ comm = NcclCommunicator(world, cuda, nccl, 0, watchdog, lambda: strict.zeros(1, 
 
 
 def with_ranks(body: str, ranks: int = 4, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("-c", PRELUDE + body, ranks=ranks, check=check, env=PATH)
+    return run("-c", PRELUDE + body, ranks=ranks, check=check, env=HELPERS)
 
 
 def test_bootstrap_order() -> None:

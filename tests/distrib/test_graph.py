@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import HELPERS, run
 from device_double import REAL, DoubleBackend, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
-from test_nccl import PATH
 from test_strict import apart
 
 import distrib.loop
@@ -374,7 +373,7 @@ assert all(other == everyone[0] for other in everyone)
 @pytest.mark.parametrize(("ranks", "gradients", "bound"), [(2, "bf16", 5e-2), (4, "float32", 1e-3)])
 def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> None:
     """Collectives in the graph: as eager to the bit, on all ranks alike, and as one rank within rounding."""
-    run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=PATH)
+    run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=HELPERS)
 
 
 AGREE = """
@@ -406,7 +405,7 @@ with device("float32") as backend:
 @pytest.mark.parametrize("unwilling", [False, True])
 def test_all_ranks_have_graphs_or_none_has(unwilling: bool) -> None:
     """Four ranks, two of which have no image in the last batch, where local statistics take other kernels."""
-    run("-c", f"UNWILLING = {unwilling}\n" + AGREE, ranks=4, env=PATH)
+    run("-c", f"UNWILLING = {unwilling}\n" + AGREE, ranks=4, env=HELPERS)
 
 
 @double_only
@@ -416,7 +415,7 @@ def test_a_communicator_is_not_closed_under_a_graph() -> None:
         "-c",
         "UNWILLING = False\n" + AGREE.replace("trainer.close()", "comm.close()"),
         ranks=2,
-        env=PATH,
+        env=HELPERS,
         check=False,
     )
     assert "destroyed while a CUDA graph holds its calls" in done.stderr
@@ -444,13 +443,13 @@ np.testing.assert_allclose(*found, rtol=1e-3)
 @double_only
 def test_ranks_through_the_host() -> None:
     """MPI under the device's arrays: the sums wait for the branch of the weight gradients."""
-    run("-c", STAGED, ranks=2, env=PATH)
+    run("-c", STAGED, ranks=2, env=HELPERS)
 
 
 @double_only
 def test_a_sum_that_does_not_wait_for_the_weight_gradients_is_found_out() -> None:
     done = run(
-        "-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=PATH, check=False
+        "-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=HELPERS, check=False
     )
     assert "AssertionError: a graph and eager steps differ" in done.stderr
 

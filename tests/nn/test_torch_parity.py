@@ -20,7 +20,7 @@ LR = {"float64": 1e-2, "float32": 1e-3}
 
 # Relative to the largest absolute value of each tensor. Float64: the two sum in other orders.
 # Float32: Winograd's transforms make a rounding of 6e-8 up to 7e-6 a layer at full width
-# (tests/test_conv.py),
+# (test_conv.py),
 # less at this one, and a gradient has passed 16 to 24 such layers, each divided by a standard deviation.
 BOUND = {"float64": 1e-9, "float32": 1e-4}
 

@@ -1,7 +1,7 @@
 """Pictures of digits under many conditions, made from strokes: `make(condition, digit, path)` writes one.
 
 Run as a program with a run's folder to see how many of each condition `predict` gets right:
-python tests/picture_cases.py runs/first
+python tests/distrib/picture_cases.py runs/first
 """
 
 from __future__ import annotations
