@@ -7,13 +7,18 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from distrib import launched_rank
 from distrib.errors import UserError
 from distrib.files import expanded, printable, reason
+
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def one_process(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,10 +62,17 @@ def positive(flag: str, text: str, **more: Any) -> Any:
     )
 
 
+WIDEST = 18
+"""Letters of a list of choices in the column of a terminal's help; a longer one is in the text."""
+
+
 def choice(flag: str, text: str, *choices: str, **more: Any) -> Any:
-    """An option that is one of `choices`."""
+    """An option that is one of `choices`, which its help names."""
     last = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
-    more = {"metavar": "|".join(choices), **more}
+    metavar = "|".join(choices)
+    if len(metavar) > WIDEST:
+        text, metavar = f"{text.removesuffix('.')}: {last}.", "NAME"
+    more = {"metavar": metavar, **more}
     return _checked(flag, text, str, lambda value: value in choices, f"choose {last}", more)
 
 

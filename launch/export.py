@@ -15,7 +15,7 @@ from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
-from launch.entry import number, one_process
+from launch.entry import Model, number, one_process
 from launch.report.plots import require, require_place, write
 from launch.report.records import shown
 from launch.report.runs import data_of, load_model
@@ -58,6 +58,9 @@ class Graph:
 
     def layer(self, layer: Layer, x: str) -> str:
         """The nodes of `layer`, with the running statistics, on N×C×H×W; returns what comes out."""
+        if type(layer) not in NODES:
+            kind = type(layer).__name__
+            raise UserError(f"{layer.name}: no ONNX nodes are known for {kind}: export to .safetensors")
         return NODES[type(layer)](self, layer, x)
 
 
@@ -219,9 +222,7 @@ def require_free(out: Path, checkpoint: Path) -> None:
 
 @one_process
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
-    ],
+    checkpoint: Model,
     out: Annotated[Path, typer.Argument(help="The file to write: NAME.onnx or NAME.safetensors.")],
     format: Annotated[
         str | None, typer.Option(help="onnx or safetensors.", show_default="by the ending of OUT")

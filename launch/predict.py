@@ -17,7 +17,7 @@ from rich.text import Text
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.run.console import on_terminal
-from launch.entry import number
+from launch.entry import Model, number, one_process
 
 SHADES = " .:-=+*#%@"
 """Characters from dark to bright, for where there are no shades of grey."""
@@ -94,10 +94,9 @@ def line(result: dict[str, Any], names: list[str], top: int) -> str:
     return f"{name}: {said}{'  (inverted: dark on bright)' if result['inverted'] else ''}"
 
 
+@one_process
 def predict(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
-    ],
+    checkpoint: Model,
     images: Annotated[
         list[Path], typer.Argument(help="PNG, JPEG or other pictures, or IDX files, gzipped or not.")
     ],

@@ -44,9 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: starts no other process")
     beside = str(Path(sys.executable).parent)  # mpirun of the virtual environment, activated or not
     os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
-    # a shell's background job, and all that it starts, ignores Ctrl-C, which some tests send
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a shell's background job ignores the first and nohup's the second, which some tests send
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from distrib.comm.world import World, connect
 from distrib.errors import EXIT_CRASH, UserError
-from launch.bench.measure import AsJson, Repeats, spread
+from launch.bench.measure import BackendName, Repeats, spread
 from launch.bench.meter import GRAPH_CALLS, Meter, NoMemory, WrongSum
-from launch.entry import choice, number, positive
+from launch.entry import AsJson, choice, number, positive
 from launch.machine import machine
 
 
@@ -51,7 +51,7 @@ def allreduce(
     factor: Annotated[int, number("--factor", "From one size to the next.", 2)] = 8,
     dtype: Annotated[str, choice("--dtype", "Type of the elements.", "float32", "float64")] = "float32",
     comm: Annotated[str, choice("--comm", "Communicator.", "auto", "mpi", "nccl")] = "auto",
-    backend: Annotated[str, choice("--backend", "Array library.", "auto", "numpy", "cupy")] = "auto",
+    backend: BackendName = "auto",
     repeats: Repeats = 7,
     seconds: Annotated[
         float, positive("--seconds", "Time to measure each size for; in a graph as long again.")

@@ -17,8 +17,8 @@ from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import counts, warm_up
-from launch.bench.measure import AsJson, BatchSize, Variant, Width
-from launch.entry import choice
+from launch.bench.measure import BatchSize, Variant, Width
+from launch.entry import AsJson, choice
 from launch.machine import machine, refuse_launcher
 from nn.device import capture
 

@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import typer
 
-from launch.entry import number, positive
+from distrib.config import CHOICES
+from launch.entry import choice, number, positive
 from nn.device import NUMPY, Backend
 
 BatchSize = Annotated[int, number("--batch-size", "Global batch.", most=60_000)]
 Width = Annotated[float, positive("--width", "Multiplier of all channel counts.")]
-Variant = Annotated[str, typer.Option(help="baseline, avgpool, conv-shortcut or three-blocks.")]
-Precision = Annotated[str, typer.Option(help="float32, float64, and on a GPU tf32 or bf16.")]
-BackendName = Annotated[str, typer.Option("--backend", help="numpy, cupy, or auto.")]
+Variant = Annotated[str, choice("--variant", "Variant of ResNet-9.", *CHOICES["variant"])]
+Precision = Annotated[
+    str, choice("--precision", "Type of numbers (tf32 and bf16 on a GPU).", *CHOICES["precision"])
+]
+BackendName = Annotated[str, choice("--backend", "Array library.", *CHOICES["backend"])]
+Comm = Annotated[str, choice("--comm", "Communicator.", *CHOICES["comm"])]
 Repeats = Annotated[int, number("--repeats", "Measurements of each side, in alternation.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def spread(values: list[float], digits: int = 4) -> str:

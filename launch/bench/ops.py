@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from distrib.config import build
-from launch.bench.measure import AsJson, BatchSize, Repeats, Width, matrix_peak, spread
-from launch.entry import choice
+from launch.bench.measure import BatchSize, Repeats, Width, matrix_peak, spread
+from launch.entry import AsJson, choice
 from launch.machine import machine, refuse_launcher, require_torch
 from nn.array import Array
 from nn.buffers import Buffers

@@ -17,8 +17,8 @@ from distrib.config import Config
 from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.train import parse
-from launch.bench.measure import AsJson, spread
-from launch.entry import choice, number
+from launch.bench.measure import spread
+from launch.entry import AsJson, choice, number
 from launch.machine import Done, child_environment, finish, machine, mpirun, refuse_launcher, require_torch
 from launch.torch_peer import worker
 from launch.torch_peer.worker import kinds, require_plain

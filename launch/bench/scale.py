@@ -21,8 +21,8 @@ from distrib import __version__
 from distrib.config import build
 from distrib.errors import UserError
 from distrib.files import MOST_JSON, read_bytes
-from launch.bench.measure import AsJson, BackendName, BatchSize, Precision, Variant, Width, spread
-from launch.entry import number, one_process, positive
+from launch.bench.measure import BackendName, BatchSize, Precision, Variant, Width, spread
+from launch.entry import AsJson, number, one_process, positive
 from launch.machine import DISTRIB, child_environment, devices, finish, machine, mpirun
 from launch.report import plots
 

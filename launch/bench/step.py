@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distrib.comm.world import World, connect
-from distrib.config import Config, build
+from distrib.config import CHOICES, Config, build
 from distrib.data import formats, sampler
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
@@ -22,9 +22,9 @@ from distrib.timing import PHASES
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
 from launch.bench.measure import (
-    AsJson,
     BackendName,
     BatchSize,
+    Comm,
     Precision,
     Repeats,
     Variant,
@@ -34,9 +34,9 @@ from launch.bench.measure import (
     pool_bytes,
     spread,
 )
-from launch.entry import choice, number
+from launch.entry import AsJson, choice, number
 from launch.machine import machine, require_torch
-from launch.torch_peer.worker import Worker, kinds
+from launch.torch_peer.worker import Worker, kinds, require_plain
 
 AGAINST = (
     "torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU eagerly and"
@@ -51,10 +51,10 @@ def step(
     batch_size: BatchSize = 64,
     width: Width = 1.0,
     variant: Variant = "baseline",
-    optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
+    optimizer: Annotated[str, choice("--optimizer", "Optimizer.", *CHOICES["optimizer"])] = "adam",
     precision: Precision = "float32",
     backend: BackendName = "auto",
-    comm: Annotated[str, typer.Option(help="none, mpi, nccl, or auto.")] = "auto",
+    comm: Comm = "auto",
     graph: Annotated[
         bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU, whole steps as CUDA graphs.")
     ] = True,
@@ -74,11 +74,11 @@ def step(
     """
     if evaluate and against == "loop":
         raise UserError("--evaluate --against loop: the loop only trains: leave out --evaluate")
-    if against == "torch" and precision == "float64":
-        raise UserError("--against torch: not in float64")
     given = {"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer}
     given |= {"precision": precision, "backend": backend, "comm": comm, "cuda_graph": graph, "limit_test": 1}
     config = build(given)
+    if against == "torch":
+        require_plain(config)
     world = connect(comm, backend, precision, timeout=600)
     with world.agree():
         data = formats.load(None, None, 1)

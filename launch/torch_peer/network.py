@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
+from distrib.errors import UserError
 from nn.layer import Layer, Shape
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
 from nn.resnet9 import ResNet9
@@ -31,6 +32,8 @@ class TorchNetwork(nn.Module):
 
     def convert(self, layer: Layer) -> Function:
         """`layer` as a function of images (N, C, H, W); its modules become this one's."""
+        if type(layer) not in CONVERTERS:
+            raise UserError(f"{layer.name}: {type(layer).__name__} has no counterpart in PyTorch here")
         return CONVERTERS[type(layer)](self, layer)
 
     def place(self, name: str, module: nn.Module) -> nn.Module:

@@ -44,11 +44,12 @@ class TorchSide:
         self.optimizer: Any = self.make_optimizer(model.parameters())
 
     def make_optimizer(self, parameters: Any) -> Any:
-        """Ours, as PyTorch has it."""
+        """Ours, as PyTorch has it: one of `worker.OPTIMIZERS`."""
         config, optim = self.config, self.torch.optim
         more: dict[str, Any] = {"weight_decay": config.weight_decay} | ({"fused": True} if self.gpu else {})
         if config.optimizer == "adam":
             return optim.AdamW(parameters, config.lr, **more)
+        assert config.optimizer == "sgd"
         return optim.SGD(parameters, config.lr, config.momentum, nesterov=config.nesterov, **more)
 
     def scaled(self, images: Any) -> Any:

@@ -27,6 +27,9 @@ PLAIN = {
 }
 """Options that the PyTorch side has one value of."""
 
+OPTIMIZERS = ("adam", "sgd")
+"""Those that it has too."""
+
 LAYOUTS = ("channels-last", "contiguous")
 
 
@@ -43,6 +46,9 @@ def require_plain(config: Config) -> None:
         if getattr(config, name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(config, name)}: the PyTorch side has {value} only")
+    if config.optimizer not in OPTIMIZERS:
+        have = " and ".join(OPTIMIZERS)
+        raise UserError(f"--optimizer {config.optimizer}: the PyTorch side has {have} only")
     if config.precision == "float64":
         raise UserError("--precision float64: the PyTorch side has none: give another")
 

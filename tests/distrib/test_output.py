@@ -94,7 +94,9 @@ def test_the_terminal_goes_away(tmp_path: Path, ignored: bool, code: int) -> Non
 def test_signals_that_come_late_change_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """Told to stop again and again until it is gone, it ends with its own code."""
     job = started(tmp_path / "run")
+    deadline = time.monotonic() + LIMIT
     while job.poll() is None:
+        assert time.monotonic() < deadline
         os.kill(job.pid, number)
         time.sleep(0.002)
     assert job.returncode == 85

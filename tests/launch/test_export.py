@@ -18,6 +18,7 @@ from distrib.predict import Loaded, load, logits
 from distrib.run import checkpoint as ckpt
 from launch import export as module
 from launch.export import TOLERANCE, export
+from nn.layers import Residual
 from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.needs("onnx")
@@ -185,6 +186,15 @@ def constant(model) -> None:
     """A batch norm that gives no number."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     tensors["stem.1.running_var"].raw_data = np.full(4, np.nan, np.float32).tobytes()
+
+
+def test_a_layer_without_onnx_nodes_is_named(
+    trained, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(module.NODES, Residual)
+    code, _, err = call(trained("baseline"), tmp_path / "model.onnx")
+    assert code == 2
+    assert err == "distrib: error: res1: no ONNX nodes are known for Residual: export to .safetensors\n"
 
 
 @pytest.mark.parametrize("fault", [swap, short_cut, average, epsilon, no_relu, constant])
