@@ -1,7 +1,8 @@
 """The protocol of layers.
 
 Activations pass from hand to hand: `forward` takes over x and `backward` takes over dy (each may release or
-overwrite it), and what either returns the caller holds (see `Buffers.activation`). Who needs an array twice
+overwrite it), and what either returns the caller holds. `Buffers.activation` gives the memory; in training,
+`Buffers.output` for what forward returns and `Buffers.save` for what backward needs. Who needs an array twice
 retains it. Vectors (N, C) are persistent, their maker's own.
 """
 
@@ -50,6 +51,7 @@ class Layer(ABC):
     in_shape: Shape = ()
     out_shape: Shape = ()
     need_dx = True  # whether the gradient of its input is wanted
+    bf16 = False  # whether it takes activations that hold the bits of bfloat16, which CUDA kernels alone do
 
     def build(self, name: str, shape: Shape, need_dx: bool = True) -> Shape:
         """Take a place in a network; returns what comes out of `shape`. ValueError where it does not fit."""

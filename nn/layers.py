@@ -39,6 +39,8 @@ class Saved(NamedTuple):
 class ConvBN(Layer):
     """Convolution without bias, padded by half a kernel → batch norm (→ + residual) (→ ReLU) (→ max-pool)."""
 
+    bf16 = True
+
     def __init__(self, out: int, kernel: int = 3, stride: int = 1, relu: bool = True, pool: int = 0) -> None:
         self.out, self.kernel, self.stride, self.relu, self.pool = out, kernel, stride, relu, pool
         self.geometry = Geometry(stride, kernel // 2)
@@ -169,6 +171,8 @@ class ConvBN(Layer):
 class Sequential(Layer):
     """One layer after another, by their numbers or names."""
 
+    bf16 = True
+
     def __init__(self, *layers: Layer, **more: Layer) -> None:
         self.layers = {**{str(i): layer for i, layer in enumerate(layers)}, **more}
 
@@ -197,6 +201,8 @@ class Residual(Layer):
 
     Where the body ends with a ConvBN(…, relu=False), batch norm's pass adds and rectifies.
     """
+
+    bf16 = True
 
     def __init__(self, *body: Layer, shortcut: Layer | None = None) -> None:
         self.body, self.shortcut = body, shortcut
@@ -260,6 +266,7 @@ class Residual(Layer):
 class GlobalPool(Layer):
     """(H, W, C) → (C,): one value of each channel."""
 
+    bf16 = True
     average = False
 
     def infer(self, shape: Shape) -> Shape:
@@ -296,6 +303,8 @@ class GlobalAvgPool(GlobalPool):
 
 class Linear(Layer):
     """y = x wᵀ + b."""
+
+    bf16 = True
 
     def __init__(self, out: int) -> None:
         self.out = out

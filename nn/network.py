@@ -34,7 +34,8 @@ class Network:
     `shape` is (H, W, C) of the images, and `classes` the number of classes.
     `params` holds the parameters, `statistics` the running statistics in one vector, and `running` views into
     it by name. Weights come from `seed` alone. `activations` is their dtype where it is not the parameters':
-    uint16, which holds the bits of bfloat16. With `poison`, for tests, see `Buffers`.
+    uint16, which holds the bits of bfloat16, for layers that take it (`Layer.bf16`). With `poison`, for
+    tests, see `Buffers`.
     """
 
     def __init__(
@@ -59,6 +60,10 @@ class Network:
                 f"{list(layers.walk())[-1].name}: the network makes {text(out)} of images of {text(shape)},"
                 f" and there are {classes} classes: end it with GlobalMaxPool() and Linear(classes)"
             )
+        plain = [layer for layer in layers.walk() if not layer.bf16]
+        if activations and plain:
+            kind = type(plain[0]).__name__
+            raise ValueError(f"{plain[0].name}: {kind} does not compute in bf16: give another precision")
         self.buffers = Buffers(backend, activations or dtype, poison=poison)
         specs = [spec for layer in layers.walk() for spec in layer.specs()]
         self.params = Parameters(specs, backend, dtype, narrow=activations)

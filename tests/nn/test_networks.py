@@ -362,3 +362,18 @@ def test_resnet9_on_small_images() -> None:
         Network(MODELS["resnet9"], (7, 9, 1), 10)
     with pytest.raises(ValueError, match="variant 'best': choose one of baseline, avgpool"):
         Network(MODELS["resnet9"], (28, 28, 1), 10, {"variant": "best"})
+
+
+class Plain(Linear):
+    """A layer that somebody wrote, with arithmetic in NumPy."""
+
+    bf16 = False
+
+
+def test_a_layer_that_does_not_compute_in_bf16_is_refused_there() -> None:
+    def model(*_: Any) -> Layer:
+        return Sequential(head=GlobalMaxPool(), fc=Plain(10))
+
+    Network(model, (7, 8, 1), 10)
+    with pytest.raises(ValueError, match="fc: Plain does not compute in bf16: give another precision"):
+        Network(model, (7, 8, 1), 10, activations="uint16")
