@@ -11,12 +11,12 @@ from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
-from distrib.faults.watchdog import Failure
+from distrib.faults.watchdog import RankFailure
 from distrib.run.folder import code_digest
 from distrib.trainer import Trainer
 
 
-def guard(world: World, config: Config, data: Dataset) -> None:
+def check_same_config(world: World, config: Config, data: Dataset) -> None:
     """UserError where the ranks were started with different options, run different code or read different
     data."""
     mine = {"options": asdict(config), "data": data.digest(), "code": code_digest()}
@@ -39,7 +39,7 @@ def guard(world: World, config: Config, data: Dataset) -> None:
             )
 
 
-def guard_layout(trainer: Trainer) -> None:
+def check_same_buckets(trainer: Trainer) -> None:
     """UserError where what the ranks will send differs: buckets, dtypes, the number of steps."""
     params, buckets = trainer.params, trainer.reducer.buckets
     mine = (
@@ -60,8 +60,8 @@ def guard_layout(trainer: Trainer) -> None:
             )
 
 
-def compare_replicas(trainer: Trainer) -> None:
-    """Failure naming the rank whose parameters are not those of the most: its memory, a link or a kernel
+def check_replicas_equal(trainer: Trainer) -> None:
+    """RankFailure naming the rank whose parameters are not those of the most: its memory, a link or a kernel
     corrupts data."""
     if trainer.world.size == 1:
         return
@@ -74,7 +74,7 @@ def compare_replicas(trainer: Trainer) -> None:
         return
     rank = next(rank for rank, other in enumerate(everyone) if other != common)
     also = "" if count > len(everyone) / 2 else ", or rank 0's, as there is no majority"
-    raise Failure(
+    raise RankFailure(
         rank,
         f"its parameters{also} differ from the other ranks' after step {trainer.at.step}: memory, a link or a"
         f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to go on from the last"

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from distrib import state
-from distrib.checks import compare_replicas, guard, guard_layout
+from distrib.checks import check_replicas_equal, check_same_buckets, check_same_config
 from distrib.comm.world import World, connect
 from distrib.config import Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
 from distrib.errors import EXIT_REQUEUE, UserError
-from distrib.faults.heartbeat import REFUSED, Board
-from distrib.faults.signals import listening
-from distrib.faults.watchdog import give_up
+from distrib.faults.heartbeat import USER_ERROR, Heartbeats
+from distrib.faults.signals import stop_on_signals
+from distrib.faults.watchdog import abort_job
 from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.trainer import Trainer, blas_threads
@@ -81,7 +81,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         if config.check_every and (
             at.step % config.check_every == 0 or save or last or end or trainer.results.stopped
         ):
-            compare_replicas(trainer)
+            check_replicas_equal(trainer)
         if save and not trainer.results.stopped:
             meter.pause()
             state.save(trainer, run)
@@ -154,7 +154,7 @@ class Meter:
 
 def log_line(run: Run | None, world: World, values: dict[str, Any], results: dict[str, float]) -> None:
     """A line of metrics.jsonl, written by rank 0; all ranks learn whether that worked."""
-    with world.agree():
+    with world.fail_together():
         if run:
             run.log({**values, **results})
 
@@ -223,23 +223,23 @@ def train_on(world: World, config: Config, run: Run | None, last: bool = False) 
     """`train`, with the ranks joined; rank 0 has the run's folder."""
     screen = Screen(active=world.rank == 0)
     stored, saved = None, None
-    with world.agree():
+    with world.fail_together():
         data = formats.load(config.data, config.limit_train, config.limit_test)
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
-    with world.agree():
+    with world.fail_together():
         config = config.resolve(world.size, data, stored)
-    guard(world, config, data)
-    with world.agree():
+    check_same_config(world, config, data)
+    with world.fail_together():
         saved = run.open(config) if run else None
     saved = world.broadcast(saved, "the checkpoint")
-    with world.agree():
+    with world.fail_together():
         trainer = Trainer(config, world, data)
     changed: list[str] = []
-    with world.agree():
+    with world.fail_together():
         if saved:
             changed = state.restore(trainer, saved)
-    with world.agree():
+    with world.fail_together():
         if run:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.about())
     if run:
@@ -251,27 +251,29 @@ def train_on(world: World, config: Config, run: Run | None, last: bool = False) 
             screen.say(f"resuming from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
         if changed:
             screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
-    guard_layout(trainer)
+    check_same_buckets(trainer)
     world.watchdog.step = trainer.at.step
-    world.watchdog.board = Board(
+    world.watchdog.heartbeats = Heartbeats(
         Path(world.broadcast(str(run.path) if run else "", "the run's folder")),
         world.rank,
         world.size,
         trainer.at.step,
     )
-    with listening(trainer, last), verdict_of(world):
+    with stop_on_signals(trainer, last), verdict_of(world):
         warm_up(trainer, run)
         summary = fit(trainer, run, screen)
         state.wait_for_save(trainer, run)  # and verified before anyone counts on it
         logits = world.allgather(trainer.logits, "the logits of the test images")
-        with world.agree():
+        with world.fail_together():
             if run:
                 run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
                 run.finish(summary)
         report(screen, summary, run)
-        world.watchdog.ask(lambda board: board.publish(now=True, step=trainer.at.step, state="finished"))
+        world.watchdog.ask_heartbeats(
+            lambda beats: beats.publish(now=True, step=trainer.at.step, state="finished")
+        )
         trainer.close()
-    world.watchdog.board = None
+    world.watchdog.heartbeats = None
     return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 
@@ -282,14 +284,14 @@ def verdict_of(world: World) -> Iterator[None]:
     try:
         yield
     except UserError:  # all ranks have it
-        world.watchdog.ask(lambda board: board.publish(now=True, state=REFUSED))
+        world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, state=USER_ERROR))
         raise
     except BaseException as error:
         if world.size > 1:
             traceback.print_exc()
-            give_up(world.watchdog, error, world.comm.abort)
+            abort_job(world.watchdog, error, world.comm.abort)
         cause = f"{type(error).__name__}: {error}"
-        world.watchdog.ask(lambda board: board.fail(cause, 0, world.watchdog.step))
+        world.watchdog.ask_heartbeats(lambda beats: beats.report_failure(cause, 0, world.watchdog.step))
         raise
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distrib.comm.world import PATIENCE
+from distrib.comm.world import SLOW_IO_FACTOR
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
 from distrib.run.folder import Run
@@ -49,7 +49,7 @@ def save(trainer: Trainer, run: Run | None) -> None:
     world.allgather(
         None, "the beginning of a checkpoint"
     )  # the wait for rank 0's disk alone is a patient one
-    with world.agree(PATIENCE):
+    with world.fail_together(SLOW_IO_FACTOR):
         trainer.saver.wait()
         if run:
             trainer.saver.start(
@@ -79,7 +79,7 @@ def _moments(trainer: Trainer) -> ckpt.Tensors:
 
 def wait_for_save(trainer: Trainer, run: Run | None) -> None:
     """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
-    with trainer.world.agree(PATIENCE):
+    with trainer.world.fail_together(SLOW_IO_FACTOR):
         trainer.saver.wait()
         if run and trainer.saver.used:
             ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, trainer.at.step))

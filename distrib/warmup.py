@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from distrib.comm.base import SingleCommunicator
-from distrib.comm.world import PATIENCE
+from distrib.comm.world import SLOW_IO_FACTOR
 from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate
@@ -33,7 +33,7 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
     convolutions = world.backend.algorithms.get("cudnn")
     if convolutions is None:
         return
-    with world.agree(PATIENCE):
+    with world.fail_together(SLOW_IO_FACTOR):
         if world.rank == 0:
             about, ranks = world.backend.describe(), range(world.size)
             convolutions.plans.update(run.plans(about) if run else {})
@@ -82,7 +82,7 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
             trainer.compute(*step)
             capturable = capturable and trainer.capturable()
         moved = any(
-            trainer.world.allgather(model.buffers.generation != generation, "the first steps", PATIENCE)
+            trainer.world.allgather(model.buffers.generation != generation, "the first steps", SLOW_IO_FACTOR)
         )
     if not all(trainer.world.allgather(capturable, "the agreement on CUDA graphs")):
         trainer.graphs = None

@@ -16,7 +16,7 @@ from launch.entry import one_process
 def verdict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     ended: Annotated[
-        bool, typer.Option("--ended", help="The job is over: a rank that fell silent has died.")
+        bool, typer.Option("--ended", help="The job is over: a rank without a new heartbeat has died.")
     ] = False,
 ) -> None:
     """Say which rank ended a job that failed, and why, after the fact.

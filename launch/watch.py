@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.errors import UserError
-from distrib.faults import heartbeat as board
-from distrib.faults.heartbeat import SILENT
+from distrib.faults.heartbeat import FAILED, STALE_SECONDS
 from distrib.run.console import PLAIN_SECONDS, on_terminal
 from launch.entry import one_process, positive
 from launch.report.follow import Follower
@@ -62,28 +61,29 @@ def epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 
 def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
-    """A line for each rank; of more than `most` those that stand out: ended, silent, furthest behind."""
+    """A line for each rank; beyond `most` only those that stand out: ended, stale, furthest behind."""
     order = sorted(
-        run.words, key=lambda word: (word.running and run.silence(word) < 2 * SILENT, word.step, word.rank)
+        run.heartbeats,
+        key=lambda beat: (beat.running and run.age(beat) < 2 * STALE_SECONDS, beat.step, beat.rank),
     )
-    shown, rest = sorted(order[:most], key=lambda word: word.rank), order[most:]
+    shown, rest = sorted(order[:most], key=lambda beat: beat.rank), order[most:]
     table = Table("rank", "host", "step", "does", "heartbeat", box=None, pad_edge=False, header_style="dim")
-    for word in shown:
-        bad = word.state.startswith(board.FAILED) or (word.running and run.silence(word) > 10)
+    for beat in shown:
+        bad = beat.state.startswith(FAILED) or (beat.running and run.age(beat) > 10)
         cells = (
-            word.rank,
-            word.host,
-            word.step,
-            word.doing if word.running else word.state,
-            f"{run.silence(word):.0f} s ago",
+            beat.rank,
+            beat.host,
+            beat.step,
+            beat.doing if beat.running else beat.state,
+            f"{run.age(beat):.0f} s ago",
         )
         table.add_row(*(cropped(str(cell)) for cell in cells), style="red" if bad else "")
     yield table
     if rest:
-        steps, silent = [word.step for word in rest], max(run.silence(word) for word in rest)
+        steps, oldest = [beat.step for beat in rest], max(run.age(beat) for beat in rest)
         yield Text(
             f"and {len(rest)} more at steps {min(steps)} to {max(steps)}, the last heartbeat of each at"
-            f" most {silent:.0f} s ago"
+            f" most {oldest:.0f} s ago"
         )
 
 
@@ -112,17 +112,15 @@ def view(run: Follower, console: Console) -> Group:
         cropped(f"{shown_path(run)}  {shown(', '.join(map(str, names)))}", "bold"),
         grid,
         *epochs,
-        *(ranks(run, most) if run.words else [Text("no heartbeat yet")]),
+        *(ranks(run, most) if run.heartbeats else [Text("no heartbeat yet")]),
     )
 
 
 def plain(run: Follower) -> str:
     """The state in a line, for a log file."""
-    (_, epoch, step), heard = run.progress(), [run.silence(word) for word in run.words]
+    (_, epoch, step), ages = run.progress(), [run.age(beat) for beat in run.heartbeats]
     parts = [epoch, *(f"{name} {text}" for name, text in {"step": step, **figures(run)}.items())]
-    parts.append(
-        f"{len(heard)} rank(s), last heartbeat {max(heard):.0f} s ago" if heard else "no heartbeat yet"
-    )
+    parts.append(f"{len(ages)} rank(s), last heartbeat {max(ages):.0f} s ago" if ages else "no heartbeat yet")
     return "  ".join(parts)
 
 

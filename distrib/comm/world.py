@@ -7,19 +7,20 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from distrib import launched_ranks
 from distrib.comm.base import Communicator, SingleCommunicator, SingleControl
 from distrib.errors import UserError
-from distrib.faults.watchdog import Agreement, Watchdog, abort_on_crash, bounded
+from distrib.faults.watchdog import Watchdog, abort_on_crash, kill_after
 from nn.cuda import backend as backends
 from nn.device import NUMPY, Backend
 
-PATIENCE = 10
-"""Timeouts that the ranks wait for rank 0 alone: for its disk, which may be a slow shared one, or its choice
-of plans."""
+SLOW_IO_FACTOR = 10
+"""Timeouts that the ranks wait for work of rank 0 alone, such as writing to a slow shared disk."""
 
 MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 
@@ -49,19 +50,35 @@ class World:
     def size(self) -> int:
         return self.comm.size
 
-    def agree(self, patience: float = 1) -> Any:
-        """Context in which a UserError of one rank becomes the same UserError on all; one may take `patience`
-        timeouts."""
-        return Agreement(self.rank, lambda value: self.allgather(value, "an agreement", patience))()
+    @contextmanager
+    def fail_together(self, timeouts: float = 1) -> Iterator[None]:
+        """Turn a UserError of one rank into the same UserError on all ranks.
+
+            with world.fail_together():
+                ...  # may raise on any rank
+
+        Every rank must enter it; none continues if another failed. The ranks wait up to `timeouts` timeouts
+        for each other.
+        """
+        message: str | None = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        found = self.allgather(message, "the errors of all ranks", timeouts)
+        for rank, text in enumerate(found):
+            if text is not None:
+                where = "" if rank == 0 or all(found) else f" (rank {rank})"
+                raise UserError(f"{text}{where}")
 
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's `value`, on every rank."""
         with self.watchdog.waiting(what):
             return self.control.bcast(value, root=0)
 
-    def allgather(self, value: Any, what: str, patience: float = 1) -> list[Any]:
-        """`value` of every rank, by rank; they may take `patience` timeouts to come."""
-        with self.watchdog.waiting(what, patience):
+    def allgather(self, value: Any, what: str, timeouts: float = 1) -> list[Any]:
+        """`value` of every rank, by rank. The ranks wait up to `timeouts` timeouts for each other."""
+        with self.watchdog.waiting(what, timeouts):
             return list(self.control.allgather(value))
 
 
@@ -77,7 +94,7 @@ def import_mpi() -> Any:
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
     try:
-        with bounded(MPI_INIT_SECONDS, "MPI_Init"):
+        with kill_after(MPI_INIT_SECONDS, "MPI_Init"):
             from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
@@ -90,7 +107,7 @@ def import_mpi() -> Any:
 def end_mpi(mpi: Any, seconds: float) -> None:
     """MPI_Finalize, which waits for all ranks: the process ends after `seconds` all the same."""
     if not mpi.Is_finalized():
-        with bounded(seconds, "MPI_Finalize"):
+        with kill_after(seconds, "MPI_Finalize"):
             mpi.Finalize()
 
 
@@ -221,7 +238,9 @@ def connect(
     watchdog = Watchdog(rank, timeout)
     if not single:
         abort_on_crash(watchdog, lambda: control.Abort(1))
-        atexit.register(end_mpi, import_mpi(), PATIENCE * timeout)  # rank 0 may still be writing a checkpoint
+        atexit.register(
+            end_mpi, import_mpi(), SLOW_IO_FACTOR * timeout
+        )  # rank 0 may still be writing a checkpoint
     with watchdog.waiting("the choice of backend and communicator"):
         everyone = control.allgather((comm, backend, precision))
         for other, asked in enumerate(everyone):

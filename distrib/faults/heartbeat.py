@@ -1,10 +1,9 @@
-"""ranks/ and failure.json in a run's folder: what each rank last did, and which one ended the job, said
-without MPI.
+"""Heartbeat files: what each rank last did, and which rank ended a failed job, without using MPI.
 
-Every rank's watchdog publishes a line about its rank, at most once a second. When a job ends otherwise than
-it should, whoever notices reads what the others said last, and names a rank: one that said why it failed, one
-that fell silent, or the one furthest behind. The first verdict stands. `distrib verdict RUN` prints it after
-the fact.
+`ranks/` in a run's folder holds one file per rank, which the rank's watchdog rewrites at most once a second.
+When a job fails, the rank that notices reads the other ranks' heartbeats and blames, in order: a rank that
+recorded an error, one whose heartbeat stopped, the one furthest behind. It records the result in
+failure.json, where the first record wins. `distrib verdict RUN` prints it afterwards.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from typing import Any
 from distrib.errors import UserError
 from distrib.files import create, fits, printable, read_json, replace
 
-SILENT = 2.5
-"""Seconds without a new word, of a rank that speaks every second, after which it counts as stopped or
-gone."""
+STALE_SECONDS = 2.5
+"""A running rank rewrites its heartbeat every second; after this long without a new one it counts as dead."""
 
-TOLD_TO_STOP, REFUSED, FAILED = "told to stop", "ended with a message", "failed: "
+# values of `state` in a heartbeat file, besides "running" and "finished"
+TOLD_TO_STOP, USER_ERROR, FAILED = "told to stop", "ended with a message", "failed: "
 
 
 @dataclass
-class Word:
-    """What a rank says of itself."""
+class Heartbeat:
+    """One rank's heartbeat, as its file holds it."""
 
     rank: int
     host: str
     pid: int
     step: int = 0
-    doing: str = "starting"  # a collective that it waits in, or "computing"
+    doing: str = "starting"  # "computing", or the collective that the rank waits in
     collectives: int = 0  # begun so far
-    state: str = "running"  # or "finished", TOLD_TO_STOP, REFUSED, FAILED…
+    state: str = "running"  # or "finished", TOLD_TO_STOP, USER_ERROR, FAILED followed by the cause
     time: float = 0.0
 
     @property
@@ -49,161 +48,168 @@ class Word:
         return self.state == "running"
 
 
-KINDS = {field.name: str(field.type) for field in fields(Word)}
-"""Types of what a rank's file must hold."""
+HEARTBEAT_TYPES = {field.name: str(field.type) for field in fields(Heartbeat)}
+"""Types of the fields of a heartbeat file."""
 
-VERDICT = {"rank": "int", "host": "str", "step": "int", "cause": "str"}
-"""Types of what failure.json must hold."""
+FAILURE_TYPES = {"rank": "int", "host": "str", "step": "int", "cause": "str"}
+"""Types of the fields of failure.json that are read."""
 
-MOST_BYTES = 1 << 16
-"""Of a rank's file or a verdict; they have a few hundred, and a cause that is cut at MOST_CAUSE."""
+MAX_BYTES = 1 << 16
+"""Largest heartbeat file or failure.json that is read. Ours have a few hundred bytes, plus the cause."""
 
-MOST_CAUSE = 2000
+MAX_CAUSE = 2000
+"""Longer causes are cut at this many characters."""
 
 
-class Board:
-    """One rank's place on the board of a run's folder."""
+class Heartbeats:
+    """Publishes one rank's heartbeat in a run's folder, and finds culprits among those of all ranks."""
 
     def __init__(self, folder: Path, rank: int, size: int, step: int = 0) -> None:
         self.folder, self.size = folder, size
-        self.word = Word(rank, socket.gethostname(), os.getpid(), step)
+        self.own = Heartbeat(rank, socket.gethostname(), os.getpid(), step)
         self.ranks = folder / "ranks"
-        self._published, self._speaking = 0.0, threading.Lock()
+        self._published, self._publishing = 0.0, threading.Lock()
         with contextlib.suppress(OSError):
             self.ranks.mkdir(parents=True, exist_ok=True)
         self.publish(now=True)
 
-    def publish(self, now: bool = False, **news: Any) -> None:
-        """Take in `news` (fields of Word) and write them, at most once a second unless `now`. A full disk is
-        no failure."""
-        with self._speaking:
-            for name, value in news.items():
-                setattr(self.word, name, value)
+    def publish(self, now: bool = False, **changes: Any) -> None:
+        """Change fields of this rank's heartbeat and write it, at most once a second unless `now`.
+
+        Errors of the disk are ignored: training does not depend on heartbeats.
+        """
+        with self._publishing:
+            for name, value in changes.items():
+                setattr(self.own, name, value)
             if now or time.monotonic() - self._published >= 1:
-                self._published, self.word.time = time.monotonic(), time.time()
-                self._write(f"{self.word.rank:05}.json", asdict(self.word))
+                self._published, self.own.time = time.monotonic(), time.time()
+                self._write(f"{self.own.rank:05}.json", asdict(self.own))
 
     def _write(self, name: str, value: Any) -> None:
         with contextlib.suppress(OSError):
             replace(self.ranks / name, json.dumps(value).encode())
 
-    def fail(self, cause: str, rank: int, step: int) -> str:
-        """Say that `rank`, this one or another, failed; returns the verdict as a line."""
-        cause = cause if len(cause) <= MOST_CAUSE else f"{cause[:MOST_CAUSE]}…"
-        state = f"{FAILED}{cause}" if rank == self.word.rank else self.word.state
+    def report_failure(self, cause: str, rank: int, step: int) -> str:
+        """Record that `rank`, this one or another, failed; returns the recorded failure as a line."""
+        cause = cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
+        state = f"{FAILED}{cause}" if rank == self.own.rank else self.own.state
         self.publish(now=True, step=step, state=state)
         found = [
-            dataclasses.replace(word, step=self.word.step) for word in read(self.folder) if word.rank == rank
+            dataclasses.replace(beat, step=self.own.step)
+            for beat in read_heartbeats(self.folder)
+            if beat.rank == rank
         ]
-        return conclude(self.folder, found[0] if found else self.word, cause)
+        return record_failure(self.folder, found[0] if found else self.own, cause)
 
-    def accuse(self, otherwise: str, last: list[str], publish: Callable[[], None]) -> str:
-        """Name the rank that keeps the others waiting; `otherwise` is the cause where none can be made out.
+    def diagnose(self, fallback: str, collectives: list[str], publish: Callable[[], None]) -> str:
+        """Record the rank that keeps the others waiting; `fallback` is the cause if none can be blamed.
 
-        `last` are this rank's last collectives: written down, for who wants to compare those of all ranks.
-        Meanwhile `publish` is called: a rank that listens is not silent itself.
+        Writes down `collectives`, this rank's last ones, so that you can compare those of all ranks. Calls
+        `publish` while it waits for heartbeats, so that this rank does not look dead to the others.
         """
         self.publish(now=True)
-        self._write(f"{self.word.rank:05}-collectives.json", last)
-        # the clocks of hosts differ: silent is who says nothing new
-        before = {word.rank: word.time for word in read(self.folder)}
-        for _ in range(10):  # looks, not seconds: all ranks may be suspended meanwhile
-            time.sleep(SILENT / 10)
+        self._write(f"{self.own.rank:05}-collectives.json", collectives)
+        # clocks differ between hosts, so a heartbeat is stale if its time did not change
+        before = {beat.rank: beat.time for beat in read_heartbeats(self.folder)}
+        for _ in range(10):  # count looks, not seconds: all ranks may be suspended meanwhile
+            time.sleep(STALE_SECONDS / 10)
             publish()
-        words = read(self.folder)
-        silent = {word.rank for word in words if before.get(word.rank) == word.time}
-        return conclude(self.folder, *suspect(words, silent, self.size, self.word, otherwise))
+        beats = read_heartbeats(self.folder)
+        stale = {beat.rank for beat in beats if before.get(beat.rank) == beat.time}
+        return record_failure(self.folder, *find_culprit(beats, stale, self.size, self.own, fallback))
 
-    def dead_neighbour(self) -> str | None:
-        """The verdict on a rank of this host whose process is gone without a word, if there is one."""
-        for word in read(self.folder):
-            if word.host == self.word.host and word.running and gone(word.pid):
-                return conclude(
-                    self.folder, word, "its process is gone without a word: killed, or out of memory"
+    def find_dead_local_rank(self) -> str | None:
+        """Record a running rank of this host whose process has died, as a line; None if there is none."""
+        for beat in read_heartbeats(self.folder):
+            if beat.host == self.own.host and beat.running and is_dead(beat.pid):
+                return record_failure(
+                    self.folder, beat, "its process is gone without an error: killed, or out of memory"
                 )
         return None
 
 
-def read(folder: Path) -> list[Word]:
-    """What all ranks said last, by rank. A file that is no rank's word, whoever wrote it, is passed over."""
-    words = []
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The last heartbeat of every rank, by rank. Skips files that hold no heartbeat."""
+    beats = []
     with contextlib.suppress(OSError):
         for path in sorted((folder / "ranks").glob("[0-9]*[0-9].json")):
             with contextlib.suppress(UserError):
-                said = read_json(path, MOST_BYTES)
-                if said.keys() == KINDS.keys() and all(
-                    fits(kind, said[name]) for name, kind in KINDS.items()
+                found = read_json(path, MAX_BYTES)
+                if found.keys() == HEARTBEAT_TYPES.keys() and all(
+                    fits(kind, found[name]) for name, kind in HEARTBEAT_TYPES.items()
                 ):
-                    words.append(Word(**said))
-    return words
+                    beats.append(Heartbeat(**found))
+    return beats
 
 
-def suspect(
-    words: list[Word], silent: set[int], size: int, witness: Word, otherwise: str
-) -> tuple[Word, str]:
-    """(rank, cause) by what the ranks said last, and which of them say nothing new."""
-    heard = {word.rank for word in words}
-    for word in words:
-        if word.state.startswith(FAILED):
-            return word, word.state.removeprefix(FAILED)
-    running = [word for word in words if word.running or word.state == TOLD_TO_STOP]
-    if quiet := [word for word in running if word.rank in silent]:
-        word = min(quiet, key=lambda word: word.time)
-        return word, f"not a word for {time.time() - word.time:.0f} s: stopped, killed, or its host is gone"
-    missing = sorted(set(range(size)) - heard)
-    if missing and len({word.host for word in words}) > 1:  # else the folder is not shared between hosts
-        unknown = Word(missing[0], "an unknown host", 0, witness.step)
-        return unknown, "never said a word: it did not start, or cannot write to the run's folder"
-    behind = min(running, key=lambda word: (word.step, word.collectives, word.rank), default=witness)
+def find_culprit(
+    beats: list[Heartbeat], stale: set[int], size: int, witness: Heartbeat, fallback: str
+) -> tuple[Heartbeat, str]:
+    """(heartbeat, cause) of the rank to blame, from all heartbeats and the ranks whose are `stale`.
+
+    `witness` is the rank that asks: it is blamed, with `fallback` as the cause, if no other rank can be.
+    """
+    for beat in beats:
+        if beat.state.startswith(FAILED):
+            return beat, beat.state.removeprefix(FAILED)
+    running = [beat for beat in beats if beat.running or beat.state == TOLD_TO_STOP]
+    if stopped := [beat for beat in running if beat.rank in stale]:
+        beat = min(stopped, key=lambda beat: beat.time)
+        return beat, f"no heartbeat for {time.time() - beat.time:.0f} s: stopped, killed, or its host is gone"
+    missing = sorted(set(range(size)) - {beat.rank for beat in beats})
+    if missing and len({beat.host for beat in beats}) > 1:  # else the hosts do not share the folder
+        unknown = Heartbeat(missing[0], "an unknown host", 0, witness.step)
+        return unknown, "never wrote a heartbeat: it did not start, or cannot write to the run's folder"
+    behind = min(running, key=lambda beat: (beat.step, beat.collectives, beat.rank), default=witness)
     if (behind.step, behind.collectives) < (witness.step, witness.collectives) or behind.doing == "computing":
         return behind, f"behind the others, {behind.doing} at step {behind.step}"
-    return witness, otherwise
+    return witness, fallback
 
 
-def conclude(folder: Path, word: Word, cause: str) -> str:
-    """Write failure.json unless there is one; returns the verdict that stands, as a line."""
-    verdict = {
-        "rank": word.rank,
-        "host": word.host,
-        "pid": word.pid,
-        "step": word.step,
+def record_failure(folder: Path, beat: Heartbeat, cause: str) -> str:
+    """Write failure.json unless it exists; returns the failure that it then holds, as a line."""
+    failure = {
+        "rank": beat.rank,
+        "host": beat.host,
+        "pid": beat.pid,
+        "step": beat.step,
         "cause": cause,
         "time": time.time(),
     }
-    path, text = folder / "failure.json", json.dumps(verdict, indent=2).encode()
-    beside = path.with_name(f".failure-{word.host}-{os.getpid()}.tmp")
+    path, text = folder / "failure.json", json.dumps(failure, indent=2).encode()
+    beside = path.with_name(f".failure-{beat.host}-{os.getpid()}.tmp")
     try:
         create(beside, text)
-        os.link(beside, path)  # fails where another rank was first
+        os.link(beside, path)  # fails if another rank was first
     except FileExistsError:
-        verdict = read_verdict(folder) or verdict
-    except OSError:  # no hard links here, or a full or lost disk: the line is still said
+        failure = read_failure(folder) or failure
+    except OSError:  # no hard links here, or a full or lost disk: the line is still printed
         try:
             create(path, text)
         except OSError:
-            verdict = read_verdict(folder) or verdict
+            failure = read_failure(folder) or failure
     with contextlib.suppress(OSError):
         beside.unlink(missing_ok=True)
-    return line(verdict)
+    return format_failure(failure)
 
 
-def read_verdict(folder: Path) -> dict[str, Any] | None:
-    """failure.json; None where there is none, or something else is in its place."""
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """The contents of failure.json; None if there is none, or something else is in its place."""
     with contextlib.suppress(UserError):
-        found = read_json(folder / "failure.json", MOST_BYTES)
-        if all(fits(kind, found.get(name)) for name, kind in VERDICT.items()):
+        found = read_json(folder / "failure.json", MAX_BYTES)
+        if all(fits(kind, found.get(name)) for name, kind in FAILURE_TYPES.items()):
             return found
     return None
 
 
-def line(verdict: dict[str, Any]) -> str:
-    """A verdict for people."""
-    host, cause = printable(verdict["host"], 100), printable(verdict["cause"], MOST_CAUSE)
-    return f"rank {verdict['rank']} on {host} failed at step {verdict['step']}: {cause}"
+def format_failure(failure: dict[str, Any]) -> str:
+    """A failure as one line to print."""
+    host, cause = printable(failure["host"], 100), printable(failure["cause"], MAX_CAUSE)
+    return f"rank {failure['rank']} on {host} failed at step {failure['step']}: {cause}"
 
 
-def gone(pid: int) -> bool:
-    """Whether there is no such process on this host, or only what is left of a dead one."""
+def is_dead(pid: int) -> bool:
+    """Whether this host has no such process, or only a zombie."""
     try:
         os.kill(pid, 0)
         if not Path("/proc/self/stat").exists():
@@ -211,29 +217,33 @@ def gone(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return True
-    except OSError:  # it belongs to somebody else, or this process has no descriptor left
+    except OSError:  # another user's process, or no file descriptor is left here
         return False
     return state in "ZX"
 
 
 def explain(folder: Path, ended: bool = False) -> str:
-    """The verdict on a run that did not end well, from failure.json or from what the ranks wrote last.
+    """Explain why a run failed, from failure.json or from the ranks' last heartbeats.
 
-    Silence alone is no verdict, unless the job has `ended`: a job may be suspended.
+    A stale heartbeat alone proves nothing unless the job has `ended`: it may be suspended.
     """
-    if verdict := read_verdict(folder):
-        return line(verdict)
-    words = read(folder)
-    failed = [word for word in words if word.state.startswith(FAILED)]
-    alive = [word for word in words if word.running]  # those that were told to stop, or finished, said so
+    if failure := read_failure(folder):
+        return format_failure(failure)
+    beats = read_heartbeats(folder)
+    failed = [beat for beat in beats if beat.state.startswith(FAILED)]
+    alive = [beat for beat in beats if beat.running]  # ranks that were told to stop, or finished, are not
     if alive and not failed:
-        time.sleep(SILENT)
-        if any(word.time != before.time for word, before in zip(read(folder), words, strict=False)):
-            return f"{folder}: the run goes on"
-        if not (ended or all(word.host == socket.gethostname() and gone(word.pid) for word in alive)):
-            return f"{folder}: silent, but it may be suspended or on another host; --ended if its job is over"
+        time.sleep(STALE_SECONDS)
+        later = read_heartbeats(folder)
+        if any(beat.time != before.time for beat, before in zip(later, beats, strict=False)):
+            return f"{folder}: the run is still running"
+        if not (ended or all(beat.host == socket.gethostname() and is_dead(beat.pid) for beat in alive)):
+            return (
+                f"{folder}: no heartbeat, but the run may be suspended or on another host; give --ended if"
+                " its job is over"
+            )
     if not failed and not alive:
-        return f"{folder} tells of no rank that failed"
-    word = min(failed or alive, key=lambda word: word.time)
-    cause = word.state.removeprefix(FAILED) if failed else "it ended without a word: killed, or out of memory"
-    return conclude(folder, word, cause)
+        return f"{folder}: no rank failed"
+    beat = min(failed or alive, key=lambda beat: beat.time)
+    died = "its process ended without an error: killed, or out of memory"
+    return record_failure(folder, beat, beat.state.removeprefix(FAILED) if failed else died)

@@ -1,4 +1,4 @@
-"""What ends a job that cannot go on: a crash takes all ranks along, and no wait is without bound."""
+"""Ends a job that cannot continue: a crash of one rank ends all, and every wait is bounded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from types import TracebackType
 from typing import Any
 
 from distrib import LAUNCHERS, parent
-from distrib.errors import EXIT_CRASH, UserError
-from distrib.faults.heartbeat import Board
+from distrib.errors import EXIT_CRASH
+from distrib.faults.heartbeat import Heartbeats
 
 
-class Failure(RuntimeError):
-    """Something went wrong on a rank that is known, and need not be this one."""
+class RankFailure(RuntimeError):
+    """A failure of a known rank, this one or another."""
 
     def __init__(self, rank: int, cause: str) -> None:
         super().__init__(f"rank {rank}: {cause}")
@@ -34,12 +34,12 @@ class Failure(RuntimeError):
 
 
 TICK = 0.5
-"""Seconds between two looks of a watchdog."""
+"""Seconds between two checks of a watchdog."""
 
 
 @dataclass
 class Wait:
-    """A wait for other ranks or a device: what for, how long it may take, how long it has taken."""
+    """A wait for other ranks or a device."""
 
     what: str
     limit: float  # seconds
@@ -47,86 +47,84 @@ class Wait:
 
 
 class Watchdog:
-    """Ends the process, and with it the job, when one wait lasts longer than `timeout` seconds or a check
-    fails.
+    """Ends the process, and with it the job, if a wait lasts longer than `timeout` seconds or a check fails.
 
     A thread looks twice a second, so it works while the main thread is stuck in a collective. `checks` are
-    calls that raise once something went wrong that no call of the main thread reports, as NCCL's asynchronous
-    errors. A second thread writes to `board`, once there is one, and asks it which rank keeps the others
-    waiting, so that a file system that hangs cannot stop the clock.
+    functions that raise on errors that the main thread never sees, such as NCCL's asynchronous ones. A second
+    thread does all file access: it publishes this rank's heartbeat and diagnoses failures. So a hanging file
+    system cannot stop the clock.
 
-    Time in which the watchdog itself did not run is no waiting time: a job that is suspended and continued
-    (Slurm's gang scheduling, Ctrl-Z, a laptop's lid) waits no longer than it ran.
+    Only time in which the watchdog itself ran counts. A job that is suspended and continued (Slurm's gang
+    scheduling, Ctrl-Z, a laptop's lid) does not time out.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.rank, self.timeout, self.step = rank, timeout, 0
-        self.board: Board | None = None
+        self.heartbeats: Heartbeats | None = None  # once there is a run's folder
         self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
         self._begun = 0
         self._wait: Wait | None = None
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
-        self._questions = queue.SimpleQueue[Callable[[], None]]()
+        self._calls = queue.SimpleQueue[Callable[[], None]]()  # for the heartbeat thread
         RESERVE.take()
-        for name, work in (("watchdog", self._run), ("board", self._speak)):
-            threading.Thread(target=self._forever, args=(work,), daemon=True, name=name).start()
+        for name, loop in (("watchdog", self._watch_loop), ("heartbeat", self._publish_loop)):
+            threading.Thread(target=self._run_forever, args=(loop,), daemon=True, name=name).start()
 
     @contextmanager
-    def waiting(self, what: str, patience: float = 1) -> Iterator[None]:
-        """Mark a wait that must end within `patience` timeouts; one inside another counts for itself."""
+    def waiting(self, what: str, timeouts: float = 1) -> Iterator[None]:
+        """Mark a wait that must end within `timeouts` timeouts. A nested wait has a clock of its own."""
         outer = self._wait
         self._begun += 1
         self.collectives.append(f"{self._begun}: {what}, step {self.step}")
-        self._wait = Wait(what, patience * self.timeout)
+        self._wait = Wait(what, timeouts * self.timeout)
         try:
             yield
         finally:
             self._wait = outer
 
     def forget_checks(self) -> None:
-        """From the return on, none of `checks` runs any more."""
+        """Remove all `checks`; none runs after this returns."""
         with self._checking:
             self.checks.clear()
 
-    def publish(self, now: bool = False, **news: str) -> None:
-        """Write to the board, where there is one, what this rank does."""
+    def publish(self, now: bool = False, **changes: str) -> None:
+        """Publish this rank's heartbeat, if there is a run's folder."""
         wait = self._wait
-        if self.board:
+        if self.heartbeats:
             doing = f"waiting in {wait.what}" if wait else "computing"
-            self.board.publish(now, step=self.step, doing=doing, collectives=self._begun, **news)
+            self.heartbeats.publish(now, step=self.step, doing=doing, collectives=self._begun, **changes)
 
-    def _speak(self) -> None:
+    def _publish_loop(self) -> None:
         while True:
             with suppress(queue.Empty):
-                self._questions.get(timeout=TICK)()
+                self._calls.get(timeout=TICK)()
             self.publish()
 
-    def ask(self, question: Callable[[Board], Any]) -> Any:
-        """What the board answers, within a few seconds; None where there is none, or its files cannot be
-        had."""
-        board, answers, done = self.board, list[Any](), threading.Event()
-        if board is None:
+    def ask_heartbeats(self, call: Callable[[Heartbeats], Any]) -> Any:
+        """The result of `call` in the heartbeat thread; None after a few seconds, or without heartbeats."""
+        heartbeats, results, done = self.heartbeats, list[Any](), threading.Event()
+        if heartbeats is None:
             return None
 
-        def put(board: Board = board) -> None:
+        def run(heartbeats: Heartbeats = heartbeats) -> None:
             with suppress(Exception):  # whatever is wrong with the disk, the job must end
-                answers.append(question(board))
+                results.append(call(heartbeats))
             done.set()
 
-        self._questions.put(put)  # a thread of its own could not be started where memory has run out
+        self._calls.put(run)  # a new thread could not be started when memory has run out
         done.wait(6)
-        return answers[0] if answers else None
+        return results[0] if results else None
 
-    def _run(self) -> None:
+    def _watch_loop(self) -> None:
         before = time.monotonic()
         while True:
             time.sleep(TICK)
             now = time.monotonic()
             if wait := self._wait:
                 wait.seconds += min(now - before, 2 * TICK)
-                if wait.seconds > wait.limit and self._lasts(wait):
+                if wait.seconds > wait.limit and self._still_in(wait):
                     self._expire(
                         f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has"
                         " stopped or is too slow; see its log, or raise --timeout"
@@ -135,16 +133,16 @@ class Watchdog:
             with self._checking:
                 self._check()
 
-    def _forever(self, work: Callable[[], None]) -> None:
-        """Run the thread's `work`, again where memory has run out: without it no wait would be bounded."""
+    def _run_forever(self, loop: Callable[[], None]) -> None:
+        """Run a thread's `loop`, and restart it if memory runs out: without it, waits would be unbounded."""
         while True:
             try:
-                work()
+                loop()
             except MemoryError:
                 RESERVE.release()
 
-    def _lasts(self, wait: Wait) -> bool:
-        """Look again: whether the main thread, given the time to run, is still in the same wait."""
+    def _still_in(self, wait: Wait) -> bool:
+        """Whether the main thread, after it had time to run, is still in the same wait."""
         time.sleep(TICK)
         return self._wait is wait
 
@@ -160,40 +158,43 @@ class Watchdog:
 
     def _expire(self, what: str) -> None:
         try:
-            self._accuse(what)
+            self._report(what)
         finally:
             os._exit(EXIT_CRASH)
 
-    def _accuse(self, what: str) -> None:
+    def _report(self, what: str) -> None:
+        """Print what happened and which rank is to blame, then run the callbacks."""
         RESERVE.release()
-        tell(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
-        if verdict := self.ask(lambda board: board.accuse(what, list(self.collectives), self.publish)):
-            tell(f"distrib: {verdict}")
+        print_error(f"distrib: rank {self.rank} on {socket.gethostname()} {what}")
+        failure = self.ask_heartbeats(
+            lambda beats: beats.diagnose(what, list(self.collectives), self.publish)
+        )
+        if failure:
+            print_error(f"distrib: {failure}")
         for callback in self.on_expiry:
-            with suppress(
-                RuntimeError, MemoryError
-            ):  # no thread can be started: the end of the process must do
+            # if no thread can be started, ending the process must be enough
+            with suppress(RuntimeError, MemoryError):
                 threading.Thread(target=callback, daemon=True).start()
-        time.sleep(0.5)  # for the callbacks, and for the launcher to pass the line on
+        time.sleep(0.5)  # for the callbacks, and for the launcher to forward the lines
         end_launcher(LAUNCHER_GRACE)
 
 
 class Reserve:
-    """Memory and file descriptors that the end of a rank needs, where it ends because they have run out."""
+    """Memory and file descriptors set aside, so that a rank can report that they have run out."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._files: list[int] = []
 
     def take(self) -> None:
-        """Hold them, once in a process however many watchdogs it has."""
+        """Set them aside, once per process however many watchdogs it has."""
         if self._memory is None:
-            self._memory = mmap.mmap(-1, RESERVED_BYTES)  # address space only: nobody writes there
+            self._memory = mmap.mmap(-1, RESERVED_BYTES)  # only address space, as nothing is written there
             files = range(RESERVED_FILES)
             self._files = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in files]
 
     def release(self) -> None:
-        """Give them back, for the traceback, the verdict and the launcher's end."""
+        """Free them, for the traceback, the diagnosis and `end_launcher`."""
         memory, self._memory = self._memory, None
         files, self._files = self._files, []
         if memory is not None:
@@ -204,24 +205,23 @@ class Reserve:
 
 RESERVE = Reserve()
 RESERVED_BYTES, RESERVED_FILES = 32 << 20, 8
-"""A thread's stack is 8 MiB of address space; a verdict has four files open, and a child process three."""
+"""A thread's stack takes 8 MiB of address space; a diagnosis opens four files, a child process three."""
 
 
-def tell(text: str) -> None:
-    """Write a line to standard error, whatever has become of it and of the memory."""
+def print_error(text: str) -> None:
+    """Print a line to standard error; never fail, even if it is closed or memory has run out."""
     with suppress(OSError, ValueError, MemoryError, RuntimeError):
         print(text, file=sys.stderr, flush=True)
 
 
 LAUNCHER_GRACE = 8
-"""Seconds that mpirun has to end the job after a rank has given up."""
+"""Seconds that mpirun has to end the job after a rank aborted it."""
 
 
 def end_launcher(seconds: int) -> None:
-    """Kill the launcher's process above this one, if it is still there after a while.
+    """Kill the launcher, the parent of this process, if it still runs after `seconds`.
 
-    mpirun waits without bound for a host that it cannot reach any more. Slurm's own step daemon is left
-    alone.
+    mpirun waits forever for a host that it can no longer reach. Slurm's step daemon is never killed.
     """
     pid, name = parent()
     if name in LAUNCHERS:
@@ -236,12 +236,11 @@ def end_launcher(seconds: int) -> None:
 
 
 @contextmanager
-def bounded(seconds: float, what: str) -> Iterator[None]:
-    """Kill this process where the block takes longer than `seconds`, for calls that let no thread of Python
-    run.
+def kill_after(seconds: float, what: str) -> Iterator[None]:
+    """Kill this process if the block takes longer than `seconds`, for calls during which no thread can run.
 
-    A child process counts the seconds, as /proc tells it those in which this process was suspended: they are
-    free.
+    A child process counts the seconds. It reads in /proc when this process is suspended, and does not count
+    those.
     """
     pid = os.getpid()
     script = (
@@ -263,56 +262,31 @@ def bounded(seconds: float, what: str) -> Iterator[None]:
 
 
 def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
-    """An uncaught exception in this rank prints its traceback and a verdict, and ends the whole job."""
+    """Make an uncaught exception in this rank print its traceback, report the failure and abort the job."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         RESERVE.release()
-        with suppress(Exception):  # where memory has run out, the verdict is what counts
+        with suppress(Exception):  # if memory has run out, only the report counts
             traceback.print_exception(kind, error, trace)
-        give_up(watchdog, error, abort)
+        abort_job(watchdog, error, abort)
 
     sys.excepthook = hook
 
 
-def give_up(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
-    """Say why this rank cannot go on, on its last line and in failure.json, and end the job."""
+def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
+    """Report why this rank cannot continue, on its last line and in failure.json, and end the job."""
     RESERVE.release()
     rank, cause = watchdog.rank, f"{type(error).__name__}: {error}"
-    if isinstance(error, Failure):
+    if isinstance(error, RankFailure):
         rank, cause = error.rank, error.cause
     elif isinstance(error, SystemExit):
         cause = f"it called sys.exit({error.code!r})"
     line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
-    line = watchdog.ask(lambda board: board.fail(cause, rank, watchdog.step)) or line
-    tell(f"distrib: {line}")
-    time.sleep(0.2)  # for the launcher to pass the line on
+    line = watchdog.ask_heartbeats(lambda beats: beats.report_failure(cause, rank, watchdog.step)) or line
+    print_error(f"distrib: {line}")
+    time.sleep(0.2)  # for the launcher to forward the line
     end_launcher(LAUNCHER_GRACE)
-    with suppress(OSError, MemoryError), bounded(5, "MPI_Abort"):  # without a bound it is not tried
+    # without the bound, MPI_Abort is not tried
+    with suppress(OSError, MemoryError), kill_after(5, "MPI_Abort"):
         abort()
-    os._exit(EXIT_CRASH)  # where there is nobody to abort, or no way to
-
-
-class Agreement:
-    """Lets a mistake that one rank finds become the same UserError on every rank.
-
-        with agreement():
-            ...
-
-    Every rank must come here; none goes on where another failed.
-    """
-
-    def __init__(self, rank: int, allgather: Callable[[object], list[object]]) -> None:
-        self.rank, self._allgather = rank, allgather
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        message: str | None = None
-        try:
-            yield
-        except UserError as error:
-            message = str(error)
-        found = self._allgather(message)
-        for rank, text in enumerate(found):
-            if text is not None:
-                where = "" if rank == 0 or all(found) else f" (rank {rank})"
-                raise UserError(f"{text}{where}")
+    os._exit(EXIT_CRASH)  # if there is no launcher, or MPI_Abort returned

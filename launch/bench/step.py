@@ -80,7 +80,7 @@ def step(
     if against == "torch":
         require_plain(config)
     world = connect(comm, backend, precision, timeout=600)
-    with world.agree():
+    with world.fail_together():
         data = formats.load(None, None, 1)
         config = config.resolve(world.size, data)
     bench = Bench(config, world, data, steps, evaluate)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
-from distrib.faults import heartbeat as board
-from distrib.faults.heartbeat import SILENT, TOLD_TO_STOP, Word
+from distrib.faults import heartbeat
+from distrib.faults.heartbeat import STALE_SECONDS, TOLD_TO_STOP, Heartbeat
 from distrib.files import open_to_read
-from launch.report.records import line_of, read_config, read_summary, read_words, whole_lines
+from launch.report.records import line_of, read_config, read_heartbeats, read_summary, whole_lines
 from launch.report.runs import images_of
 
 KEPT = 60
@@ -36,7 +36,7 @@ class Follower:
         self.config: dict[str, Any] = {}
         self.dataset: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
-        self.words: list[Word] = []
+        self.heartbeats: list[Heartbeat] = []
         self.steps: deque[dict[str, Any]] = deque(maxlen=KEPT)  # lines of logged steps
         self.epochs: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self.ended = 0  # epochs, those that are kept no more included
@@ -45,19 +45,20 @@ class Follower:
         self.fault = ""  # why config.json cannot be read
         self._inode = self._offset = 0
         # by rank: the time in its heartbeat, when that was seen here
-        self._heard: dict[int, tuple[float, float]] = {}
+        self._seen: dict[int, tuple[float, float]] = {}
         self._news = time.monotonic()  # when any heartbeat was new, or was first looked for
 
     def look(self) -> None:
         """Read the folder again."""
         self._read_config()
-        self.words = read_words(self.folder)  # before the summary: a rank that says "finished" has written it
-        for word in self.words:
-            told, _ = self._heard.get(word.rank, (None, 0))
-            if told != word.time:  # the clocks of hosts differ: they count for the first word only
-                age = max(0.0, time.time() - word.time) if told is None else 0.0
+        # before the summary, which a rank writes before its heartbeat says "finished"
+        self.heartbeats = read_heartbeats(self.folder)
+        for beat in self.heartbeats:
+            known, _ = self._seen.get(beat.rank, (None, 0))
+            if known != beat.time:  # clocks differ between hosts: they count for the first heartbeat only
+                age = max(0.0, time.time() - beat.time) if known is None else 0.0
                 self._news = time.monotonic()
-                self._heard[word.rank] = word.time, self._news - age
+                self._seen[beat.rank] = beat.time, self._news - age
         with contextlib.suppress(OSError):
             self._read_metrics()
         self.summary = {}
@@ -104,7 +105,7 @@ class Follower:
         """
         epochs, batch, ended = self.config["epochs"], self.config["batch_size"], self.epochs
         logged = max((lines[-1]["step"] for lines in (self.steps, ended) if lines), default=0)
-        slowest = min((word.step for word in self.words if word.running), default=0) - 1
+        slowest = min((beat.step for beat in self.heartbeats if beat.running), default=0) - 1
         done = self.summary.get("steps") or max(logged, slowest)
         images = images_of(self.config, self.dataset) or 0
         per_epoch = ended[-1]["step"] // ended[-1]["epoch"] if ended else -(-images // batch)
@@ -118,44 +119,47 @@ class Follower:
         number = min(done // per_epoch + 1, epochs) if per_epoch else "?"
         return max(0.0, min(1.0, done / total)) if total else 0.0, f"epoch {number}/{epochs}", text
 
-    def silence(self, word: Word) -> float:
+    def age(self, beat: Heartbeat) -> float:
         """Seconds since a rank's last heartbeat."""
-        return max(0.0, time.monotonic() - self._heard[word.rank][1])
+        return max(0.0, time.monotonic() - self._seen[beat.rank][1])
 
     def _end(self) -> tuple[int, str] | None:
         """(exit code, verdict) of a run that has ended; None while it runs."""
         if self.summary:
             return verdict_of(self.summary, self.config.get("max_steps"))
-        if failure := board.read_verdict(self.folder):
-            return EXIT_CRASH, board.line(failure)
-        alive = [word for word in self.words if word.running or word.state == TOLD_TO_STOP]
+        if failure := heartbeat.read_failure(self.folder):
+            return EXIT_CRASH, heartbeat.format_failure(failure)
+        alive = [beat for beat in self.heartbeats if beat.running or beat.state == TOLD_TO_STOP]
         here = socket.gethostname()
-        quiet = min((self.silence(word) for word in alive), default=time.monotonic() - self._news)
-        near = [board.gone(word.pid) for word in alive if word.host == here]
-        gone = bool(self.words) and quiet > SILENT and len(near) == len(alive) and all(near)
+        quiet = min((self.age(beat) for beat in alive), default=time.monotonic() - self._news)
+        near = [heartbeat.is_dead(beat.pid) for beat in alive if beat.host == here]
+        gone = bool(self.heartbeats) and quiet > STALE_SECONDS and len(near) == len(alive) and all(near)
         suspended = not all(near)  # or busy: its processes are there
         if not self.config or not (gone or (quiet > self.patience and not suspended)):
             self.doubt = None
             return None
         self.doubt = self.doubt or time.monotonic()  # the last files of a run may be on their way
-        if time.monotonic() - self.doubt <= SILENT:
+        if time.monotonic() - self.doubt <= STALE_SECONDS:
             return None
-        return EXIT_CRASH, accuse(self.words, alive, gone, f"no heartbeat of any rank for {quiet:.0f} s")
+        return EXIT_CRASH, diagnose(
+            self.heartbeats, alive, gone, f"no heartbeat of any rank for {quiet:.0f} s"
+        )
 
 
-def accuse(words: list[Word], alive: list[Word], gone: bool, quiet: str) -> str:
+def diagnose(beats: list[Heartbeat], alive: list[Heartbeat], gone: bool, quiet: str) -> str:
     """The verdict on a run without a last file: no more heartbeats, or ranks that ended with a message."""
-    if not words:
+    if not beats:
         return f"{quiet}: it did not start, or was killed; see its log"
-    failed = any(word.state.startswith(board.FAILED) for word in words)
+    failed = any(beat.state.startswith(heartbeat.FAILED) for beat in beats)
     if not alive and not failed:
-        step = max(word.step for word in words)
+        step = max(beat.step for beat in beats)
         return f"it ended with a message and without a result at step {step}: see its log"
-    word, cause = board.suspect(words, {word.rank for word in alive}, len(words), words[0], quiet)
+    culprit, cause = heartbeat.find_culprit(beats, {beat.rank for beat in alive}, len(beats), beats[0], quiet)
     if gone and not failed:
         cause = "its process is gone: killed, or out of memory"
-    verdict = board.line({"rank": word.rank, "host": word.host, "step": word.step, "cause": cause})
-    return verdict if gone or failed else f"{quiet}: {verdict}"
+    failure = {"rank": culprit.rank, "host": culprit.host, "step": culprit.step, "cause": cause}
+    line = heartbeat.format_failure(failure)
+    return line if gone or failed else f"{quiet}: {line}"
 
 
 def verdict_of(summary: dict[str, Any], max_steps: int | None) -> tuple[int, str]:

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from distrib.config import options
 from distrib.errors import UserError
-from distrib.faults import heartbeat as board
-from distrib.faults.heartbeat import MOST_CAUSE, Word
+from distrib.faults import heartbeat
+from distrib.faults.heartbeat import MAX_CAUSE, Heartbeat
 from distrib.files import fits, printable, read_json
 
 MOST_LINE, MOST_NAMES, MOST_TEXT = 1 << 16, 200, 200
@@ -102,12 +102,16 @@ def read_summary(path: Path) -> dict[str, Any]:
     return {"finished": False, **{name: values[name] for name in SUMMARY_KINDS if name in values}}
 
 
-def read_words(folder: Path) -> list[Word]:
-    """What the ranks of the run in `folder` said last, by rank, fit to be shown."""
-    words = {word.rank: word for word in board.read(folder) if word.rank >= 0 and 0 < word.pid < 1 << 31}
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """The last heartbeat of every rank of the run in `folder`, by rank, fit to be shown."""
+    beats = {
+        beat.rank: beat
+        for beat in heartbeat.read_heartbeats(folder)
+        if beat.rank >= 0 and 0 < beat.pid < 1 << 31
+    }
     return [
-        replace(word, host=shown(word.host), doing=shown(word.doing), state=printable(word.state, MOST_CAUSE))
-        for _, word in sorted(words.items())
+        replace(beat, host=shown(beat.host), doing=shown(beat.doing), state=printable(beat.state, MAX_CAUSE))
+        for _, beat in sorted(beats.items())
     ]
 
 

@@ -17,7 +17,7 @@ import typer
 from distrib.config import Config, build
 from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
-from distrib.faults.heartbeat import Board
+from distrib.faults.heartbeat import Heartbeats
 from distrib.run.checkpoint import Checkpoint, model_spec, save_checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run
@@ -56,7 +56,7 @@ class TorchRun:
         self.logits: Any = None  # of the last evaluation
         if saved:
             self.restore(saved)
-        self.board = Board(run.path, 0, 1)  # for those who watch
+        self.heartbeats = Heartbeats(run.path, 0, 1)  # for those who watch
         self.begin = time.perf_counter() - self.at["seconds"]
 
     def restore(self, saved: Checkpoint) -> None:
@@ -97,11 +97,11 @@ class TorchRun:
                 break
             self.train_epoch(epoch, first, stop)
             if stop:
-                self.board.publish(now=True, step=at["step"], state="finished")
+                self.heartbeats.publish(now=True, step=at["step"], state="finished")
                 return None
         if self.logits is None:  # it was stopped between its last checkpoint and its result
             self.test()
-        self.board.publish(now=True, step=at["step"], state="finished")
+        self.heartbeats.publish(now=True, step=at["step"], state="finished")
         return self.summary()
 
     def train_epoch(self, epoch: int, first: int, stop: deque[int]) -> None:
@@ -136,7 +136,7 @@ class TorchRun:
             self.run.log({"step": step, "epoch": epoch + 1, "lr": lr, "images_per_second": rate, **figures})
         if self.screen.due():
             self.screen.progress(step, epoch, figures["loss"], rate)
-        self.board.publish(step=step, doing="computing")
+        self.heartbeats.publish(step=step, doing="computing")
 
     def summary(self) -> dict[str, Any]:
         """For summary.json."""

@@ -28,7 +28,7 @@ Call = Callable[..., tuple[int, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """The command line within this process: (exit code, stderr)."""
-    monkeypatch.setattr("distrib.loop.listening", lambda *_: nullcontext())
+    monkeypatch.setattr("distrib.loop.stop_on_signals", lambda *_: nullcontext())
 
     def command(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])

@@ -39,7 +39,7 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_data: Path) -> Call:
     """A small training run within this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr("distrib.loop.listening", lambda *_: nullcontext())
+    monkeypatch.setattr("distrib.loop.stop_on_signals", lambda *_: nullcontext())
 
     def command(folder: Path, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(

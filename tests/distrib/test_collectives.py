@@ -134,7 +134,7 @@ for _ in range(2):  # twice: what works once may leave state behind
         comm.barrier()
 assert world.control.allgather(rank) == list(range(size))
 try:
-    with world.agree():
+    with world.fail_together():
         if rank == size - 1:
             from distrib.errors import UserError
             raise UserError("planted")

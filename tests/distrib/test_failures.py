@@ -20,7 +20,15 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, at, environment, pause, run, summary, train, wait_for
 
-from distrib.faults.heartbeat import TOLD_TO_STOP, Board, Word, conclude, line, read, suspect
+from distrib.faults.heartbeat import (
+    TOLD_TO_STOP,
+    Heartbeat,
+    Heartbeats,
+    find_culprit,
+    format_failure,
+    read_heartbeats,
+    record_failure,
+)
 from distrib.faults.watchdog import Watchdog
 from distrib.run import checkpoint as ckpt
 
@@ -47,12 +55,12 @@ OPTIONS = (
     TIMEOUT,
 )
 
-FAULTS = {  # name: (what happens in the rank, words of the verdict)
+FAULTS = {  # name: (what happens in the rank, part of the recorded cause)
     "raises": ("raise ZeroDivisionError('planted')", "ZeroDivisionError: planted"),
     "exits": ("sys.exit(3)", "it called sys.exit(3)"),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its process is gone without a word"),
-    "dies": ("os._exit(0)", "without a word"),
-    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "not a word for"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "its process is gone without an error"),
+    "dies": ("os._exit(0)", "without an error"),
+    "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "no heartbeat for"),
     "stalls": ("time.sleep(3600)", "behind the others, computing"),
     "memory": (
         "import resource; pages = int(open('/proc/self/statm').read().split()[0]);"
@@ -163,7 +171,7 @@ def test_one_process_leaves_a_verdict_too(tmp_path: Path) -> None:
 
 UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
     "code": (
-        "guard.code_digest = lambda: 'another'",
+        "checks.code_digest = lambda: 'another'",
         "runs other code than rank 0: install the same version everywhere",
     ),
     "data": (
@@ -189,7 +197,7 @@ def test_a_rank_that_is_unlike_is_refused(tmp_path: Path, what: str) -> None:
     script = f"""
 import os, sys
 from dataclasses import replace
-from distrib import checks as guard
+from distrib import checks
 from distrib.data import formats
 from distrib.comm import reducer
 from distrib.trainer import Trainer
@@ -216,7 +224,7 @@ def test_singletons_are_recognised(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
+def test_a_signal_is_noticed_inside_a_collective(tmp_path: Path) -> None:
     """A signal to one rank that waits for another is heard while it waits, and all stop after the same
     step."""
     script = at(1, 9, pause(tmp_path / "go on"))
@@ -231,12 +239,12 @@ def test_a_stop_is_heard_inside_a_collective(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
 
-    def word() -> Word:
-        return (read(folder) or [a_word(0, step=0)])[0]
+    def rank_0() -> Heartbeat:
+        return (read_heartbeats(folder) or [a_heartbeat(0, step=0)])[0]
 
-    wait_for(lambda: word().step == 10 and word().doing.startswith("waiting in"), "rank 0 waits", process)
-    os.kill(word().pid, signal.SIGTERM)
-    wait_for(lambda: word().state == TOLD_TO_STOP, "it is heard while the collective waits", process)
+    wait_for(lambda: rank_0().step == 10 and rank_0().doing.startswith("waiting in"), "rank 0 waits", process)
+    os.kill(rank_0().pid, signal.SIGTERM)
+    wait_for(lambda: rank_0().state == TOLD_TO_STOP, "it is heard while the collective waits", process)
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 85
     found = summary(folder)
@@ -251,7 +259,7 @@ def test_a_rank_that_hangs_after_its_last_line_ends_the_job(tmp_path: Path) -> N
 import sys, os, signal
 from distrib import loop as train
 from distrib.comm import world
-world.PATIENCE = 1
+world.SLOW_IO_FACTOR = 1
 plain = train.Trainer.close
 def close(self):
     if self.world.rank == 1:
@@ -282,7 +290,7 @@ sys.exit(main())
     assert f"rank 1 was started with {option[0]} {option[1]}, rank 0 with" in done.stderr
 
 
-def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: Path) -> None:
+def test_no_failure_of_a_running_and_of_a_refused_run(tmp_path: Path) -> None:
     """Neither is a failure, and none is written down."""
     folder = tmp_path / "run"
     slow = at(0, 8, pause(tmp_path / "go on"))
@@ -292,19 +300,21 @@ def test_the_board_of_a_run_that_goes_on_and_of_one_that_was_refused(tmp_path: P
         env=environment(),
         stdout=subprocess.DEVNULL,
     )
-    wait_for(lambda: read(folder), "the first word", process)
-    assert run("-m", "launch.cli", "verdict", folder).stdout == f"distrib: {folder}: the run goes on\n"
+    wait_for(lambda: read_heartbeats(folder), "the first heartbeat", process)
+    assert (
+        run("-m", "launch.cli", "verdict", folder).stdout == f"distrib: {folder}: the run is still running\n"
+    )
     (tmp_path / "go on").touch()
     assert process.wait(LIMIT) == 0
-    assert "tells of no rank" in run("-m", "launch.cli", "verdict", folder).stdout
+    assert "no rank failed" in run("-m", "launch.cli", "verdict", folder).stdout
     assert train(tmp_path / "refused", *OPTIONS, "--lr", 1e30, check=False).returncode == 2
-    assert "tells of no rank" in run("-m", "launch.cli", "verdict", tmp_path / "refused").stdout
+    assert "no rank failed" in run("-m", "launch.cli", "verdict", tmp_path / "refused").stdout
     assert not list(tmp_path.glob("*/failure.json"))
 
 
-def test_the_board_believes_a_rank_that_said_why(tmp_path: Path) -> None:
+def test_a_rank_that_recorded_an_error_is_blamed(tmp_path: Path) -> None:
     for rank in range(3):
-        Board(tmp_path, rank, 3).publish(
+        Heartbeats(tmp_path, rank, 3).publish(
             now=True, **({"state": "failed: ValueError: planted"} if rank == 1 else {})
         )
     assert run("-m", "launch.cli", "verdict", tmp_path).stdout.startswith("distrib: rank 1 on ")
@@ -316,8 +326,8 @@ def test_a_late_signal_does_not_kill() -> None:
     code = """
 import os, signal
 from types import SimpleNamespace
-from distrib.faults.signals import listening
-with listening(SimpleNamespace(stop_requested=False)) as _: pass
+from distrib.faults.signals import stop_on_signals
+with stop_on_signals(SimpleNamespace(stop_requested=False)) as _: pass
 os.kill(os.getpid(), signal.SIGUSR1)
 print("alive")
 """
@@ -337,11 +347,11 @@ def test_a_shell_around_a_rank_is_not_its_launcher() -> None:
     assert run("-c", code).stdout == done.stdout
 
 
-# ---- the board alone
+# ---- heartbeats alone
 
 
-def a_word(rank: int, **news: object) -> Word:
-    return Word(
+def a_heartbeat(rank: int, **news: object) -> Heartbeat:
+    return Heartbeat(
         **{
             "rank": rank,
             "host": f"h{rank}",
@@ -356,52 +366,62 @@ def a_word(rank: int, **news: object) -> Word:
 
 
 @pytest.mark.parametrize(
-    ("words", "rank", "text"),
+    ("beats", "rank", "text"),
     [
-        ([a_word(0), a_word(1, state="failed: boom"), a_word(2, time=-20)], 1, "boom"),
-        ([a_word(0), a_word(1), a_word(2, time=-20)], 2, "not a word for 20 s"),
+        ([a_heartbeat(0), a_heartbeat(1, state="failed: boom"), a_heartbeat(2, time=-20)], 1, "boom"),
+        ([a_heartbeat(0), a_heartbeat(1), a_heartbeat(2, time=-20)], 2, "no heartbeat for 20 s"),
         (
-            [a_word(0), a_word(1, doing="computing", collectives=49), a_word(2)],
+            [a_heartbeat(0), a_heartbeat(1, doing="computing", collectives=49), a_heartbeat(2)],
             1,
             "behind the others, computing",
         ),
-        ([a_word(0), a_word(1, collectives=47), a_word(2)], 1, "behind the others, waiting in x"),
-        ([a_word(0, state=TOLD_TO_STOP), a_word(1, state=TOLD_TO_STOP, time=-20)], 1, "not a word for 20 s"),
-        ([a_word(1), a_word(0, state="finished", time=-20), a_word(2)], 1, "otherwise"),
-        ([a_word(0), a_word(2)], 1, "never said a word"),
-        ([a_word(0, host="h"), a_word(2, host="h")], 0, "otherwise"),
-        ([a_word(0), a_word(1), a_word(2)], 0, "otherwise"),
+        (
+            [a_heartbeat(0), a_heartbeat(1, collectives=47), a_heartbeat(2)],
+            1,
+            "behind the others, waiting in x",
+        ),
+        (
+            [a_heartbeat(0, state=TOLD_TO_STOP), a_heartbeat(1, state=TOLD_TO_STOP, time=-20)],
+            1,
+            "no heartbeat for 20 s",
+        ),
+        ([a_heartbeat(1), a_heartbeat(0, state="finished", time=-20), a_heartbeat(2)], 1, "otherwise"),
+        ([a_heartbeat(0), a_heartbeat(2)], 1, "never wrote a heartbeat"),
+        ([a_heartbeat(0, host="h"), a_heartbeat(2, host="h")], 0, "otherwise"),
+        ([a_heartbeat(0), a_heartbeat(1), a_heartbeat(2)], 0, "otherwise"),
     ],
 )
-def test_who_is_suspected(words: list[Word], rank: int, text: str) -> None:
-    words = [replace(word, time=time.time() + word.time) for word in words]
-    silent = {word.rank for word in words if time.time() - word.time > 10}
-    word, cause = suspect(words, silent, 3, words[0], "otherwise")
-    assert word.rank == rank
+def test_who_is_suspected(beats: list[Heartbeat], rank: int, text: str) -> None:
+    beats = [replace(beat, time=time.time() + beat.time) for beat in beats]
+    stale = {beat.rank for beat in beats if time.time() - beat.time > 10}
+    culprit, cause = find_culprit(beats, stale, 3, beats[0], "otherwise")
+    assert culprit.rank == rank
     assert cause.startswith(text)
 
 
-def test_the_first_verdict_stands(tmp_path: Path) -> None:
-    first = conclude(tmp_path, a_word(2), "planted")
+def test_the_first_recorded_failure_wins(tmp_path: Path) -> None:
+    first = record_failure(tmp_path, a_heartbeat(2), "planted")
     assert first == "rank 2 on h2 failed at step 9: planted"
-    assert conclude(tmp_path, a_word(1), "another") == first
-    assert line(json.loads((tmp_path / "failure.json").read_text())) == first
+    assert record_failure(tmp_path, a_heartbeat(1), "another") == first
+    assert format_failure(json.loads((tmp_path / "failure.json").read_text())) == first
     assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]
 
 
-def test_ranks_speak_at_most_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_is_written_at_most_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    board = Board(tmp_path, 3, 4)
+    beats = Heartbeats(tmp_path, 3, 4)
     clock[0] += 0.9
-    board.publish(step=1)
-    assert [word.step for word in read(tmp_path)] == [0], "it said a word when it was made"
-    board.publish(now=True)
-    assert [word.step for word in read(tmp_path)] == [1]
+    beats.publish(step=1)
+    assert [beat.step for beat in read_heartbeats(tmp_path)] == [0], "one is written at once"
+    beats.publish(now=True)
+    assert [beat.step for beat in read_heartbeats(tmp_path)] == [1]
     clock[0] += 1.1
-    board.publish(step=2)
-    assert [word.step for word in read(tmp_path)] == [2]
-    assert read(tmp_path)[0].pid == os.getpid()
+    beats.publish(step=2)
+    assert [beat.step for beat in read_heartbeats(tmp_path)] == [2]
+    assert read_heartbeats(tmp_path)[0].pid == os.getpid()
 
 
 def test_the_watchdog_outlives_a_lack_of_memory() -> None:
@@ -434,13 +454,13 @@ except MemoryError: print("raised")
     assert run("-c", code).stdout == "raised\n"
 
 
-def test_a_living_process_is_not_gone_where_no_file_can_be_opened() -> None:
+def test_a_living_process_is_not_dead_if_no_file_can_be_opened() -> None:
     code = """
 import os, resource
-from distrib.faults.heartbeat import gone
+from distrib.faults.heartbeat import is_dead
 free = os.open(os.devnull, 0)
 resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
-print(gone(os.getpid()))
+print(is_dead(os.getpid()))
 """
     assert run("-c", code).stdout == "False\n"
 
@@ -455,10 +475,12 @@ def test_many_watchdogs_hold_one_reserve() -> None:
 
 def test_the_watchdog_publishes(tmp_path: Path) -> None:
     watchdog = Watchdog(0, 60)
-    watchdog.board = Board(tmp_path, 0, 1)
+    watchdog.heartbeats = Heartbeats(tmp_path, 0, 1)
     watchdog.step = 41
     with watchdog.waiting("a collective of the test"):
         doing = "waiting in a collective of the test"
-        wait_for(lambda: [word.doing for word in read(tmp_path)] == [doing], "the watchdog speaks")
-    assert read(tmp_path)[0].step == 41
-    watchdog.board = None
+        wait_for(
+            lambda: [beat.doing for beat in read_heartbeats(tmp_path)] == [doing], "the watchdog publishes"
+        )
+    assert read_heartbeats(tmp_path)[0].step == 41
+    watchdog.heartbeats = None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conftest import LIMIT, ROOT, environment, summary, train
 
-from distrib.faults.heartbeat import read
+from distrib.faults.heartbeat import read_heartbeats
 from distrib.run import checkpoint as ckpt
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
@@ -91,7 +91,8 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
             assert process.poll() is None, f"ended by itself with {process.returncode}: give it more epochs"
             time.sleep(0.01)
         time.sleep(dice.uniform(0, 0.1))
-        pids = [word.pid for word in read(folder)]  # of the ranks, which are not in the launcher's group
+        # of the ranks, which are not in the launcher's group
+        pids = [beat.pid for beat in read_heartbeats(folder)]
         if round_ % 2:
             stop_inside_a_save(folder, pids[0], deadline)
         for pid in (process.pid, *pids):

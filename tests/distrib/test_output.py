@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, run, summary
 
-from distrib.faults.heartbeat import read
+from distrib.faults.heartbeat import read_heartbeats
 
 TRAIN = [
     sys.executable,
@@ -37,7 +37,7 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
         [*LONG, "--run-dir", folder], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + LIMIT
-    while not any(word.step > 3 for word in read(folder)):
+    while not any(beat.step > 3 for beat in read_heartbeats(folder)):
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -80,7 +80,7 @@ def test_the_terminal_goes_away(tmp_path: Path, ignored: bool, code: int) -> Non
         os.chdir(ROOT)
         os.execve(sys.executable, [*LONG, *limit, "--run-dir", str(folder)], environment())
     deadline = time.monotonic() + LIMIT
-    while not any(word.step > 3 for word in read(folder)):
+    while not any(beat.step > 3 for beat in read_heartbeats(folder)):
         assert time.monotonic() < deadline
         if select.select([terminal], [], [], 0.02)[0]:
             os.read(terminal, 65536)
@@ -161,13 +161,13 @@ def test_signals_are_handled_as_before_after_a_run() -> None:
     code = """
 import signal
 from types import SimpleNamespace
-from distrib.faults.signals import HEARD, listening
-before = [signal.getsignal(number) for number in HEARD]
-with listening(SimpleNamespace(stop_requested=False)): pass
-after = [signal.getsignal(number) for number in HEARD]
+from distrib.faults.signals import STOP_SIGNALS, stop_on_signals
+before = [signal.getsignal(number) for number in STOP_SIGNALS]
+with stop_on_signals(SimpleNamespace(stop_requested=False)): pass
+after = [signal.getsignal(number) for number in STOP_SIGNALS]
 assert after[1:] == before[1:] and after[0] == signal.SIG_IGN, after
-with listening(SimpleNamespace(stop_requested=False), last=True): pass
-assert {signal.getsignal(number) for number in HEARD} == {signal.SIG_IGN}
+with stop_on_signals(SimpleNamespace(stop_requested=False), exiting=True): pass
+assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
 """
     run("-c", code)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, run, summary, train
 
-from distrib.faults.heartbeat import read
+from distrib.faults.heartbeat import read_heartbeats
 
 ROUNDS = int(os.environ.get("SUSPEND_ROUNDS", "0"))
 TIMEOUT = 6
@@ -76,8 +76,11 @@ def until(holds: Callable[[], object], job: subprocess.Popen[bytes]) -> None:
 def suspend(folder: Path, ranks: int, moment: int, seconds: float, launcher_too: bool) -> int:
     """Stop a job's processes in step `moment` for `seconds`, and let them go on; its exit code."""
     with started(folder, ranks) as job:
-        until(lambda: len(found := read(folder)) == ranks and max(word.step for word in found) >= moment, job)
-        pids = [word.pid for word in read(folder)] + [job.pid] * launcher_too
+        until(
+            lambda: len(beats := read_heartbeats(folder)) == ranks and max(b.step for b in beats) >= moment,
+            job,
+        )
+        pids = [beat.pid for beat in read_heartbeats(folder)] + [job.pid] * launcher_too
         for sent in (signal.SIGSTOP, signal.SIGCONT):
             for pid in random.Random(moment).sample(pids, len(pids)):
                 os.kill(pid, sent)
@@ -129,21 +132,21 @@ def test_the_run_ends_as_if_it_had_not_been_suspended(
 def test_a_suspended_run_is_not_said_to_have_failed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(folder, 1, "--epochs", "10000") as job:
-        until(lambda: any(word.step > 5 for word in read(folder)), job)
+        until(lambda: any(beat.step > 5 for beat in read_heartbeats(folder)), job)
         os.kill(job.pid, signal.SIGSTOP)
         verdict = run("-m", "launch.cli", "verdict", folder).stdout
         watched = run("-m", "launch.cli", "watch", folder, "--once", "--timeout", 1, check=False)
         os.kill(job.pid, signal.SIGCONT)
         os.kill(job.pid, signal.SIGTERM)
         assert job.wait(LIMIT) == 85
-    assert "it may be suspended" in verdict
+    assert "may be suspended" in verdict
     assert watched.returncode == 0, watched.stdout
     assert not (folder / "failure.json").exists()
 
 
 WAITS = {  # name: the block that the process is suspended in
     "watchdog": "failure.Watchdog(0, 2).waiting('a test')",
-    "bounded": "failure.bounded(2, 'a test')",
+    "kill_after": "failure.kill_after(2, 'a test')",
 }
 
 

@@ -85,8 +85,12 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     every = jobs("ablation", Settings(4, 80, 40, 0.0625), tmp_path / "out")
     job = every[1]
-    wait_for(lambda: (job.folder / "metrics.jsonl").exists() and heartbeat.read(job.folder), "a run", process)
-    pid = heartbeat.read(job.folder)[0].pid
+    wait_for(
+        lambda: (job.folder / "metrics.jsonl").exists() and heartbeat.read_heartbeats(job.folder),
+        "a run",
+        process,
+    )
+    pid = heartbeat.read_heartbeats(job.folder)[0].pid
     os.kill(pid, signal.SIGSTOP)  # it does not end before the signal comes
     process.send_signal(signal.SIGINT)
     os.kill(pid, signal.SIGCONT)

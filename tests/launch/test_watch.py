@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from distrib.faults import heartbeat as board
+from distrib.faults import heartbeat
+from distrib.faults.heartbeat import Heartbeat
 from launch import watch as module
 from launch.report import follow, runs
 from launch.report.follow import Follower
@@ -87,13 +88,13 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 
 def logged(folder: Path) -> bool:
-    """Whether a step is logged and the rank has said a word."""
+    """Whether a step is logged and the rank has written a heartbeat."""
     metrics = folder / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0 and bool(board.read(folder))
+    return metrics.exists() and metrics.stat().st_size > 0 and bool(heartbeat.read_heartbeats(folder))
 
 
-def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> Path:
-    """A run's folder with some logged steps of 10 of two epochs, and what its ranks said last."""
+def make(folder: Path, *beats: Heartbeat, steps: int = 7, **config: object) -> Path:
+    """A run's folder with some logged steps of 10 of two epochs, and the last heartbeats of its ranks."""
     (folder / "ranks").mkdir(parents=True)
     whole = {"epochs": 2, "batch_size": 8, "limit_train": 80, "data": None, "max_steps": None, **config}
     (folder / "config.json").write_text(json.dumps(whole))
@@ -102,8 +103,8 @@ def make(folder: Path, *words: board.Word, steps: int = 7, **config: object) -> 
         for step in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for word in words:
-        (folder / "ranks" / f"{word.rank:05}.json").write_text(json.dumps(vars(word)))
+    for beat in beats:
+        (folder / "ranks" / f"{beat.rank:05}.json").write_text(json.dumps(vars(beat)))
     return folder
 
 
@@ -116,7 +117,7 @@ def test_a_run_to_its_end_in_a_file(call, start, tmp_path: Path) -> None:
     assert "/240" in lines[1]
     assert [line[:10] for line in lines[-3:]] == ["epoch 1/2:", "epoch 2/2:", "finished a"]
     assert all(line in (tmp_path / "log").read_text() for line in lines[-3:-1])  # as the run itself says it
-    wait_until(lambda: all(word.state == "finished" for word in board.read(tmp_path / "run")))
+    wait_until(lambda: all(beat.state == "finished" for beat in heartbeat.read_heartbeats(tmp_path / "run")))
     before = written(tmp_path / "run")
     code, out, _ = call(tmp_path / "run", "--once")
     assert code == 0
@@ -204,8 +205,8 @@ def test_a_killed_run_is_told_soon(call, start, tmp_path: Path) -> None:
 
 
 def test_failed(call, tmp_path: Path) -> None:
-    word = board.Word(3, "h", 1, step=7, time=time.time())
-    board.conclude(make(tmp_path / "run", word), word, "ZeroDivisionError: planted")
+    beat = Heartbeat(3, "h", 1, step=7, time=time.time())
+    heartbeat.record_failure(make(tmp_path / "run", beat), beat, "ZeroDivisionError: planted")
     for more in ((), ("--once",)):
         code, out, _ = call(tmp_path / "run", *more)
         assert code == 1
@@ -213,52 +214,52 @@ def test_failed(call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "verdict"),
+    ("beats", "verdict"),
     [
         (
-            [board.Word(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
-            r"no heartbeat of any rank for \d+ s: rank 0 on elsewhere failed at step 5: not a word for",
+            [Heartbeat(rank, "elsewhere", 1, step=5 + rank, time=time.time() - 100) for rank in range(2)],
+            r"no heartbeat of any rank for \d+ s: rank 0 on elsewhere failed at step 5: no heartbeat for",
         ),
         ([], r"no heartbeat of any rank for \d+ s: it did not start"),
         (
-            [board.Word(0, "elsewhere", 1, step=5, state=board.REFUSED, time=time.time())],
+            [Heartbeat(0, "elsewhere", 1, step=5, state=heartbeat.USER_ERROR, time=time.time())],
             "ended with a message .* step 5",
         ),
         (
-            [board.Word(0, "elsewhere", 1, step=5, state=f"{board.FAILED}cause", time=time.time())],
+            [Heartbeat(0, "elsewhere", 1, step=5, state=f"{heartbeat.FAILED}cause", time=time.time())],
             "rank 0 .* at step 5: cause",
         ),
     ],
     ids=["silent", "nobody", "refused", "failed"],
 )
-def test_ends_without_a_last_file(call, tmp_path: Path, words: list[board.Word], verdict: str) -> None:
-    code, out, _ = call(make(tmp_path / "run", *words), "--timeout", 1, "--interval", 0.1)
+def test_ends_without_a_last_file(call, tmp_path: Path, beats: list[Heartbeat], verdict: str) -> None:
+    code, out, _ = call(make(tmp_path / "run", *beats), "--timeout", 1, "--interval", 0.1)
     assert code == 1
     assert re.search(verdict, out.splitlines()[-1])
 
 
-def test_one_that_speaks_is_not_silent_whatever_its_clock(
+def test_new_heartbeats_count_whatever_the_clock(
     call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank's clock an hour late: its words are new all the same."""
-    word, told = board.Word(0, "elsewhere", 1, step=5, time=time.time() - 3600), 0
+    """A rank's clock an hour late: its heartbeats are new all the same."""
+    beat, told = Heartbeat(0, "elsewhere", 1, step=5, time=time.time() - 3600), 0
 
-    def read_words(folder: Path) -> list[board.Word]:
+    def read_heartbeats(folder: Path) -> list[Heartbeat]:
         nonlocal told
         told += 1
         if told == 30:
             (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 20, "world_size": 1}))
-        return [board.Word(**{**vars(word), "time": word.time + told})]
+        return [Heartbeat(**{**vars(beat), "time": beat.time + told})]
 
-    monkeypatch.setattr(follow, "read_words", read_words)
+    monkeypatch.setattr(follow, "read_heartbeats", read_heartbeats)
     code, out, _ = call(make(tmp_path / "run"), "--timeout", 0.5, "--interval", 0.1)
     assert code == 0, out
 
 
 def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
     """As with `| head -1`: the exit code is the run's all the same."""
-    word = board.Word(0, "elsewhere", 1, step=5, time=time.time())
-    folder = make(tmp_path / "run", word)
+    beat = Heartbeat(0, "elsewhere", 1, step=5, time=time.time())
+    folder = make(tmp_path / "run", beat)
     watching = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), "--interval", "0.1"],
         cwd=ROOT,
@@ -333,9 +334,9 @@ def test_half_written_and_rewritten_lines(tmp_path: Path) -> None:
 
 def test_progress_and_many_ranks(tmp_path: Path) -> None:
     now = time.time()
-    words = [board.Word(rank, f"h{rank // 8}", 1, step=9, doing="computing", time=now) for rank in range(40)]
-    words[33].step = 8  # the one behind is among those shown
-    run = Follower(make(tmp_path / "run", *words), 60)
+    beats = [Heartbeat(rank, f"h{rank // 8}", 1, step=9, doing="computing", time=now) for rank in range(40)]
+    beats[33].step = 8  # the one behind is among those shown
+    run = Follower(make(tmp_path / "run", *beats), 60)
     run.look()
     assert run.progress() == (7 / 20, "epoch 1/2", "7/20  left 0:00:26")
     console = module.Console(force_terminal=False, width=120)
