@@ -1,5 +1,4 @@
-"""What all ranks must have alike, compared before the first step: options, data, code, the layout of what
-travels."""
+"""Checks that all ranks agree: on options, code, data and buckets at the start, then on parameters."""
 
 from __future__ import annotations
 
@@ -17,30 +16,31 @@ from distrib.trainer import Trainer
 
 
 def check_same_config(world: World, config: Config, data: Dataset) -> None:
-    """UserError where the ranks were started with different options, run different code or read different
-    data."""
+    """UserError if a rank was started with other options, runs other code or reads other data than rank 0."""
     mine = {"options": asdict(config), "data": data.digest(), "code": code_digest()}
     everyone = world.allgather(mine, "the comparison of configurations")
-    for rank, other in enumerate(everyone):
-        for name, value in other["options"].items():
-            if value != everyone[0]["options"][name]:
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        for name, value in theirs["options"].items():
+            if value != first["options"][name]:
                 raise UserError(
                     f"rank {rank} was started with --{name.replace('_', '-')} {value}, rank 0 with"
-                    f" {everyone[0]['options'][name]}: start all ranks alike"
+                    f" {first['options'][name]}: start all ranks with the same options"
                 )
-        if other["code"] != everyone[0]["code"]:
+        if theirs["code"] != first["code"]:
             raise UserError(
                 f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version"
                 " everywhere"
             )
-        if other["data"] != everyone[0]["data"]:
+        if theirs["data"] != first["data"]:
             raise UserError(
-                f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all the same files"
+                f"rank {rank} on {world.hosts[rank]} reads other data than rank 0: give all ranks the same"
+                " files"
             )
 
 
 def check_same_buckets(trainer: Trainer) -> None:
-    """UserError where what the ranks will send differs: buckets, dtypes, the number of steps."""
+    """UserError if a rank would send other buckets or dtypes than rank 0, or take another number of steps."""
     params, buckets = trainer.params, trainer.reducer.buckets
     mine = (
         str(params.dtype),
@@ -49,20 +49,18 @@ def check_same_buckets(trainer: Trainer) -> None:
         trainer.steps,
         trainer.limit,
     )
-    everyone = trainer.world.allgather(mine, "the comparison of layouts")
-    for rank, other in enumerate(everyone):
-        if other != everyone[0]:
+    everyone = trainer.world.allgather(mine, "the comparison of buckets")
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
             raise UserError(
-                f"rank {rank} on {trainer.world.hosts[rank]} would send {other[0]} in {len(other[2])} buckets"
-                f" for {other[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for"
-                f" {everyone[0][3]}:"
-                " start all ranks alike"
+                f"rank {rank} on {trainer.world.hosts[rank]} would send {theirs[0]} in {len(theirs[2])}"
+                f" buckets for {theirs[3]} steps, rank 0 {everyone[0][0]} in {len(everyone[0][2])} for"
+                f" {everyone[0][3]}: start all ranks with the same options"
             )
 
 
 def check_replicas_equal(trainer: Trainer) -> None:
-    """RankFailure naming the rank whose parameters are not those of the most: its memory, a link or a kernel
-    corrupts data."""
+    """RankFailure if a rank's parameters differ from the majority's: its memory, link or GPU corrupts data."""
     if trainer.world.size == 1:
         return
     with trainer.waiting("the comparison of parameters"):
@@ -72,11 +70,11 @@ def check_replicas_equal(trainer: Trainer) -> None:
     common, count = Counter(everyone).most_common(1)[0]
     if count == len(everyone):
         return
-    rank = next(rank for rank, other in enumerate(everyone) if other != common)
+    rank = next(rank for rank, theirs in enumerate(everyone) if theirs != common)
     also = "" if count > len(everyone) / 2 else ", or rank 0's, as there is no majority"
     raise RankFailure(
         rank,
         f"its parameters{also} differ from the other ranks' after step {trainer.at.step}: memory, a link or a"
-        f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to go on from the last"
-        " checkpoint, which all ranks agreed on",
+        f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from the last"
+        " checkpoint, at which all ranks were equal",
     )

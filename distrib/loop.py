@@ -200,7 +200,7 @@ def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer,
             **{name.replace("_", "-"): value for name, value in shown.items()},
             "run folder": run_dir,
             "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
-            "chosen": world.reason,
+            "chosen": world.choice_explanation,
             "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
             f" {text(data.shape)} pixels, {data.classes} classes",
             "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",

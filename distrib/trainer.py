@@ -64,7 +64,7 @@ class Trainer:
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}
         self.optimizer = optimizer(self.params, **options)
-        if config.gradients == "bf16" and world.size > 1 and world.comm.name != "nccl":
+        if config.gradients == "bf16" and world.size > 1 and not world.comm.sums_bf16:
             raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
         self.reducer = Reducer(self.params, world.comm, config.gradients if world.size > 1 else "float32")
         # what a step reads and counts on the device; see `begin_epoch`
@@ -86,7 +86,7 @@ class Trainer:
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
         self.results = StepResults(world, self.at, self.steps_per_epoch, config.lr, dtype)
         self.sums = self.sum_over_ranks if world.size > 1 else None
-        graph = config.cuda_graph and backend.cuda is not None and world.comm.captures
+        graph = config.cuda_graph and backend.cuda is not None and world.comm.graph_safe
         self.saver = ckpt.Saver()
         self.graphs: Graphs | None = None
         if graph:

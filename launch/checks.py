@@ -231,7 +231,7 @@ def cudnn(world: World | None) -> Finding:
     if form := world and world.backend.algorithms.get("cudnn"):
         return Finding(OK, f"{form.version}, {frontend}")
     why = (
-        " ".join(world.backend.notes) or world.reason
+        " ".join(world.backend.notes) or world.choice_explanation
         if world
         else "not looked at, as the ranks did not come together"
     )

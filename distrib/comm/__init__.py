@@ -1,1 +1,1 @@
-"""Who the ranks are and how they add up: the communicators and what uses them."""
+"""Joins the ranks, and sums arrays over them."""

@@ -11,10 +11,10 @@ from nn.array import Array
 
 
 class Handle(Protocol):
-    """A collective under way."""
+    """A collective that may still be running."""
 
     def wait(self) -> None:
-        """Return when (on a GPU: when work queued from now on will see that) the result is in place."""
+        """Return when the result is in place; on a GPU, when work queued from now on will see it."""
 
 
 class Communicator(Protocol):
@@ -23,31 +23,37 @@ class Communicator(Protocol):
     name: str
     rank: int
     size: int
-    captures: bool
+    version: str
+    """Of the library, if it may change the order of a sum; else empty."""
+    graph_safe: bool
     """Whether a CUDA graph can hold the collectives."""
+    sums_bf16: bool
+    """Whether it can sum bfloat16, which travels as uint16."""
+    staged: bool
+    """Whether it copies device arrays through the host."""
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         """Sum the contiguous vector `x` over ranks, in place.
 
-        With `overlap` it runs beside the computation until `wait`; without, the result is in place for
-        whatever is computed next.
+        With `overlap`, the sum runs beside the computation until `wait`. Without, whatever is computed next
+        sees the result.
         """
 
     def broadcast(self, x: Array, root: int = 0) -> None:
-        """Overwrite `x` by rank `root`'s, in place."""
+        """Overwrite `x` with rank `root`'s."""
 
     def barrier(self) -> None:
-        """Return when every rank has called."""
+        """Return when every rank has called it."""
 
     def abort(self) -> None:
         """End the whole job, from any thread, whatever the other ranks are doing."""
 
     def close(self) -> None:
-        """Release the communicator; every rank calls it."""
+        """Release the communicator. Every rank calls it."""
 
 
 class Done:
-    """The handle of what is already complete."""
+    """The handle of a collective that is complete."""
 
     def wait(self) -> None:
         pass
@@ -59,7 +65,8 @@ DONE = Done()
 class SingleCommunicator:
     """One process: every collective is already complete."""
 
-    name, rank, size, captures = "none", 0, 1, True
+    name, rank, size = "none", 0, 1
+    version, graph_safe, sums_bf16, staged = "", True, True, False
 
     def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
         return DONE
@@ -78,7 +85,7 @@ class SingleCommunicator:
 
 
 class SingleControl:
-    """Control traffic (small Python objects) of one process; `mpi4py.MPI.Comm` has the same names."""
+    """Control communicator (small Python objects) of one process, with the names of `mpi4py.MPI.Comm`."""
 
     rank = 0
 

@@ -1,7 +1,7 @@
 """The communicator on device arrays, over NCCL, bootstrapped by MPI.
 
-`cuda` and `nccl` are the modules `cupy.cuda` and `cupy.cuda.nccl`, passed in so that the order of calls,
-counts, dtype codes, pointers and stream order can be tested on a machine without a GPU.
+`cuda` and `nccl` are the modules `cupy.cuda` and `cupy.cuda.nccl`. They are passed in so that tests without a
+GPU can check the order of calls and of streams, counts, dtype codes and pointers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPE_CODES = {
 
 
 class _Event:
-    """Waiting makes the compute stream wait for the communication stream; the host goes on at once."""
+    """Makes the compute stream wait for the communication stream. The host does not wait."""
 
     def __init__(self, cuda: Any, event: Any) -> None:
         self._cuda, self._event = cuda, event
@@ -37,43 +37,42 @@ class _Event:
 class NcclCommunicator:
     """Sums, broadcasts and barriers on device memory, in stream order.
 
-    Overlapped reductions run on their own stream, joined to the compute stream by events; immediate ones
-    (batch norm's sums) are queued on the compute stream itself. One communicator serves both, so the order
-    in which ranks issue collectives is the same everywhere.
+    Overlapped sums run on a communication stream, which events join to the compute stream. The others (of
+    batch norm) are queued on the compute stream. One communicator serves both, so all ranks issue collectives
+    in the same order.
     """
 
-    name, captures = "nccl", True
+    name, graph_safe, sums_bf16, staged = "nccl", True, True, False
 
     def __init__(
         self,
-        control: Any,
+        control_comm: Any,
         cuda: Any,
         nccl: Any,
         device: int,
         watchdog: Watchdog,
         new_zero: Callable[[], Array],
-        branch: SideStream | None = None,
+        side_stream: SideStream | None = None,
     ) -> None:
-        """Join `control`'s ranks (mpi4py) into one NCCL communicator.
+        """Join the ranks of `control_comm` (mpi4py) into one NCCL communicator.
 
-        In this order: the watchdog is armed, the device is chosen (NCCL binds to the current one), rank 0
-        makes the unique id, it is broadcast, a barrier, the init, and one warm-up all-reduce of the array
-        that `new_zero` makes, in which NCCL connects its channels. What `branch` computes is waited for too
-        before it is summed.
+        The order matters: arm the watchdog, choose the device (NCCL binds to the current one), make the
+        unique id on rank 0, broadcast it, barrier, init. Then one warm-up all-reduce of the array that
+        `new_zero` makes lets NCCL connect its channels. Overlapped sums also wait for `side_stream`.
         """
-        self.rank, self.size = int(control.Get_rank()), int(control.Get_size())
-        self._control, self._cuda, self._nccl, self._branch = control, cuda, nccl, branch
+        self.rank, self.size = int(control_comm.Get_rank()), int(control_comm.Get_size())
+        self._control_comm, self._cuda, self._nccl = control_comm, cuda, nccl
+        self._side_stream, self._watchdog = side_stream, watchdog
         self._comm: Any = None
-        self.version: int = nccl.get_version()
-        self._watchdog = watchdog
+        self.version = str(nccl.get_version())
         watchdog.on_expiry.append(self._abort_nccl)
         with watchdog.waiting("the set-up of NCCL"):
             cuda.Device(device).use()
-            unique_id = control.bcast(nccl.get_unique_id() if self.rank == 0 else None, root=0)
-            control.Barrier()
+            unique_id = control_comm.bcast(nccl.get_unique_id() if self.rank == 0 else None, root=0)
+            control_comm.Barrier()
             self._comm = nccl.NcclCommunicator(self.size, unique_id, self.rank)
-            self._beside = cuda.Stream(non_blocking=True)
-            self._ready = cuda.Event(disable_timing=True)
+            self._comm_stream = cuda.Stream(non_blocking=True)
+            self._computed = cuda.Event(disable_timing=True)
             self.all_reduce(new_zero())
             cuda.get_current_stream().synchronize()
         watchdog.checks.append(self._comm.check_async_error)
@@ -94,13 +93,13 @@ class NcclCommunicator:
         if not overlap:
             self._sum(x, compute)
             return DONE
-        compute.record(self._ready)
-        self._beside.wait_event(self._ready)
-        if self._branch:
-            self._branch.join(self._beside)
-        self._sum(x, self._beside)
+        compute.record(self._computed)
+        self._comm_stream.wait_event(self._computed)
+        if self._side_stream:
+            self._side_stream.join(self._comm_stream)
+        self._sum(x, self._comm_stream)
         done = self._cuda.Event(disable_timing=True)
-        self._beside.record(done)
+        self._comm_stream.record(done)
         return _Event(self._cuda, done)
 
     def broadcast(self, x: Array, root: int = 0) -> None:
@@ -110,18 +109,17 @@ class NcclCommunicator:
 
     def barrier(self) -> None:
         self._cuda.get_current_stream().synchronize()
-        self._control.Barrier()
+        self._control_comm.Barrier()
 
     def _abort_nccl(self) -> None:
         if self._comm is not None:
             self._comm.abort()
 
     def abort(self) -> None:
-        self._control.Abort(1)  # not NCCL's first: that waits for the CUDA graphs that hold its calls
+        self._control_comm.Abort(1)  # not NCCL's abort, which waits for the CUDA graphs that hold its calls
 
     def close(self) -> None:
-        """Release the communicator; CUDA graphs that hold its calls must be gone, as NCCL waits for their
-        end."""
+        """Release the communicator. Drop CUDA graphs that hold its calls first, or NCCL waits for them."""
         self._watchdog.forget_checks()
         with self._watchdog.waiting("the end of NCCL"):
             self._comm.destroy()

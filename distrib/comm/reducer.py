@@ -1,4 +1,4 @@
-"""Which slices of the flat gradient travel when."""
+"""Sums the gradient over ranks in buckets, while the backward still runs."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from nn.ops.bf16 import from_bf16, to_bf16
 from nn.params import Parameter, Parameters
 
 BUCKET_BYTES = 1 << 20
-"""Large enough that latency does not count, small enough that batch norm's sums never wait long behind
-one."""
+"""Large enough to hide latency, small enough that batch norm's sums never wait long behind a bucket."""
 
 
 class Reducer:
-    """Sums the flat gradient over ranks, bucket by bucket, while the backward still runs.
+    """Sums the flat gradient over ranks, bucket by bucket.
 
-    Buckets are slices of `params.comm_buffer` in the order in which the backward completes them, from the end
-    of the vector; the first takes the STEP_METRICS scalars along. They are issued in that order on every
-    rank.
+    Buckets are slices of `params.comm_buffer` in backward order, from the end of the vector to its start. The
+    first includes the STEP_METRICS scalars. Every rank sends them in this order.
 
-    With `kind` "bf16" gradients travel and are summed as bfloat16, half as many bytes, and the scalars on
-    their own.
+    With `dtype` "bf16", gradients are sent and summed as bfloat16, half as many bytes, and the scalars
+    separately.
     """
 
     def __init__(
-        self, params: Parameters, comm: Communicator, kind: str = "float32", bucket_bytes: int = BUCKET_BYTES
+        self,
+        params: Parameters,
+        comm: Communicator,
+        dtype: str = "float32",
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._wire, self._tail, self._comm = params.comm_buffer, params.step_metrics, comm
-        self._branch = params.backend.side_stream
-        self._narrow = params.backend.xp.zeros(params.grads.size, "uint16") if kind == "bf16" else None
+        self._buffer, self._metrics, self._comm = params.comm_buffer, params.step_metrics, comm
+        self._side_stream = params.backend.side_stream
+        self._bf16 = params.backend.xp.zeros(params.grads.size, "uint16") if dtype == "bf16" else None
         self.buckets: list[slice] = []
         self._bucket_of: dict[str, int] = {}
-        self._members: list[int] = []
+        self._members: list[int] = []  # parameters of each bucket
         stop, members = params.comm_buffer.size, 0
         for parameter in reversed(list(params)):
             self._bucket_of[parameter.name] = len(self.buckets)
@@ -42,34 +44,32 @@ class Reducer:
                 self.buckets.append(slice(parameter.start, stop))
                 self._members.append(members)
                 stop, members = parameter.start, 0
-        self._missing = self._members.copy()
+        self._pending = self._members.copy()
         self._handles: list[Handle] = []
 
     def ready(self, parameter: Parameter) -> None:
-        """The gradient of `parameter` is complete; buckets that now are, and whose turn it is, set off."""
-        self._missing[self._bucket_of[parameter.name]] -= 1
-        while len(self._handles) < len(self.buckets) and self._missing[len(self._handles)] == 0:
-            self._handles.append(
-                self._comm.all_reduce(self._sent(self.buckets[len(self._handles)]), overlap=True)
-            )
+        """Note that the gradient of `parameter` is complete; send the buckets that now are, in order."""
+        self._pending[self._bucket_of[parameter.name]] -= 1
+        while len(self._handles) < len(self.buckets) and self._pending[len(self._handles)] == 0:
+            payload = self._payload(self.buckets[len(self._handles)])
+            self._handles.append(self._comm.all_reduce(payload, overlap=True))
 
-    def _sent(self, bucket: slice) -> Array:
-        """What travels for a bucket."""
-        if self._narrow is None:
-            return self._wire[bucket]
-        part = slice(bucket.start, min(bucket.stop, self._narrow.size))
-        with (
-            self._branch.fork() if self._branch else nullcontext()
-        ):  # where the gradients of weights come from
-            to_bf16(self._wire[part], self._narrow[part])
-        return self._narrow[part]
+    def _payload(self, bucket: slice) -> Array:
+        """The array to send for a bucket."""
+        if self._bf16 is None:
+            return self._buffer[bucket]
+        part = slice(bucket.start, min(bucket.stop, self._bf16.size))
+        # convert on the stream that computes the gradients of weights
+        with self._side_stream.fork() if self._side_stream else nullcontext():
+            to_bf16(self._buffer[part], self._bf16[part])
+        return self._bf16[part]
 
     def wait(self) -> None:
         """Return when the whole gradient is the sum over ranks."""
         assert len(self._handles) == len(self.buckets), "a gradient was not announced"
         for handle in self._handles:
             handle.wait()
-        if self._narrow is not None:
-            self._comm.all_reduce(self._tail, overlap=True).wait()
-            from_bf16(self._narrow, self._wire[: self._narrow.size])
-        self._missing, self._handles = self._members.copy(), []
+        if self._bf16 is not None:
+            self._comm.all_reduce(self._metrics, overlap=True).wait()
+            from_bf16(self._bf16, self._buffer[: self._bf16.size])
+        self._pending, self._handles = self._members.copy(), []

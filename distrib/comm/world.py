@@ -1,4 +1,4 @@
-"""From what the machine offers to ranks, a backend and a communicator: agreed on by all ranks."""
+"""Joins the ranks, and chooses a backend and a communicator that all of them can use."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 
 @dataclass
 class World:
-    """Everything that depends on who else is running. Nothing outside keeps a communicator or a rank."""
+    """This rank's place among all ranks, and how it reaches them.
+
+    `comm` sums arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts`
+    has the host of each rank. `choice_explanation` says why backend and communicator were chosen.
+    """
 
     comm: Communicator
-    control: Any
+    control_comm: Any
     backend: Backend
-    reason: str
+    choice_explanation: str
     watchdog: Watchdog
     hosts: list[str]
 
     @property
     def comm_version(self) -> dict[str, str]:
-        """The library that sums, where its version may change the order of a sum."""
-        version = getattr(self.comm, "version", None)
-        return {self.comm.name: str(version)} if version else {}
+        """{library: version} of the communicator, if it may change the order of a sum."""
+        return {self.comm.name: self.comm.version} if self.comm.version else {}
 
     @property
     def rank(self) -> int:
@@ -74,22 +77,21 @@ class World:
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's `value`, on every rank."""
         with self.watchdog.waiting(what):
-            return self.control.bcast(value, root=0)
+            return self.control_comm.bcast(value, root=0)
 
     def allgather(self, value: Any, what: str, timeouts: float = 1) -> list[Any]:
         """`value` of every rank, by rank. The ranks wait up to `timeouts` timeouts for each other."""
         with self.watchdog.waiting(what, timeouts):
-            return list(self.control.allgather(value))
+            return list(self.control_comm.allgather(value))
 
 
 MPI_INIT_SECONDS = 300
-"""MPI_Init of a large job may take minutes; after these it hangs."""
+"""MPI_Init of a large job may take minutes. After this long it is considered hung."""
 
 
 def import_mpi() -> Any:
-    """`mpi4py.MPI`; RuntimeError in one line where it or an MPI library is missing. The import calls
-    MPI_Init."""
-    os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # a second less in MPI_Init
+    """Import `mpi4py.MPI`, which calls MPI_Init. RuntimeError in one line if it cannot be imported."""
+    os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # saves a second in MPI_Init
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
@@ -98,21 +100,21 @@ def import_mpi() -> Any:
             from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
-    except RuntimeError as error:  # mpi4py without a library says so in many lines
+    except RuntimeError as error:  # mpi4py reports a missing library in many lines
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
     return MPI
 
 
 def end_mpi(mpi: Any, seconds: float) -> None:
-    """MPI_Finalize, which waits for all ranks: the process ends after `seconds` all the same."""
+    """Call MPI_Finalize, which waits for all ranks; kill this process if it takes longer than `seconds`."""
     if not mpi.Is_finalized():
         with kill_after(seconds, "MPI_Finalize"):
             mpi.Finalize()
 
 
-def _control(comm: str) -> tuple[Any, str]:
-    """The communicator for control traffic, and why: MPI_COMM_WORLD where there is more than this process."""
+def _join(comm: str) -> tuple[Any, str]:
+    """(control communicator, explanation): MPI_COMM_WORLD if there is more than this process."""
     launched = launched_ranks()
     if comm == "none" and launched > 1:  # a shell inside srun -n 4 --pty, say
         return (
@@ -134,21 +136,21 @@ def _control(comm: str) -> tuple[Any, str]:
     return world, f"{world.Get_size()} ranks over MPI"
 
 
-def _local_rank(control: Any) -> int:
-    """How many lower ranks are on this host."""
-    hosts = control.allgather(socket.gethostname())
-    return int(hosts[: control.rank].count(hosts[control.rank]))
+def _local_rank(control_comm: Any) -> int:
+    """Number of lower ranks on this host."""
+    hosts = control_comm.allgather(socket.gethostname())
+    return int(hosts[: control_comm.rank].count(hosts[control_comm.rank]))
 
 
-def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, str]:
-    """The backend that all ranks can have, and why."""
-    missing, local_rank = None, _local_rank(control)
+def _choose_backend(name: str, precision: str, control_comm: Any) -> tuple[Backend, str]:
+    """(backend, explanation): one that all ranks can use. UserError if it is not the one asked for."""
+    missing, local_rank = None, _local_rank(control_comm)
     if name != "numpy":
         try:
             cupy = backends.cupy_backend(precision, local_rank)
         except RuntimeError as error:
             missing = str(error)
-    everyone = control.allgather(missing)
+    everyone = control_comm.allgather(missing)
     absent = next(
         (f"rank {rank}: {why}" if len(everyone) > 1 else why for rank, why in enumerate(everyone) if why),
         None,
@@ -163,38 +165,37 @@ def _choose_backend(name: str, precision: str, control: Any) -> tuple[Backend, s
         chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
-    forms = control.allgather(sorted(chosen.algorithms))
-    if forms != forms[:1] * len(forms):
-        odd = next(rank for rank, other in enumerate(forms) if other != forms[0])
+    algorithms = control_comm.allgather(sorted(chosen.algorithms))
+    if algorithms != algorithms[:1] * len(algorithms):
+        odd = next(rank for rank, other in enumerate(algorithms) if other != algorithms[0])
         raise UserError(
-            f"rank {odd} has the convolutions {', '.join(forms[odd])}, rank 0 {', '.join(forms[0])}: install"
-            " the same libraries for all ranks"
+            f"rank {odd} has the convolutions {', '.join(algorithms[odd])}, rank 0"
+            f" {', '.join(algorithms[0])}: install the same libraries for all ranks"
         )
     if precision == "bf16" and "cudnn" not in chosen.algorithms:
         raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
     return chosen, why
 
 
-def _devices(control: Any, backend: Backend) -> tuple[int, int]:
-    """(this rank's device, most ranks on any one GPU)."""
+def _devices(control_comm: Any, backend: Backend) -> tuple[int, int]:
+    """(this rank's device, the largest number of ranks on one GPU)."""
     runtime = backend.xp.cuda.runtime
     device = int(runtime.getDevice())
-    # CuPy cuts the UUID at a zero byte; the bus alone is shared by the parts of a divided GPU
+    # both: CuPy cuts the UUID at a zero byte, and the parts of a divided GPU share the bus id
     identity = f"{runtime.deviceGetPCIBusId(device)} {runtime.getDeviceProperties(device)['uuid']!r}"
-    places = control.allgather((socket.gethostname(), identity))
+    places = control_comm.allgather((socket.gethostname(), identity))
     return device, max(places.count(place) for place in places)
 
 
 def _device_communicator(
-    name: str, control: Any, backend: Backend, watchdog: Watchdog
+    name: str, control_comm: Any, backend: Backend, watchdog: Watchdog
 ) -> tuple[Communicator, str]:
-    """NCCL where every rank has its own GPU or NCCL can share one, else MPI through the host; and why not
-    NCCL."""
+    """(communicator, explanation): NCCL if all ranks can use it, else MPI through the host."""
     from distrib.comm.mpi import StagedCommunicator
 
-    device, sharing = _devices(control, backend)
+    device, sharing = _devices(control_comm, backend)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CuPy warns in many lines; ours is one
+        warnings.simplefilter("ignore")  # CuPy's warning has many lines, ours one
         from cupy.cuda import nccl
     version: int = 0
     missing: str | None = "CuPy finds no NCCL library: pip install nvidia-nccl-cu12 (or -cu13)"
@@ -206,15 +207,15 @@ def _device_communicator(
             f"{sharing} ranks share one GPU, which takes NCCL 2.30 (found {version}) and"
             " NCCL_MULTI_RANK_GPU_ENABLE=1: start one rank per GPU, or use --comm mpi"
         )
-    missing = next((why for why in control.allgather(missing) if why), None)
+    missing = next((why for why in control_comm.allgather(missing) if why), None)
     if name == "mpi" or (name == "auto" and missing):
-        return StagedCommunicator(control, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
+        return StagedCommunicator(control_comm, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
     if missing:
         raise UserError(f"--comm nccl: {missing}")
     from distrib.comm.nccl import NcclCommunicator
 
     return NcclCommunicator(
-        control,
+        control_comm,
         backend.xp.cuda,
         nccl,
         device,
@@ -224,35 +225,38 @@ def _device_communicator(
     ), ""
 
 
+def _check_same_options(control_comm: Any, options: dict[str, str]) -> None:
+    """UserError if a rank was started with other `options` than rank 0."""
+    everyone = control_comm.allgather(options)
+    for rank, theirs in enumerate(everyone):
+        for option, value in theirs.items():
+            if value != everyone[0][option]:
+                raise UserError(
+                    f"rank {rank} was started with --{option} {value}, rank 0 with {everyone[0][option]}:"
+                    " start all ranks with the same options"
+                )
+
+
 def connect(
     comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0
 ) -> World:
-    """Join the other ranks and choose backend and communicator.
+    """Join the other ranks and choose backend and communicator, given the options of the command line.
 
-    `comm` and `backend` as on the command line. UserError, the same on every rank, where what was asked
-    for by name cannot be had.
+    Raises the same UserError on every rank if an option asks for something that is not available, or if the
+    ranks were started with different options.
     """
-    control, ranks = _control(comm)
-    single = isinstance(control, SingleControl)
-    rank = 0 if single else int(control.Get_rank())
+    control_comm, ranks = _join(comm)
+    single = isinstance(control_comm, SingleControl)
+    rank = 0 if single else int(control_comm.Get_rank())
     watchdog = Watchdog(rank, timeout)
     if not single:
-        abort_on_crash(watchdog, lambda: control.Abort(1))
+        abort_on_crash(watchdog, lambda: control_comm.Abort(1))
         atexit.register(
             end_mpi, import_mpi(), SLOW_IO_FACTOR * timeout
-        )  # rank 0 may still be writing a checkpoint
+        )  # while rank 0 may still write a checkpoint
     with watchdog.waiting("the choice of backend and communicator"):
-        everyone = control.allgather((comm, backend, precision))
-        for other, asked in enumerate(everyone):
-            for option, wanted, first in zip(
-                ("comm", "backend", "precision"), asked, everyone[0], strict=True
-            ):
-                if wanted != first:
-                    raise UserError(
-                        f"rank {other} was started with --{option} {wanted}, rank 0 with {first}: start all"
-                        " ranks alike"
-                    )
-        chosen, why = _choose_backend(backend, precision, control)
+        _check_same_options(control_comm, {"comm": comm, "backend": backend, "precision": precision})
+        chosen, why = _choose_backend(backend, precision, control_comm)
         communicator: Communicator
         if chosen.on_host and comm == "nccl":
             raise UserError(
@@ -265,10 +269,10 @@ def connect(
         elif chosen.on_host:
             from distrib.comm.mpi import MpiCommunicator
 
-            communicator = MpiCommunicator(control, watchdog)
+            communicator = MpiCommunicator(control_comm, watchdog)
         else:
-            communicator, note = _device_communicator(comm, control, chosen, watchdog)
+            communicator, note = _device_communicator(comm, control_comm, chosen, watchdog)
             ranks += note
-        hosts = control.allgather(socket.gethostname())
-    reason = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
-    return World(communicator, control, chosen, reason, watchdog, hosts)
+        hosts = control_comm.allgather(socket.gethostname())
+    explanation = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
+    return World(communicator, control_comm, chosen, explanation, watchdog, hosts)

@@ -35,13 +35,13 @@ def message_sizes(least: int, most: int, factor: int, itemsize: int) -> list[int
 
 
 def device_of(world: World) -> str | None:
-    """GPU, and NCCL's version where it is used."""
+    """GPU, and the version of the communicator's library."""
     if world.backend.on_host:
         return None
     cuda = world.backend.xp.cuda
     name = cuda.runtime.getDeviceProperties(cuda.runtime.getDevice())["name"]
-    nccl = f", NCCL {cuda.nccl.get_version()}" if world.comm.name == "nccl" else ""
-    return (name.decode() if isinstance(name, bytes) else str(name)) + nccl
+    versions = [f"{library.upper()} {version}" for library, version in world.comm_version.items()]
+    return ", ".join([name.decode() if isinstance(name, bytes) else str(name), *versions])
 
 
 def allreduce(
@@ -99,7 +99,7 @@ def report(
         "hosts": len(set(world.hosts)),
         "backend": world.backend.name,
         "communicator": world.comm.name,
-        "reason": world.reason,
+        "reason": world.choice_explanation,
         "dtype": dtype,
         "repeats": repeats,
         "seconds_a_size": seconds,

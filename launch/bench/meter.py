@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from distrib.comm.base import SingleCommunicator
 from distrib.comm.world import World
 from launch.bench.sums import Values
 from nn.array import Array
@@ -161,9 +162,9 @@ def why_no_graph(world: World) -> str | None:
     """Why this communicator cannot be captured in a CUDA graph; None if it can."""
     if world.backend.on_host:
         return "host arrays"
-    if world.comm.name == "none":
+    if isinstance(world.comm, SingleCommunicator):
         return "one process without a communicator queues nothing"
-    return None if world.comm.captures else "MPI copies through the host, which no graph holds"
+    return None if world.comm.graph_safe else "MPI copies through the host, which no graph holds"
 
 
 def first_reason(everyone: list[str | None]) -> str | None:
@@ -185,7 +186,7 @@ def vector(world: World, nbytes: int, dtype: str) -> Array:
 
     A host gives out memory that it does not have and then kills, so it is asked first.
     """
-    staged = world.comm.name == "mpi" and not world.backend.on_host
+    staged = world.comm.staged
     copies = 3 if staged else 2 if world.backend.on_host else 0  # on the host, MPI's own included
     need = copies * nbytes * world.hosts.count(world.hosts[world.rank])
     have = min(world.allgather(available(), "the memory at hand"))  # all asked before any takes

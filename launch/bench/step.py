@@ -281,7 +281,7 @@ def wait_quietly(world: World, measure: Callable[[], Any] | None) -> Any:
     with world.watchdog.waiting("PyTorch's measurement"):
         done = measure() if measure else None
         if world.size > 1:
-            request = world.control.Ibarrier()
+            request = world.control_comm.Ibarrier()
             while not request.Test():
                 time.sleep(0.02)
     return done

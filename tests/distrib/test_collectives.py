@@ -132,7 +132,7 @@ for _ in range(2):  # twice: what works once may leave state behind
         comm.broadcast(value, root=size - 1)
         assert (value == size - 1).all()
         comm.barrier()
-assert world.control.allgather(rank) == list(range(size))
+assert world.control_comm.allgather(rank) == list(range(size))
 try:
     with world.fail_together():
         if rank == size - 1:

@@ -177,7 +177,7 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
     "data": (
         "plain = formats.load; formats.load = lambda *given:"
         " replace(found := plain(*given), train_images=255 - found.train_images)",
-        "reads other data than rank 0: give all the same files",
+        "reads other data than rank 0: give all ranks the same files",
     ),
     "steps": (
         "plain = Trainer.__init__;"
@@ -186,7 +186,7 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
     ),
     "buckets": (
         "made = reducer.Reducer.__init__; made.__defaults__ = (*made.__defaults__[:-1], 5000)",
-        "start all ranks alike",
+        "start all ranks with the same options",
     ),
 }
 

@@ -366,7 +366,8 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.gpus().found == "H100 GPU-00010203-0405-0607-0809-0a0b0c0d0e0f, H100 GPU-abcd"
     assert checks.nccl().found == "2.32.3, which can put several ranks on one GPU"
     world: Any = SimpleNamespace(
-        reason="", backend=SimpleNamespace(algorithms={"cudnn": SimpleNamespace(version="9.10")}, notes=())
+        choice_explanation="",
+        backend=SimpleNamespace(algorithms={"cudnn": SimpleNamespace(version="9.10")}, notes=()),
     )
     assert checks.cudnn(world).found.startswith("9.10, nvidia-cudnn-frontend")
     world.backend.algorithms, world.backend.notes = {}, ("convolutions without cuDNN",)
