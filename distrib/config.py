@@ -31,10 +31,10 @@ CHOICES = {
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "epochs": 1,
-        "limit_train": 30_720,  # whole batches: a small last one costs a tenth of a percent
-        "batch_size": 128,
+        "limit_train": 26_112,  # whole batches: a small last one costs a tenth of a percent
+        "batch_size": 64,
         "optimizer": "sgd",
-        "lr": 0.2,
+        "lr": 0.1,
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 5e-3,
