@@ -47,7 +47,7 @@ def check_same_buckets(trainer: Trainer) -> None:
         params.comm_buffer.size,
         tuple((b.start, b.stop) for b in buckets),
         trainer.steps,
-        trainer.limit,
+        trainer.last_step,
     )
     everyone = trainer.world.allgather(mine, "the comparison of buckets")
     for rank, theirs in enumerate(everyone):
@@ -60,7 +60,7 @@ def check_same_buckets(trainer: Trainer) -> None:
 
 
 def check_replicas_equal(trainer: Trainer) -> None:
-    """RankFailure if a rank's parameters differ from the majority's: its memory, link or GPU corrupts data."""
+    """RankFailure if a rank's parameters differ from most: its memory, link or GPU corrupts data."""
     if trainer.world.size == 1:
         return
     with trainer.waiting("the comparison of parameters"):
@@ -74,7 +74,7 @@ def check_replicas_equal(trainer: Trainer) -> None:
     also = "" if count > len(everyone) / 2 else ", or rank 0's, as there is no majority"
     raise RankFailure(
         rank,
-        f"its parameters{also} differ from the other ranks' after step {trainer.at.step}: memory, a link or a"
-        f" GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from the last"
-        " checkpoint, at which all ranks were equal",
+        f"its parameters{also} differ from the other ranks' after step {trainer.progress.step}: memory, a"
+        f" link or a GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from the"
+        " last checkpoint, at which all ranks were equal",
     )

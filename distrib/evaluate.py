@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distrib.comm.base import Communicator
-from distrib.data.sampler import share
+from distrib.data.sampler import shard
 from nn.array import Array
 from nn.layer import StepContext
 from nn.network import Network
@@ -13,7 +13,7 @@ from nn.ops.batch import LABELS, Source, gather_batch
 from nn.ops.loss import loss_and_gradient
 
 HOST_BATCH, DEVICE_BATCH = 128, 1000
-"""Images of one evaluation batch on a rank: on the host what its caches like, on a GPU enough to fill it."""
+"""Images of a rank's evaluation batch: on the host few, to fit the caches; on a GPU enough to fill it."""
 
 
 def batch_size(model: Network) -> int:
@@ -39,18 +39,18 @@ def evaluate(
     comm: Communicator,
     keep: list[np.ndarray] | None = None,
 ) -> tuple[float, float]:
-    """(mean loss, accuracy in percent) over all images, each rank taking a contiguous part.
+    """(mean loss, accuracy in percent) over all images. Each rank evaluates one contiguous shard.
 
-    The logits of this rank's part are appended to `keep`, batch by batch, where it is given.
+    Appends the logits of this rank's shard to `keep`, batch by batch, if it is given.
     """
     xp, dtype = model.backend.xp, model.dtype
-    part = share(len(images), comm.rank, comm.size)
-    sums, zero, own, tail = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
+    part = shard(len(images), comm.rank, comm.size)
+    sums, zero, local_loss, metrics = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
     for start in range(part.start, part.stop, batch_size(model)):
         logits, wanted = infer(model, images, labels, start, min(start + batch_size(model), part.stop))
         unused = model.buffers.persistent("dlogits", logits.shape, str(dtype))
-        loss_and_gradient(logits, wanted, zero, unused, own, tail, loss=loss, count=1)
-        sums += tail[:2]
+        loss_and_gradient(logits, wanted, zero, unused, local_loss, metrics, loss=loss, count=1)
+        sums += metrics[:2]
         if keep is not None:
             keep.append(np.array(model.backend.to_host(logits)))
     comm.all_reduce(sums).wait()

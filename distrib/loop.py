@@ -26,134 +26,88 @@ from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
 from distrib.run.console import Screen
 from distrib.run.folder import Run
+from distrib.timing import Throughput
 from distrib.trainer import Trainer, blas_threads
 from distrib.warmup import warm_up
 from nn.layer import text
 
 READ_EVERY = 32
-"""Steps that a device may be ahead before its results are asked for, between logged steps too."""
+"""Steps after which a device's results are read, if none was logged meanwhile."""
 
-FEWEST_IMAGES = 4
-"""Images of a step that are worth a rank of their own on a host: the fewest in docs/benchmarks.md."""
+MIN_IMAGES_PER_RANK = 4
+"""Images of a step below which another rank on a host does not pay: the fewest in docs/benchmarks.md."""
 
 
 def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
-    """Train to the end (or to --max-steps, or to a signal); returns the summary."""
+    """Train to the end, to --max-steps or to a signal; returns the summary."""
     trainer.started = time.perf_counter()
-    np.seterr(over="ignore", invalid="ignore", divide="ignore")  # non-finite losses are looked for
-    screen.start(trainer.steps, trainer.at.step, trainer.config.epochs)
+    np.seterr(over="ignore", invalid="ignore", divide="ignore")  # StepResults finds non-finite losses
+    progress = trainer.progress
+    screen.start(trainer.steps, progress.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
-        while trainer.at.step < trainer.limit and not trainer.results.stopped:
-            epoch = trainer.at.step // trainer.steps_per_epoch
+        while progress.step < trainer.last_step and not trainer.results.stopped:
+            epoch = progress.step // trainer.steps_per_epoch
             train_epoch(trainer, epoch, run, screen)
-            whole = trainer.at.step % trainer.steps_per_epoch == 0
+            whole = progress.step % trainer.steps_per_epoch == 0
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
             state.save(trainer, run)
     finally:
         screen.close()
     if not result and not trainer.results.stopped:
-        result = {**trainer.at.last_epoch, **trainer.test()}
+        result = {**progress.last_epoch, **trainer.test()}
     return trainer.summary(result)
 
 
 def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> None:
-    """The steps of `epoch` (from 0) that are not done yet."""
-    config, world, at = trainer.config, trainer.world, trainer.at
-    meter = Meter(trainer)
-    for s in range(at.step - epoch * trainer.steps_per_epoch, trainer.steps_per_epoch):
-        world.watchdog.step = at.step + 1
+    """Train the remaining steps of `epoch` (from 0)."""
+    config, world, progress, results = trainer.config, trainer.world, trainer.progress, trainer.results
+    throughput = Throughput(trainer.timer, progress, world.backend.on_host)
+    for s in range(progress.step - epoch * trainer.steps_per_epoch, trainer.steps_per_epoch):
+        world.watchdog.step = progress.step + 1
         lr = trainer.lr()
         trainer.step()
-        meter.count(trainer.results.unread[-1])
+        throughput.count(results.unread[-1])
 
-        last, end = s == trainer.steps_per_epoch - 1, at.step >= trainer.limit
-        log = at.step % config.log_every == 0 or last
-        save = at.step % config.checkpoint_every == 0 and not (last or end)
-        now = world.backend.on_host or last or save or end  # else a device is not waited for
+        last, end = s == trainer.steps_per_epoch - 1, progress.step >= trainer.last_step
+        log = progress.step % config.log_every == 0 or last
+        save = progress.step % config.checkpoint_every == 0 and not (last or end)
+        now = world.backend.on_host or last or save or end  # else do not wait for the device
         if log:
-            line = {"step": at.step, "epoch": epoch + 1, "lr": lr}
-            trainer.results.read(now, partial(log_step, run, world, line, meter, meter.take()))
-        elif now or len(trainer.results.unread) == READ_EVERY:
-            trainer.results.read(now)
+            line = {"step": progress.step, "epoch": epoch + 1, "lr": lr}
+            results.read(now, partial(log_step, run, world, line, throughput, throughput.take()))
+        elif now or len(results.unread) == READ_EVERY:
+            results.read(now)
         if screen.due():
-            screen.progress(at.step, epoch, trainer.results.last["loss"], meter.rate())
+            screen.progress(progress.step, epoch, results.last["loss"], throughput.rate())
         if config.check_every and (
-            at.step % config.check_every == 0 or save or last or end or trainer.results.stopped
+            progress.step % config.check_every == 0 or save or last or end or results.stopped
         ):
             check_replicas_equal(trainer)
-        if save and not trainer.results.stopped:
-            meter.pause()
+        if save and not results.stopped:
+            throughput.pause()
             state.save(trainer, run)
-            meter.resume()
-        if end or trainer.results.stopped:
+            throughput.resume()
+        if end or results.stopped:
             break
-    trainer.results.read()  # a stop is heard with steps on their way
-    meter.pause()
+    results.read()  # of steps that were still running on the device
+    throughput.pause()
 
 
 def log_step(
-    run: Run | None, world: World, line: dict[str, Any], meter: Meter, images: int, results: dict[str, float]
+    run: Run | None,
+    world: World,
+    line: dict[str, Any],
+    throughput: Throughput,
+    images: int,
+    results: dict[str, float],
 ) -> None:
-    """The line of a logged step, when its results are there."""
-    log_line(run, world, {**line, **meter.read(images)}, results)
-
-
-class Meter:
-    """Images and seconds of training, without the time of checkpoints, since the last reading."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._images, self._seconds, self._rate = trainer, 0, 0.0, 0.0
-        self._laps = trainer.laps.seconds.copy()
-        self.resume()
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    def resume(self) -> None:
-        self._begin = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stop the clock; adds to the run's training time."""
-        now = time.perf_counter()
-        self._seconds += now - self._begin
-        self._trainer.at.train_seconds += now - self._begin
-        self._begin = now
-
-    def rate(self) -> float:
-        """Images per second since the last reading, or right after one of what was read."""
-        if not self._images:
-            return self._rate
-        return self._images / max(self._seconds + time.perf_counter() - self._begin, 1e-9)
-
-    def take(self) -> int:
-        """Images counted since the last call."""
-        images, self._images = self._images, 0
-        return images
-
-    def read(self, images: int) -> dict[str, float | None]:
-        """The times of metrics.jsonl for these images. Where a device runs behind the host, their parts are
-        unknown."""
-        self.pause()
-        laps = self._trainer.laps.seconds
-        passed = {phase: seconds - self._laps[phase] for phase, seconds in laps.items()}
-        waited = passed["sums"] + passed["gradients"]
-        parts = {
-            "compute_seconds": self._seconds - waited - passed["data"],
-            "communication_seconds": waited,
-            "data_seconds": passed["data"],
-        }
-        self._rate = images / max(self._seconds, 1e-9)
-        self._seconds, self._laps = 0.0, laps.copy()
-        on_host = self._trainer.world.backend.on_host
-        return {
-            "images_per_second": self._rate,
-            **{name: value if on_host else None for name, value in parts.items()},
-        }
+    """Log a step, once its results are there."""
+    log_line(run, world, {**line, **throughput.read(images)}, results)
 
 
 def log_line(run: Run | None, world: World, values: dict[str, Any], results: dict[str, float]) -> None:
-    """A line of metrics.jsonl, written by rank 0; all ranks learn whether that worked."""
+    """Write a line of metrics.jsonl on rank 0. All ranks fail if that fails."""
     with world.fail_together():
         if run:
             run.log({**values, **results})
@@ -161,11 +115,11 @@ def log_line(run: Run | None, world: World, values: dict[str, Any], results: dic
 
 def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> dict[str, float]:
     """Evaluate, write the epoch's line, reset the running sums."""
-    at = trainer.at
-    at.last_epoch = trainer.running()
-    at.loss_sum, at.correct, at.images = 0.0, 0.0, 0
-    result = {**at.last_epoch, **trainer.test()}
-    log_line(run, trainer.world, {"step": at.step, "epoch": epoch + 1}, result)
+    progress = trainer.progress
+    progress.last_epoch = trainer.train_metrics()
+    progress.loss_sum, progress.correct, progress.images = 0.0, 0.0, 0
+    result = {**progress.last_epoch, **trainer.test()}
+    log_line(run, trainer.world, {"step": progress.step, "epoch": epoch + 1}, result)
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
         f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy"
@@ -174,31 +128,31 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     return result
 
 
-def advice(world: World, config: Config) -> str | None:
-    """A line for a person whose cores stand idle: how many ranks to start."""
+def suggest_ranks(world: World, config: Config) -> str | None:
+    """Suggest a number of ranks if cores are idle; else None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    best = min(cores, config.batch_size // FEWEST_IMAGES)
+    best = min(cores, config.batch_size // MIN_IMAGES_PER_RANK)
     several_hosts = len(set(world.hosts)) > 1
     if not world.backend.on_host or several_hosts or best <= world.size:
         return None
     if world.size > 1 and world.size * blas_threads() >= cores:
         return None
     return (
-        f"{cores} cores, {world.size} rank(s): BLAS threads speed up matrix products alone; ranks may be"
+        f"{cores} cores, {world.size} rank(s): BLAS threads speed up only matrix products; more ranks may be"
         f" faster: mpirun -n {best} python -m distrib.train …"
     )
 
 
-def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer, run_dir: Path) -> None:
-    """The resolved configuration, world, backend and data."""
-    world = trainer.world
+def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run) -> None:
+    """Print the resolved configuration, world, backend and data, then notes."""
+    config, world = trainer.config, trainer.world
     shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
     hosts = sorted(set(world.hosts))
     screen.table(
         "distrib train",
         {
             **{name.replace("_", "-"): value for name, value in shown.items()},
-            "run folder": run_dir,
+            "run folder": run.path,
             "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
             "chosen": world.choice_explanation,
             "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
@@ -206,22 +160,49 @@ def start_table(screen: Screen, config: Config, data: Dataset, trainer: Trainer,
             "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
         },
     )
+    for note in [*run.notes, *data.notes(), *world.backend.notes, suggest_ranks(world, config)]:
+        if note:
+            screen.say(f"note: {note}")
 
 
-def train(config: Config, last: bool = False) -> int:
-    """Run one configuration on this rank; returns the exit code. `last`: only the exit comes after it."""
+def train(config: Config, exiting: bool = False) -> int:
+    """Run one configuration on this rank; returns the exit code. `exiting`: the process ends right after."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
     with (
         Run(Path(config.run_dir) if config.run_dir else None, config)
         if world.rank == 0
         else nullcontext() as run
     ):
-        return train_on(world, config, run, last)
+        return train_on(world, config, run, exiting)
 
 
-def train_on(world: World, config: Config, run: Run | None, last: bool = False) -> int:
-    """`train`, with the ranks joined; rank 0 has the run's folder."""
+def train_on(world: World, config: Config, run: Run | None, exiting: bool = False) -> int:
+    """`train` on joined ranks; rank 0 has the run's folder."""
     screen = Screen(active=world.rank == 0)
+    trainer = prepare(world, config, run, screen)
+    check_same_buckets(trainer)
+    world.watchdog.step = trainer.progress.step
+    folder = Path(world.broadcast(str(run.path) if run else "", "the run's folder"))
+    world.watchdog.heartbeats = Heartbeats(folder, world.rank, world.size, trainer.progress.step)
+    with stop_on_signals(trainer, exiting), report_failures(world):
+        warm_up(trainer, run)
+        summary = fit(trainer, run, screen)
+        state.wait_for_save(trainer, run)  # verify the last checkpoint before reporting success
+        logits = world.allgather(trainer.logits, "the logits of the test images")
+        with world.fail_together():
+            if run:
+                run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
+                run.finish(summary)
+        print_result(screen, summary, run)
+        step = trainer.progress.step
+        world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, step=step, state="finished"))
+        trainer.close()
+    world.watchdog.heartbeats = None
+    return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
+
+
+def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Trainer:
+    """Load the data, open the run's folder and build the trainer, resumed from the folder's checkpoint."""
     stored, saved = None, None
     with world.fail_together():
         data = formats.load(config.data, config.limit_train, config.limit_test)
@@ -241,49 +222,22 @@ def train_on(world: World, config: Config, run: Run | None, last: bool = False) 
             changed = state.restore(trainer, saved)
     with world.fail_together():
         if run:
-            run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.about())
+            run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.describe())
     if run:
-        start_table(screen, config, data, trainer, run.path)
-        for note in [*run.notes, *data.notes(), *world.backend.notes, advice(world, config)]:
-            if note:
-                screen.say(f"note: {note}")
-        if saved:
-            screen.say(f"resuming from {saved.path.name}, step {trainer.at.step} of {trainer.steps}")
-        if changed:
-            screen.say(f"changed since then, so equal within rounding only: {'; '.join(changed)}")
-    check_same_buckets(trainer)
-    world.watchdog.step = trainer.at.step
-    world.watchdog.heartbeats = Heartbeats(
-        Path(world.broadcast(str(run.path) if run else "", "the run's folder")),
-        world.rank,
-        world.size,
-        trainer.at.step,
-    )
-    with stop_on_signals(trainer, last), verdict_of(world):
-        warm_up(trainer, run)
-        summary = fit(trainer, run, screen)
-        state.wait_for_save(trainer, run)  # and verified before anyone counts on it
-        logits = world.allgather(trainer.logits, "the logits of the test images")
-        with world.fail_together():
-            if run:
-                run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
-                run.finish(summary)
-        report(screen, summary, run)
-        world.watchdog.ask_heartbeats(
-            lambda beats: beats.publish(now=True, step=trainer.at.step, state="finished")
-        )
-        trainer.close()
-    world.watchdog.heartbeats = None
-    return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
+        print_start(screen, trainer, data, run)
+    if saved:
+        screen.say(f"resuming from {saved.path.name}, step {trainer.progress.step} of {trainer.steps}")
+    if changed:
+        screen.say(f"changed since then, so results agree only within rounding: {'; '.join(changed)}")
+    return trainer
 
 
 @contextmanager
-def verdict_of(world: World) -> Iterator[None]:
-    """What ends this rank otherwise than as a mistake that all ranks know of is said to the others, and ends
-    the job."""
+def report_failures(world: World) -> Iterator[None]:
+    """Report an unexpected exception to the other ranks and abort the job."""
     try:
         yield
-    except UserError:  # all ranks have it
+    except UserError:  # all ranks raise it
         world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, state=USER_ERROR))
         raise
     except BaseException as error:
@@ -295,8 +249,8 @@ def verdict_of(world: World) -> Iterator[None]:
         raise
 
 
-def report(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
-    """The result, at the end."""
+def print_result(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
+    """Print the result, at the end."""
     state = "finished" if summary["finished"] else f"ended early at step {summary['steps']}"
     accuracy = summary["test_accuracy"]
     rate, path = summary["images_per_second"], run.path if run else ""

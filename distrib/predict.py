@@ -1,4 +1,4 @@
-"""What a trained model says of single images."""
+"""Classifies single images with a trained model."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
 from distrib.pictures.prepare import Pictures, read_pictures, read_scaled
 from distrib.run import checkpoint as ckpt
+from distrib.run.model_spec import network_arguments
 from nn.layer import text
 from nn.network import Network
 from nn.ops.batch import LABELS
-from nn.resnet9 import MODELS
 
 DIGITS = [str(digit) for digit in range(10)]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model from a checkpoint, ready on the host. `about` describes it (see `Trainer.about`)."""
+    """A model from a checkpoint, ready on the host, with its model spec (see `describe_model`)."""
 
     path: Path
     model: Network
-    about: dict[str, Any]
+    model_spec: dict[str, Any]
 
     @property
     def loss(self) -> str:
-        return str(self.about["loss"])
+        return str(self.model_spec["loss"])
 
     def require_fit(self, data: Dataset) -> None:
-        """UserError where the network takes other images than those of `data`, or has other classes."""
+        """UserError if the network takes images of another shape than `data`, or has other classes."""
         shape, classes = self.model.shape, self.model.classes
         if (shape, classes) != (data.shape, data.classes):
             raise UserError(
@@ -45,16 +45,16 @@ class Loaded:
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.about["class_names"])
+        return list(self.model_spec["class_names"])
 
     @property
     def digits(self) -> bool:
-        """Whether it tells digits apart, in pictures as MNIST has them."""
+        """Whether it classifies digits in images like MNIST's."""
         return self.model.shape == (28, 28, 1) and self.class_names == DIGITS
 
 
 def load(path: Path) -> Loaded:
-    """The model in a checkpoint file, or in the newest valid checkpoint of a run's folder."""
+    """Load the model from a checkpoint file, or from the newest valid checkpoint of a run's folder."""
     if path.is_dir():
         candidates = ckpt.list_checkpoints(path / "checkpoints") or ckpt.list_checkpoints(path)
         if not candidates:
@@ -64,15 +64,13 @@ def load(path: Path) -> Loaded:
         found, problems = ckpt.newest_valid(candidates[0].parent)
         if found is None:
             raise UserError(f"{path}: no valid checkpoint: {problems[0]}")
-        path, tensors, about = found.path, found.model, found.about
+        path, tensors, model_spec = found.path, found.model, found.model_spec
     else:
-        tensors, about = ckpt.load_model(path)
+        tensors, model_spec = ckpt.load_model(path)
     try:
-        options = {"variant": about["variant"], "width": about["width"]}
-        shape, classes = tuple(about["shape"]), len(about["class_names"])
-        model = Network(MODELS[about["model"]], shape, classes, options, dtype=about["dtype"])
+        model = Network(*network_arguments(model_spec), dtype=model_spec["dtype"])
         model.load_state_dict(tensors)
-        return Loaded(path, model, about)
+        return Loaded(path, model, model_spec)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{path}: does not hold the model that it describes ({error}): use another checkpoint"
@@ -85,7 +83,7 @@ def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> lis
 
 
 def read(loaded: Loaded, path: Path, as_is: bool = False) -> Pictures:
-    """The images of a file as the network takes them: digits as MNIST has them, others scaled."""
+    """Read the images of a file as the network takes them: digits prepared like MNIST's, others scaled."""
     shape = loaded.model.shape
     if loaded.digits:
         return read_pictures(path, as_is)
@@ -96,13 +94,11 @@ def read(loaded: Loaded, path: Path, as_is: bool = False) -> Pictures:
 
 
 def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
-    """For each image: its name, class, probability, the probabilities of all classes, whether it was
-    inverted.
+    """Classify each image: its name, class, probability, probabilities of all classes, if it was inverted.
 
-    Probabilities are the softmax of the logits; of a model trained with bce their sigmoids, each class's by
-    itself, which need not sum to 1. The class is that of the largest logit, the first of equals. Of an image
-    on which nothing is drawn it is None, and all probabilities are 0. Where classes are digits, `digit` is
-    the number.
+    Probabilities are the softmax of the logits. For a model trained with bce they are sigmoids, one for each
+    class, and need not sum to 1. The class is the one with the largest logit, the first of equals. An empty
+    image has class None, and all probabilities are 0. If classes are digits, `digit` is the number.
     """
     count = len(pictures.pixels)
     for start in range(0, count, HOST_BATCH):
@@ -121,7 +117,7 @@ def predict(loaded: Loaded, pictures: Pictures) -> Iterator[dict[str, Any]]:
 
 
 def logits(model: Network, images: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Logits (n, classes) of images[start:stop] (uint8), as an array of their own."""
+    """Logits (n, classes) of images[start:stop] (uint8), as a new array."""
     return np.array(infer(model, images, np.zeros(len(images), LABELS), start, stop)[0])
 
 

@@ -1,4 +1,4 @@
-"""What steps have found, read from the device late, so that no step waits for it."""
+"""Reads the results of steps from the device late, so that no step waits for it."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ import numpy as np
 
 from distrib.comm.world import World
 from distrib.errors import UserError
-from distrib.state import Position
+from distrib.state import Progress
 
 HISTORY = 256
-"""Steps whose results may stay on the device before they are read."""
+"""Steps whose results fit on the device until they are read."""
 
 
 class StepResults:
     """Loss, correct images and requests to stop of each step, summed over ranks, in a ring on the device.
 
     A row of `history` is [this rank's part of the loss, then the summed STEP_METRICS] of a step. `unread`
-    holds the global image counts of the steps whose rows are on the device only. `last` has the figures of
-    the last step that was read; they are added to those of the epoch in `at`.
+    holds the global image counts of the steps whose rows are only on the device. Reading a step sets `last`
+    and adds to the epoch's sums in `progress`.
     """
 
-    def __init__(self, world: World, at: Position, steps_per_epoch: int, lr: float, dtype: Any) -> None:
+    def __init__(self, world: World, progress: Progress, steps_per_epoch: int, lr: float, dtype: Any) -> None:
         self.history = world.backend.xp.zeros((HISTORY, 4), dtype)
         self.unread: list[int] = []
-        self.copies: deque[Any] = deque()  # results on their way to the host
+        self.in_flight: deque[Any] = deque()  # copies to the host
         self.last: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
-        self.stopped = False  # whether a rank was told to stop
-        self._world, self._at, self._steps_per_epoch, self._lr = world, at, steps_per_epoch, lr
+        self.stopped = False  # whether a signal asked any rank to stop
+        self._world, self._progress, self._steps_per_epoch, self._lr = world, progress, steps_per_epoch, lr
 
     @property
     def all_read(self) -> bool:
-        return not self.unread and not self.copies
+        return not self.unread and not self.in_flight
 
     def read(self, wait: bool = True, then: Callable[[dict[str, float]], None] | None = None) -> None:
-        """Take in the results of all steps so far; `then` is called with the last one's.
+        """Read the results of all steps so far, then call `then` with those of the last one.
 
-        Without `wait`, what is taken in are the steps up to the last call, which a device has long done by
-        now; those since are on their way to the host until the next.
+        Without `wait`, this starts a copy of the results since the last call, and reads only those before,
+        which have long arrived. `then` is called once the copy is read.
         """
         assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
-        first = (self._at.step - len(self.unread)) % self._steps_per_epoch
+        first = (self._progress.step - len(self.unread)) % self._steps_per_epoch
         copy = self._world.backend.start_copy(self.history)
-        self.copies.append((copy, first, self._at.step, self.unread, then))
+        self.in_flight.append((copy, first, self._progress.step, self.unread, then))
         self.unread = []
-        while len(self.copies) > (0 if wait else 1):
-            self._take_in(*self.copies.popleft())
+        while len(self.in_flight) > (0 if wait else 1):
+            self._add(*self.in_flight.popleft())
 
-    def _take_in(
+    def _add(
         self,
         copy: Callable[[], np.ndarray],
         first: int,
@@ -58,25 +58,24 @@ class StepResults:
         counts: list[int],
         then: Callable[[dict[str, float]], None] | None,
     ) -> None:
-        """Results of the `len(counts)` steps up to `step`; the first of them is number `first` of its
-        epoch."""
+        """Add the results of `len(counts)` steps up to `step`. The first is step `first` of its epoch."""
         with self._world.watchdog.waiting("the device's results"):
             rows = copy()
-        at = self._at
+        progress = self._progress
         for i, count in enumerate(counts):
             own, loss, correct, stop = rows[(first + i) % HISTORY].tolist()
             if not np.isfinite(loss):
-                self._refuse(step - len(counts) + i + 1, own, loss)
-            at.loss_sum += loss * count
-            at.correct += correct
-            at.images += count
+                self._raise_non_finite(step - len(counts) + i + 1, own, loss)
+            progress.loss_sum += loss * count
+            progress.correct += correct
+            progress.images += count
             self.last = {"loss": loss, "accuracy": 100 * correct / count}
             self.stopped = self.stopped or stop > 0
         if then:
             then(self.last)
 
-    def _refuse(self, step: int, own: float, loss: float) -> None:
-        """UserError for a loss that is not finite, on all ranks: what they read is the same sum."""
+    def _raise_non_finite(self, step: int, own: float, loss: float) -> None:
+        """Raise a UserError for a non-finite loss. All ranks do, as they read the same sum."""
         finite = self._world.allgather(bool(np.isfinite(own)), "the search for a non-finite loss")
         rank = finite.index(False) if False in finite else 0
         raise UserError(

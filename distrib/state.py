@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run: taken from a trainer, and given back to one."""
+"""Saves a trainer's state to a checkpoint, and restores it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Position:
-    """Where a run stands: everything besides parameters and optimizer that a checkpoint must hold."""
+class Progress:
+    """How far a run has come. A checkpoint holds its fields, so their names are fixed."""
 
     step: int = 0  # steps done, over all epochs
-    loss_sum: float = 0.0  # this epoch so far: Σ loss · images
+    loss_sum: float = 0.0  # of this epoch so far: Σ loss · images
     correct: float = 0.0
     images: int = 0
     images_per_rank: list[int] = field(default_factory=list)
@@ -31,12 +31,11 @@ class Position:
 
 
 def save(trainer: Trainer, run: Run | None) -> None:
-    """Begin a checkpoint of this moment, once the one before is written. Every rank comes here; rank 0
-    writes."""
+    """Start saving a checkpoint, once the one before is written. Every rank calls this; rank 0 writes."""
     assert trainer.results.all_read, "a checkpoint needs the results of all steps"
     world, config = trainer.world, trainer.config
-    at = {
-        **asdict(trainer.at),
+    position = {
+        **asdict(trainer.progress),
         "wall_seconds": trainer.wall_seconds(),
         "images_per_rank": trainer.images_per_rank(),
         "optimizer_steps": trainer.optimizer.steps,
@@ -46,25 +45,24 @@ def save(trainer: Trainer, run: Run | None) -> None:
         "data": trainer.data_digest,
     }
     trainer.share_statistics()
-    world.allgather(
-        None, "the beginning of a checkpoint"
-    )  # the wait for rank 0's disk alone is a patient one
+    # meet here within one timeout: only the wait for rank 0's disk may take longer
+    world.allgather(None, "the beginning of a checkpoint")
     with world.fail_together(SLOW_IO_FACTOR):
         trainer.saver.wait()
         if run:
             trainer.saver.start(
                 run.checkpoints,
-                trainer.at.step,
+                trainer.progress.step,
                 trainer.state_dict(),
-                trainer.spec,
+                trainer.model_spec,
                 _moments(trainer),
-                at,
+                position,
                 config.keep,
             )
 
 
 def _moments(trainer: Trainer) -> ckpt.Tensors:
-    """The optimizer's moments by "moment/name"; with averaged weights also "last/name" and "average/name"."""
+    """The optimizer's moments as "moment/name"; with averaged weights also "last/name" and "average/name"."""
     found = {
         f"{moment}/{name}": tensor
         for moment, flat in trainer.optimizer.state.items()
@@ -78,29 +76,27 @@ def _moments(trainer: Trainer) -> ckpt.Tensors:
 
 
 def wait_for_save(trainer: Trainer, run: Run | None) -> None:
-    """Return when the last checkpoint is on disk and, read again, verifies. Every rank comes here."""
+    """Wait for the last checkpoint to be on disk, then read and verify it. Every rank calls this."""
     with trainer.world.fail_together(SLOW_IO_FACTOR):
         trainer.saver.wait()
         if run and trainer.saver.used:
-            ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, trainer.at.step))
+            ckpt.load_checkpoint(ckpt.model_path(run.checkpoints, trainer.progress.step))
 
 
 def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
-    """Resume the run of a checkpoint; returns what has changed since it was saved."""
+    """Restore a trainer from a checkpoint; returns what changed in its environment since then."""
     c, path = trainer.config, saved.path
-    for name, own in trainer.spec.items():
-        held = saved.about.get(name)
-        if held != own and name != "class_names":
-            raise UserError(f"{path}: has {name} {held}, this run {own}: use a matching checkpoint")
-    at = dict(saved.position)
-    different = c.differences(at.pop("config"))
-    if at.pop("data") != trainer.data_digest:
+    for name, ours in trainer.model_spec.items():
+        held = saved.model_spec.get(name)
+        if held != ours and name != "class_names":
+            raise UserError(f"{path}: has {name} {held}, this run {ours}: use a matching checkpoint")
+    position = dict(saved.position)
+    different = c.differences(position.pop("config"))
+    if position.pop("data") != trainer.data_digest:
         different.append("other data")
     if different:
-        raise UserError(
-            f"{path}: is of a run with other settings: {'; '.join(different)}: give the same ones"
-        )
-    before = {**at.pop("environment"), "world_size": at.pop("world_size")}
+        raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}: give the same ones")
+    before = {**position.pop("environment"), "world_size": position.pop("world_size")}
     size = trainer.world.size
     if c.batch_norm == "local" and before["world_size"] != size:
         raise UserError(
@@ -110,9 +106,9 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
         _load_weights(trainer, saved)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: does not fit this run ({error}): use a matching checkpoint") from None
-    trainer.optimizer.steps = at.pop("optimizer_steps")
-    vars(trainer.at).update(at, images_per_rank=[0] * size)
-    trainer.earlier_images = at["images_per_rank"]
+    trainer.optimizer.steps = position.pop("optimizer_steps")
+    vars(trainer.progress).update(position, images_per_rank=[0] * size)
+    trainer.earlier_images = position["images_per_rank"]
     now = {**trainer.environment(), "world_size": size}
     return [
         f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}"
@@ -122,7 +118,7 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
 
 
 def _load_weights(trainer: Trainer, saved: ckpt.Checkpoint) -> None:
-    """Give the model, its averages and the optimizer what a checkpoint holds."""
+    """Load the weights, their averages and the optimizer's moments from a checkpoint."""
     model, averages = trainer.model, trainer.averages
     model.load_state_dict(_named(saved.optimizer, "average") if averages else saved.model)
     for mean, values in averages:
@@ -134,5 +130,5 @@ def _load_weights(trainer: Trainer, saved: ckpt.Checkpoint) -> None:
 
 
 def _named(tensors: ckpt.Tensors, group: str) -> dict[str, np.ndarray]:
-    """Those named "group/…", by the rest of their names."""
+    """The tensors named "group/…", without that prefix."""
     return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{group}/")}

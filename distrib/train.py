@@ -32,7 +32,7 @@ def train_command(**given: Any) -> None:
 
       mpirun -n 4 python -m distrib.train --epochs 1 --limit-train 8000
     """
-    raise typer.Exit(train(build(given), last=True))
+    raise typer.Exit(train(build(given), exiting=True))
 
 
 def _number(flag: str, kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""One rank's part of a run: the model, its optimizer, the position in the run, and one training step."""
+"""One rank's part of a run: the model, its optimizer, the progress of the run, and one training step."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from distrib.graph import Graphs
 from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
 from distrib.run.folder import environment
-from distrib.state import Position
-from distrib.timing import Laps
+from distrib.run.model_spec import describe_model, network_arguments
+from distrib.state import Progress
+from distrib.timing import StepTimer
 from nn.layer import StepContext
 from nn.network import Network
 from nn.ops.batch import LABELS, Source, gather_batch
 from nn.ops.loss import loss_and_gradient
 from nn.ops.update import average, record_step
 from nn.optim import OPTIMIZERS
-from nn.resnet9 import MODELS
 
 
 class Trainer:
@@ -46,13 +46,10 @@ class Trainer:
         self.labels, self.test_labels = (
             backend.asarray(labels.astype(LABELS)) for labels in (data.train_labels, data.test_labels)
         )
-        self.spec = ckpt.model_spec(config, data)
+        self.model_spec = describe_model(config, data)
         try:
             self.model = Network(
-                MODELS["resnet9"],
-                data.shape,
-                data.classes,
-                {"variant": config.variant, "width": config.width},
+                *network_arguments(self.model_spec),
                 seed=config.seed,
                 backend=backend,
                 dtype=config.dtype,
@@ -67,48 +64,47 @@ class Trainer:
         if config.gradients == "bf16" and world.size > 1 and not world.comm.sums_bf16:
             raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
         self.reducer = Reducer(self.params, world.comm, config.gradients if world.size > 1 else "float32")
-        # what a step reads and counts on the device; see `begin_epoch`
+        # what steps read and count on the device; see `begin_epoch`
         xp, dtype = backend.xp, self.params.dtype
-        self.stop, self.own, self.cursor = xp.zeros(1, dtype), xp.zeros(1, dtype), xp.zeros(1, np.int64)
+        self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
+        self.step_in_epoch = xp.zeros(1, np.int64)
         self.order = xp.zeros(len(data.train_images), np.int32)
         self.warps = (
             xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
         )
-        # (average, what it is of), where weights are averaged: parameters and running statistics; from 0, see
-        # `averaged`
+        # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
-        self.at = Position(images_per_rank=[0] * world.size)
+        self.progress = Progress(images_per_rank=[0] * world.size)
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        self.limit = min(self.steps, config.max_steps or self.steps)
+        self.last_step = min(self.steps, config.max_steps or self.steps)
         self.stop_requested = False
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
-        self.results = StepResults(world, self.at, self.steps_per_epoch, config.lr, dtype)
-        self.sums = self.sum_over_ranks if world.size > 1 else None
-        graph = config.cuda_graph and backend.cuda is not None and world.comm.graph_safe
+        self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
+        self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
         self.saver = ckpt.Saver()
         self.graphs: Graphs | None = None
-        if graph:
+        if config.cuda_graph and backend.cuda is not None and world.comm.graph_safe:
             self.graphs = Graphs(
                 backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
             )
-        self.earlier_images: list[int] = []  # by rank, before this process; `at` counts this one's own
-        self.laps = Laps()
+        self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
+        self.timer = StepTimer()
         self.started = time.perf_counter()
         self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step
-        self.evaluated: float | None = None  # when the evaluation of this very step ended
+        self.evaluated: float | None = None  # when the evaluation after the current step ended
 
     def sum_over_ranks(self, x: Any) -> None:
-        """Batch norm's sums: in place, before the next operation."""
+        """Sum `x` (of batch norm) over ranks, in place."""
         begin = time.perf_counter()
         self.world.comm.all_reduce(x).wait()
-        self.laps.sums(begin)
+        self.timer.add_sums(begin)
 
     def begin_epoch(self, epoch: int, order: np.ndarray | None = None) -> None:
-        """Put what the steps of `epoch` (from 0) read on the device: the order of images, the learning rates.
+        """Put the order of images and the learning rates of `epoch` (from 0) on the device.
 
-        `order` instead of the sampler's is for tests.
+        Tests give an `order` instead of the sampler's.
         """
         if self.results.unread:
             self.results.read()
@@ -123,94 +119,91 @@ class Trainer:
                 self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate
             )
             self.warps[...] = backend.asarray(warps)
-        self.cursor.fill(self.at.step - first)
+        self.step_in_epoch.fill(self.progress.step - first)
         self.epoch = epoch
 
     def step(self) -> None:
-        """The next synchronised training step: this rank's part of the batch, forward, backward, update."""
-        epoch, s = divmod(self.at.step, self.steps_per_epoch)
+        """Do the next training step, with all ranks: forward and backward of this rank's shard, update."""
+        epoch, s = divmod(self.progress.step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.begin_epoch(epoch)
         batch = self.config.batch_size
         count = min(batch, len(self.images) - s * batch)
-        part = sampler.share(count, self.world.rank, self.world.size)
+        part = sampler.shard(count, self.world.rank, self.world.size)
         if self.stop_requested:
-            self.stop.fill(1)
+            self.stop_flag.fill(1)
         tracked = self.model.batches_tracked
-        self.queue(part.start, part.stop - part.start, count)
-        self.model.batches_tracked = tracked + 1  # a replay runs no Python
+        self._queue(part.start, part.stop - part.start, count)
+        self.model.batches_tracked = tracked + 1  # a graph's replay runs no Python
         self.evaluated = None
         self.results.unread.append(count)
-        self.at.step += 1
+        self.progress.step += 1
         self.optimizer.steps += 1
-        self.at.images_per_rank[self.world.rank] += part.stop - part.start
+        self.progress.images_per_rank[self.world.rank] += part.stop - part.start
 
-    def queue(self, *kind: int) -> None:
-        """`compute`, as a graph where that can be. A full queue of a device may make this wait."""
+    def _queue(self, *batch_shape: int) -> None:
+        """`compute`, as a graph if possible. Waits if the device's queue is full."""
         with self.waiting("the queueing of a step"):
             if self.graphs:
-                self.graphs.run(kind, partial(self.compute, *kind))
+                self.graphs.run(batch_shape, partial(self.compute, *batch_shape))
             else:
-                self.compute(*kind)
+                self.compute(*batch_shape)
 
     def waiting(self, what: str) -> Any:
-        """Context of a wait for a device, which another rank's failure may make endless; on the host
-        nothing."""
+        """Context that bounds a wait for the device, which never ends if another rank failed."""
         return nullcontext() if self.world.backend.on_host else self.world.watchdog.waiting(what)
 
     def compute(self, start: int, n: int, count: int) -> None:
-        """The work of a step: images start … start + n of a global batch of `count`.
+        """Queue the work of a step: images start … start + n of a global batch of `count`.
 
         All that changes from step to step is read from the device's memory, so that a CUDA graph can hold it.
         """
-        config, model, buffers, laps = self.config, self.model, self.model.buffers, self.laps
-        # a rank without an image has sums of zero, not 0/0
-        this = (
-            StepContext(True, count, self.sums)
-            if config.batch_norm == "sync"
-            else StepContext(True, max(1, n))
-        )
-        laps.start()
+        config, model, buffers, timer = self.config, self.model, self.model.buffers, self.timer
+        if config.batch_norm == "sync":
+            context = StepContext(True, count, self.batch_norm_sum)
+        else:
+            context = StepContext(True, max(1, n))  # a rank without images must not compute 0/0
+        timer.start()
         x, labels = buffers.image("input", (n, *model.shape)), buffers.persistent("labels", (n,), LABELS)
         source = Source(self.images, self.labels, self.order, self.warps)
-        gather_batch(x, labels, source, self.cursor, config.batch_size, start)
-        laps.lap("data")
-        logits = model.forward(x, this)
+        gather_batch(x, labels, source, self.step_in_epoch, config.batch_size, start)
+        timer.lap("data")
+        logits = model.forward(x, context)
         dlogits = buffers.persistent("dlogits", logits.shape, str(model.dtype))
         loss_and_gradient(
             logits,
             labels,
-            self.stop,
+            self.stop_flag,
             dlogits,
-            self.own,
+            self.local_loss,
             self.params.step_metrics,
             loss=config.loss,
             count=count,
             smoothing=config.label_smoothing,
         )
-        laps.lap("forward")
-        model.backward(dlogits, this, self.reducer.ready)
-        laps.lap("backward")
+        timer.lap("forward")
+        model.backward(dlogits, context, self.reducer.ready)
+        timer.lap("backward")
         self.reducer.wait()
-        laps.lap("gradients")
-        self.optimizer.update(self.rates, self.cursor)
+        timer.lap("gradients")
+        self.optimizer.update(self.rates, self.step_in_epoch)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
-        record_step(self.results.history, self.own, self.params.step_metrics, self.cursor)
-        laps.lap("optimizer")
+        record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
+        timer.lap("optimizer")
 
     def close(self) -> None:
-        """Let go of the graphs, then of the communicator: NCCL waits for graphs that hold its calls."""
+        """Release the graphs, then the communicator: NCCL waits for graphs that hold its calls."""
         self.saver.close()
         self.graphs = None
         self.world.comm.close()
 
     @contextmanager
     def averaged(self, share: float | None = None) -> Iterator[None]:
-        """Context in which the model has the averaged weights, where the run averages them.
+        """Context in which the model has the averaged weights, if the run averages them.
 
-        The average of t steps began with 0, which has the share decay^t of it: it is divided by the rest, or
-        by `share`.
+        The average starts at 0, which after t steps still has the weight decay^t. So it is divided by
+        `share`, by default 1 − decay^t.
         """
         if not self.averages:
             yield
@@ -229,82 +222,81 @@ class Trainer:
             self.params.refresh()
 
     def capturable(self) -> bool:
-        """Whether all convolutions of the last step were forms of the device's own, which a graph can
-        hold."""
+        """Whether a graph can hold the last step: all its convolutions ran on the device."""
         return self.model.capturable()
 
     def lr(self) -> float:
-        """Learning rate of the coming step."""
-        return self.config.rate(self.at.step, self.steps_per_epoch)
+        """Learning rate of the next step."""
+        return self.config.rate(self.progress.step, self.steps_per_epoch)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The model as it is evaluated and saved: with averaged weights, where the run averages them."""
+        """The model as it is evaluated and saved: with averaged weights, if the run averages them."""
         with self.averaged():
             return self.model.state_dict()
 
     def share_statistics(self) -> None:
-        """With local batch norm, rank 0's running statistics count; with sync they are equal anyway."""
+        """Give all ranks rank 0's running statistics. Only local batch norm makes them differ."""
         if self.config.batch_norm == "local":
             for value in (self.model.statistics, *(mean for mean, _ in self.averages[1:])):
                 self.world.comm.broadcast(value)
 
     def environment(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to agree to the bit."""
+        """What must not change if a resumed run is to agree to the bit."""
         return {**environment(blas_threads(), self.world.backend), **self.world.comm_version}
 
     def images_per_rank(self) -> list[int]:
-        """Training images that each rank computed, earlier parts of the run included. Collective."""
-        mine = self.at.images_per_rank[self.world.rank]
+        """Training images that each rank computed, including before a resume. Collective."""
+        mine = self.progress.images_per_rank[self.world.rank]
         new = self.world.allgather(mine, "the count of images")
         return [sum(pair) for pair in zip_longest(new, self.earlier_images, fillvalue=0)]
 
     def wall_seconds(self, end: float | None = None) -> float:
-        """Seconds of training and evaluation, over resumes, up to `end` (default: now)."""
-        return self.at.wall_seconds + (time.perf_counter() if end is None else end) - self.started
+        """Seconds of training and evaluation up to `end` (default: now), including before a resume."""
+        return self.progress.wall_seconds + (time.perf_counter() if end is None else end) - self.started
 
     def test(self) -> dict[str, float]:
-        """test_loss and test_accuracy (percent). After the run's last step the logits are kept, too."""
+        """Evaluate: test_loss and test_accuracy (percent). After the last step, also keep the logits."""
         self.share_statistics()
         with self.waiting("the evaluation"), self.averaged():
-            self.logits = [] if self.at.step >= self.limit else None
+            self.logits = [] if self.progress.step >= self.last_step else None
             loss, accuracy = evaluate(
                 self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm, self.logits
             )
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(
-                f"the test loss is {loss} after step {self.at.step}: nothing of it was saved;"
+                f"the test loss is {loss} after step {self.progress.step}: nothing of it was saved;"
                 f" try a lower --lr than {self.config.lr}"
             )
         return {"test_loss": loss, "test_accuracy": accuracy}
 
-    def running(self) -> dict[str, float]:
+    def train_metrics(self) -> dict[str, float]:
         """train_loss and train_accuracy (percent) of the epoch so far."""
         return {
-            "train_loss": self.at.loss_sum / self.at.images,
-            "train_accuracy": 100 * self.at.correct / self.at.images,
+            "train_loss": self.progress.loss_sum / self.progress.images,
+            "train_accuracy": 100 * self.progress.correct / self.progress.images,
         }
 
     def summary(self, result: dict[str, float]) -> dict[str, Any]:
         """The contents of summary.json. Collective."""
-        at, world = self.at, self.world
-        if at.images:  # stopped in the middle of an epoch: its running figures
-            result = {**result, **self.running()}
+        progress, world = self.progress, self.world
+        if progress.images:  # stopped within an epoch: the figures so far
+            result = {**result, **self.train_metrics()}
         digest = ckpt.digest(self.state_dict())
         images = self.images_per_rank()
         return {
-            "finished": at.step >= self.steps,
+            "finished": progress.step >= self.steps,
             "test_accuracy": result.get("test_accuracy"),
             "test_loss": result.get("test_loss"),
             "train_accuracy": result.get("train_accuracy"),
             "train_loss": result.get("train_loss"),
-            "epochs": at.step // self.steps_per_epoch,
-            "steps": at.step,
+            "epochs": progress.step // self.steps_per_epoch,
+            "steps": progress.step,
             "world_size": world.size,
             "backend": world.backend.name,
             "communicator": world.comm.name,
             "parameters": self.params.count,
-            "images_per_second": sum(images) / at.train_seconds if at.train_seconds else None,
+            "images_per_second": sum(images) / progress.train_seconds if progress.train_seconds else None,
             "images_per_rank": images,
             "wall_seconds": self.wall_seconds(self.evaluated),
             "parameter_digest": digest,
@@ -313,7 +305,7 @@ class Trainer:
 
 
 def blas_threads() -> int:
-    """Threads of the matrix products."""
+    """Threads that BLAS uses for matrix products."""
     return max(
         (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
     )

@@ -139,7 +139,7 @@ def build(loaded: Loaded) -> ModelProto:
 def description(loaded: Loaded) -> dict[str, str]:
     """What a file's metadata say of the model; `step` is the training steps that it has had."""
     return {
-        **{name: str(value) for name, value in loaded.about.items()},
+        **{name: str(value) for name, value in loaded.model_spec.items()},
         "step": str(loaded.model.batches_tracked),
         "version": distrib.__version__,
     }
@@ -259,7 +259,7 @@ def export(
             require("onnxruntime")
     found = load_model(checkpoint)
     require_free(out, found.path)
-    about, dtype, notes = found.about, found.about["dtype"], []
+    spec, dtype, notes = found.model_spec, found.model_spec["dtype"], []
     if kind == "safetensors":
         content = to_safetensors(found)
         notes.append(
@@ -283,7 +283,7 @@ def export(
     write(out, content)
     print(
         f"{shown(str(found.path))} → {shown(str(out))}: {kind}, {len(content) / 1e6:.2f} MB,"
-        f" {about['variant']}, width {about['width']}, {shown(found.loss)},"
+        f" {spec['variant']}, width {spec['width']}, {shown(found.loss)},"
         f" step {found.model.batches_tracked}, {dtype}"
     )
     for note in notes:

@@ -125,7 +125,7 @@ sys.exit(main())
 
 def at(rank: int, step: int, code: str) -> str:
     """`before_each_step`, on one rank and before one step (from 0) only."""
-    return before_each_step(f"if self.world.rank == {rank} and self.at.step == {step}: {code}")
+    return before_each_step(f"if self.world.rank == {rank} and self.progress.step == {step}: {code}")
 
 
 def pause(path: Path) -> str:

@@ -55,8 +55,8 @@ class Dataset:
             sha.update(array.tobytes())
         return sha.hexdigest()
 
-    def about(self) -> dict[str, object]:
-        """What others may want to know of it without reading it."""
+    def describe(self) -> dict[str, object]:
+        """What config.json holds of it, so that readers need not load it."""
         return {
             "name": self.name,
             "shape": list(self.shape),

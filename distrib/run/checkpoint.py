@@ -1,8 +1,8 @@
-"""Checkpoints: two safetensors files, whole or not there, each verified before anything is taken from it.
+"""Saves and loads checkpoints: two safetensors files, written atomically and verified before use.
 
-`step-NNNNNNNN.safetensors` is the model alone; `step-NNNNNNNN.state.safetensors` holds the optimizer's
-vectors, the position in the run, and the SHA-256 of the model file. The state is written first, the model
-last: a checkpoint is valid only if both verify. No file runs code: safetensors hold numbers and text.
+`step-NNNNNNNN.safetensors` holds only the model. `step-NNNNNNNN.state.safetensors` holds the optimizer's
+vectors, the position in the run, and the SHA-256 of the model file. The model file is written last, and a
+checkpoint is valid only if both verify. Loading runs no code: safetensors files hold only numbers and text.
 """
 
 from __future__ import annotations
@@ -24,32 +24,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from distrib.config import Config
-from distrib.data.dataset import Dataset
 from distrib.data.sniff import memory
 from distrib.errors import UserError
-from distrib.files import fits, parse_object, reason, shown, write_atomically
-from nn.network import parameter_shapes
-from nn.ops.loss import LOSSES
-from nn.resnet9 import MODELS, VARIANTS
+from distrib.files import reason, shown, write_atomically
+from distrib.run.model_spec import Tensors, check_model_spec, parse_metadata
 
 MODEL_NAME = re.compile(r"step-\d+\.safetensors")
-WIDEST = 64
-"""The largest width that is believed."""
-
-OLDER: dict[str, Any] = {"model": "resnet9", "shape": [28, 28, 1], "class_names": [str(i) for i in range(10)]}
-"""What version 0.1 did not say of a model."""
-
-ABOUT = {
-    "model": "str",
-    "shape": "list[int]",
-    "class_names": "list[str]",
-    "variant": "str",
-    "width": "float",
-    "loss": "str",
-    "dtype": "str",
-}
-POSITION = {
+POSITION_TYPES = {
     "step": "int",
     "loss_sum": "float",
     "correct": "float",
@@ -64,40 +45,24 @@ POSITION = {
     "config": "dict",
     "data": "str",
 }
-"""What a model's file says of the model, and a state's file of the run, by type."""
-
-Tensors = dict[str, np.ndarray]
-
-
-def model_spec(config: Config, data: Dataset) -> dict[str, Any]:
-    """The description of a model in its file: all that it takes to make it again."""
-    return {
-        "model": "resnet9",
-        "shape": list(data.shape),
-        "class_names": list(data.class_names),
-        "variant": config.variant,
-        "width": config.width,
-        "loss": config.loss,
-        "dtype": config.dtype,
-    }
-
+"""Types of the fields of the position in a state file."""
 
 AGAIN = ", then run again with the same --run-dir to resume"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in host memory. `about` is the model's variant, width and loss."""
+    """A verified checkpoint in host memory. `model_spec` is what `describe_model` returned."""
 
     path: Path
     model: Tensors
-    about: dict[str, Any]
+    model_spec: dict[str, Any]
     optimizer: Tensors
     position: dict[str, Any]
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by name."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
@@ -118,18 +83,18 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: Tensors,
-    about: dict[str, Any],
+    model_spec: dict[str, Any],
     optimizer: Tensors,
     position: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Save one checkpoint, then remove all but the newest `keep`. Refuses non-finite numbers."""
+    """Save one checkpoint, then remove all but the newest `keep`. UserError for non-finite numbers."""
     for name, tensor in (*model.items(), *optimizer.items()):
         if not np.isfinite(tensor).all():
             raise UserError(f"{name} is not finite after step {step}: nothing was saved; try a lower --lr")
     path = model_path(folder, step)
-    about_text, position_text = json.dumps(about), json.dumps(position)
-    model_bytes = save(model, {"format": "pt", "about": about_text, "checksum": _checksum(model, about_text)})
+    spec_text, position_text = json.dumps(model_spec), json.dumps(position)
+    model_bytes = save(model, {"format": "pt", "about": spec_text, "checksum": _checksum(model, spec_text)})
     model_sha = hashlib.sha256(model_bytes).hexdigest()
     state = {
         "position": position_text,
@@ -138,24 +103,27 @@ def save_checkpoint(
     }
     write_atomically(state_path(path), save(optimizer, state), AGAIN)
     write_atomically(path, model_bytes, AGAIN)
-    paths = list_checkpoints(folder)
-    kept = [each for each in paths if each.name <= path.name][
-        :keep
-    ]  # later ones are of a course that was left
-    with suppress(OSError):  # what cannot be removed is no failure of this save
-        for old in set(paths) - set(kept):
-            old.unlink(missing_ok=True)
-        for orphan in folder.glob("step-*.state.safetensors"):  # a state without its model is of no use
-            if not orphan.with_name(orphan.name.replace(".state", "")).exists():
-                orphan.unlink()
+    _remove_old(folder, path, keep)
     return path
 
 
-class Saver:
-    """Saves checkpoints in a thread of its own, one after another: training waits for the copies only.
+def _remove_old(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all but `keep` checkpoints up to `newest`. Later steps belong to an abandoned continuation."""
+    paths = list_checkpoints(folder)
+    kept = [each for each in paths if each.name <= newest.name][:keep]
+    with suppress(OSError):  # the save itself succeeded
+        for old in set(paths) - set(kept):
+            old.unlink(missing_ok=True)
+        for orphan in folder.glob("step-*.state.safetensors"):  # useless without its model
+            if not orphan.with_name(orphan.name.replace(".state", "")).exists():
+                orphan.unlink()
 
-    What goes wrong with one is raised by the next `start` or `wait`. The thread exists from the beginning, as
-    none could be started once memory has run out; an ending process lets it finish the save at hand.
+
+class Saver:
+    """Saves checkpoints in a thread, one after another, so that training waits only for the copies.
+
+    The next `start` or `wait` raises the errors of a save. The thread starts at once, because it could not
+    start later if memory has run out. A process that exits lets it finish the current save.
     """
 
     def __init__(self) -> None:
@@ -168,25 +136,25 @@ class Saver:
         atexit.register(self._idle.wait)
 
     def start(self, *arguments: Any) -> None:
-        """Begin `save_checkpoint(*arguments)`, once the one before is done; the tensors must be copies."""
+        """Start `save_checkpoint(*arguments)`, after the one before is done. The tensors must be copies."""
         self.wait()
         self.used = True
         self._idle.clear()
         try:
             self._work.put(arguments)
-        except BaseException:  # no memory: there is nothing to wait for
+        except BaseException:  # out of memory: nothing was started
             self._idle.set()
             raise
 
     def wait(self) -> None:
-        """Return when the last one is on disk."""
+        """Return when the last checkpoint is on disk."""
         self._idle.wait()
         if self._error:
             error, self._error = self._error, None
             raise error
 
     def close(self) -> None:
-        """Finish the save at hand, then end the thread."""
+        """Finish the current save, then end the thread."""
         self._idle.wait()
         self._work.put(None)
         atexit.unregister(self._idle.wait)
@@ -202,7 +170,7 @@ class Saver:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Model files in `folder`, newest first, valid or not; UserError where it cannot be read."""
+    """Model files in `folder`, newest first, valid or not; UserError if it cannot be read."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -217,10 +185,10 @@ def _checksum(tensors: Tensors, text: str) -> str:
 
 
 def _require_file(path: Path) -> None:
-    """UserError where `path` is no file, cannot be read, or is more than this machine's memory holds."""
+    """UserError if `path` is no regular file, cannot be read, or is larger than this machine's memory."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: is no file: give a checkpoint (step-….safetensors), or a run's folder")
         with open(path, "rb"):
             pass
@@ -228,12 +196,12 @@ def _require_file(path: Path) -> None:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read {reason(error, path)}") from None
-    if about.st_size > memory():
-        raise UserError(f"{path}: has {about.st_size / 1e9:.0f} GB, more than this machine's memory holds")
+    if status.st_size > memory():
+        raise UserError(f"{path}: has {status.st_size / 1e9:.0f} GB, more than this machine's memory holds")
 
 
 def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and metadata of one file; UserError names it and what is wrong."""
+    """Tensors and metadata of one file; UserError says what is wrong with it."""
     _require_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -253,71 +221,20 @@ def _require_finite(path: Path, tensors: Tensors) -> None:
             raise UserError(f"{path}: tensor {shown(name)} is not finite: use another checkpoint")
 
 
-def _object(path: Path, name: str, text: str, kinds: dict[str, str]) -> dict[str, Any]:
-    """The JSON object `text` of a file's metadata, with values of these types where they are there."""
-    try:
-        found = parse_object(text)
-    except ValueError as error:
-        what = shown(error, 200)
-        raise UserError(f"{path}: its {name} cannot be read ({what}): use another checkpoint") from None
-    for key, kind in kinds.items():
-        if key in found and not fits(kind, found[key]):
-            raise UserError(
-                f"{path}: its {name} has {key} {shown(found[key])}, not {kind}: use another checkpoint"
-            )
-    return found
-
-
-def _about(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
-    """The description of a model, of a network that exists and whose tensors are those of the file.
-
-    A network is made before it takes its tensors: a width or a shape from a stranger could ask for any
-    memory.
-    """
-    about = {**OLDER, **_object(path, "description", text, ABOUT)}
-    choices: dict[str, Any] = {
-        "model": MODELS,
-        "variant": VARIANTS,
-        "loss": LOSSES,
-        "dtype": ("float32", "float64"),
-    }
-    for key, known in choices.items():
-        if key in about and about[key] not in known:
-            raise UserError(f"{path}: has {key} {shown(about[key])}: use another checkpoint")
-    if not ABOUT.keys() <= about.keys():
-        return about  # of no network of ours: who makes one asks for what is missing
-    options = {"variant": about["variant"], "width": about["width"]}
-    try:
-        if len(about["shape"]) != 3 or not 0 < about["width"] <= WIDEST:
-            raise ValueError(f"shape {shown(about['shape'])}, width {shown(about['width'])}")
-        wanted = parameter_shapes(
-            MODELS[about["model"]], tuple(about["shape"]), len(about["class_names"]), options
-        )
-        for name, shape in wanted.items():
-            if name not in tensors or tensors[name].shape != shape:
-                has = f"is of shape {tensors[name].shape}" if name in tensors else "is missing"
-                raise ValueError(f"tensor {name} {has}")
-    except ValueError as error:
-        raise UserError(
-            f"{path}: does not hold the model that it describes ({error}): use another checkpoint"
-        ) from None
-    return about
-
-
 def load_model(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and description of a model file that this program wrote; UserError where it does not verify."""
+    """Tensors and model spec of a model file that this program wrote; UserError if it does not verify."""
     tensors, metadata = _read(path)
     if "about" not in metadata or "checksum" not in metadata:
         raise UserError(f"{path}: not a checkpoint of this program (it has no description of the model)")
     if metadata["checksum"] != _checksum(tensors, metadata["about"]):
         raise UserError(f"{path}: damaged: its checksum does not match: use another checkpoint")
     _require_finite(path, tensors)
-    return tensors, _about(path, metadata["about"], tensors)
+    return tensors, check_model_spec(path, metadata["about"], tensors)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Both files of a checkpoint, verified; UserError names the file and what is wrong with it."""
-    model, about = load_model(path)
+    """Load and verify both files of a checkpoint; UserError says what is wrong with which."""
+    model, model_spec = load_model(path)
     beside = state_path(path)
     optimizer, metadata = _read(beside)
     if not {"position", "model_sha256", "checksum"} <= metadata.keys():
@@ -331,21 +248,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: damaged: not the file that its state was saved with: use another checkpoint"
         )
     _require_finite(beside, optimizer)
-    position = _object(beside, "position", metadata["position"], POSITION)
+    position = parse_metadata(beside, "position", metadata["position"], POSITION_TYPES)
     for key, value in position.items():
-        if POSITION.get(key) == "int" and not 0 <= value < 1 << 53:
+        if POSITION_TYPES.get(key) == "int" and not 0 <= value < 1 << 53:
             raise UserError(f"{beside}: its position has {key} {shown(value)}: use another checkpoint")
-    if "environment" in position:  # it is shown
+    if "environment" in position:  # which is printed
         position["environment"] = {
             shown(k): shown(v, 200) if isinstance(v, str) else v for k, v in position["environment"].items()
         }
-    return Checkpoint(path, model, about, optimizer, position)
+    return Checkpoint(path, model, model_spec, optimizer, position)
 
 
-def require_whole(found: Checkpoint) -> None:
-    """UserError where a checkpoint of `Trainer` lacks something, or has what this version does not know."""
+def require_complete(found: Checkpoint) -> None:
+    """UserError if a checkpoint lacks fields that `Trainer` needs, or has unknown ones."""
     beside, has = state_path(found.path), found.position.keys()
-    for what, names in (("lacks", POSITION.keys() - has), ("has an unknown", has - POSITION.keys())):
+    for what, names in (
+        ("lacks", POSITION_TYPES.keys() - has),
+        ("has an unknown", has - POSITION_TYPES.keys()),
+    ):
         if names:
             raise UserError(
                 f"{beside}: its position {what} {shown(', '.join(sorted(names)))}: it is of another program"
@@ -358,7 +278,7 @@ def require_whole(found: Checkpoint) -> None:
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint in a file, or the newest valid one in a run's folder or in its folder of checkpoints."""
+    """Load a checkpoint file, or the newest valid checkpoint in a run's folder or its checkpoints/."""
     if not os.path.isdir(path):
         return load_checkpoint(path)
     folder = path / "checkpoints" if os.path.isdir(path / "checkpoints") else path
@@ -370,7 +290,7 @@ def find(path: Path) -> Checkpoint:
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, or None, and what is wrong with the newer ones."""
+    """(the newest checkpoint that verifies, or None; what is wrong with the newer ones)."""
     problems: list[str] = []
     for path in list_checkpoints(folder):
         try:

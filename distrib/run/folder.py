@@ -109,7 +109,7 @@ class Run:
             self._check(config)
         found = self._find(config)
         if found and native:
-            ckpt.require_whole(found)
+            ckpt.require_complete(found)
         return found
 
     def _check(self, config: Config) -> None:
@@ -231,19 +231,19 @@ class Run:
             return False
         return at is not None and at <= step
 
-    def plans(self, about: dict[str, str]) -> dict[str, str]:
+    def plans(self, device: dict[str, str]) -> dict[str, str]:
         """The convolution plans chosen for this run on the same GPU model and libraries, by operation."""
         stored = self._read_json("plans.json") or {}
-        if stored.get("about") != about:
+        if stored.get("about") != device:
             return {}
         plans = stored.get("plans")
         if not isinstance(plans, dict) or not fits("dict[str, str]", plans):
             raise UserError(f"{self.path / 'plans.json'}: holds no plans: remove the file")
         return dict(plans)
 
-    def keep_plans(self, about: dict[str, str], plans: dict[str, str]) -> None:
+    def keep_plans(self, device: dict[str, str], plans: dict[str, str]) -> None:
         """Write plans.json."""
-        text = json.dumps({"about": about, "plans": plans}, indent=2)
+        text = json.dumps({"about": device, "plans": plans}, indent=2)
         write_atomically(self.path / "plans.json", text.encode(), ckpt.AGAIN)
 
     def log(self, values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from distrib.config import build
 from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
-from distrib.warmup import counts, warm_up
+from distrib.warmup import global_batches, warm_up
 from launch.bench.measure import BatchSize, Variant, Width
 from launch.entry import AsJson, choice
 from launch.machine import machine, refuse_launcher
@@ -91,7 +91,7 @@ def kernels(
     data = formats.load(None, None, 1)
     trainer = Trainer(config.resolve(1, data), world, data)
     warm_up(trainer, None)
-    kind = (0, counts(trainer)[0], counts(trainer)[0])
+    kind = (0, global_batches(trainer)[0], global_batches(trainer)[0])
     trainer.begin_epoch(0)
     found = launches(trainer, kind)
     if not trainer.capturable():
@@ -100,9 +100,9 @@ def kernels(
         )
     rows: list[dict[str, Any]] = []
     for name, call in found:
-        trainer.cursor.fill(0)
+        trainer.step_in_epoch.fill(0)
         rows.append({"name": name, "microseconds": microseconds(world.backend.cuda, call, COPIES)})
-    trainer.cursor.fill(0)
+    trainer.step_in_epoch.fill(0)
     whole = microseconds(world.backend.cuda, partial(trainer.compute, *kind), 1)
     total = sum(row["microseconds"] for row in rows)
     result = {

@@ -230,9 +230,9 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
 
     def train() -> None:
         for _ in range(steps):
-            if trainer.at.step % trainer.steps_per_epoch == whole:  # not the smaller last one
+            if trainer.progress.step % trainer.steps_per_epoch == whole:  # not the smaller last one
                 trainer.results.read()
-                trainer.at.step += trainer.steps_per_epoch - whole
+                trainer.progress.step += trainer.steps_per_epoch - whole
             trainer.step()
             if world.backend.on_host or len(trainer.results.unread) == HISTORY:
                 trainer.results.read(wait=world.backend.on_host)
@@ -240,7 +240,7 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
 
     def infer_only() -> None:
         for step in range(steps):
-            part = sampler.share(batch, world.rank, world.size)
+            part = sampler.shard(batch, world.rank, world.size)
             first = step % whole * batch
             logits = infer(
                 trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop
@@ -248,7 +248,7 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         world.backend.to_host(logits)  # the device is waited for once
 
     def measure() -> dict[str, Any]:
-        before = trainer.laps.seconds.copy()
+        before = trainer.timer.seconds.copy()
         world.comm.barrier()
         begin = time.perf_counter()
         infer_only() if evaluate else train()
@@ -256,7 +256,7 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         seconds = time.perf_counter() - begin
         return {
             "seconds": seconds,
-            "phases": {name: trainer.laps.seconds[name] - before[name] for name in PHASES},
+            "phases": {name: trainer.timer.seconds[name] - before[name] for name in PHASES},
         }
 
     return measure

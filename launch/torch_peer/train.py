@@ -18,9 +18,10 @@ from distrib.config import Config, build
 from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.faults.heartbeat import Heartbeats
-from distrib.run.checkpoint import Checkpoint, model_spec, save_checkpoint
+from distrib.run.checkpoint import Checkpoint, save_checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run
+from distrib.run.model_spec import describe_model
 from distrib.train import with_options
 from launch.entry import one_process
 from launch.machine import all_threads, machine, require_torch
@@ -81,8 +82,8 @@ class TorchRun:
             for moment, tensor in state.items()
             if tensor is not None
         }
-        about = model_spec(c, side.data)
-        save_checkpoint(self.run.checkpoints, self.at["step"], model, about, moments, self.at, c.keep)
+        spec = describe_model(c, side.data)
+        save_checkpoint(self.run.checkpoints, self.at["step"], model, spec, moments, self.at, c.keep)
 
     def fit(self, stop: deque[int]) -> dict[str, Any] | None:
         """Train to the end; the summary, or None where a signal came into `stop`."""
@@ -203,7 +204,7 @@ def train(config: Config) -> int:
         mine = TorchRun(side, config, run, saved, screen)
         versions: dict[str, Any] = {"torch": side.torch.__version__, "machine": machine()}
         versions["threads"] = side.torch.get_num_threads()
-        run.prepare(config, saved, versions, side.data.about())
+        run.prepare(config, saved, versions, side.data.describe())
         try:
             summary = mine.fit(stop)
         finally:

@@ -280,4 +280,4 @@ def test_first_rank_with_a_non_finite_loss(own: list[float], rank: int) -> None:
     with pytest.raises(
         UserError, match=rf"loss is nan at step 9, first on rank {rank}: .*lower --lr than 0\.5"
     ):
-        StepResults._refuse(results, 9, own[0], np.nan)  # type: ignore[arg-type]
+        StepResults._raise_non_finite(results, 9, own[0], np.nan)  # type: ignore[arg-type]

@@ -144,7 +144,7 @@ def test_every_flipped_byte_and_cut_is_found(which: int, stopped: Path) -> None:
             ckpt.digest(part) for part in (good.model, good.optimizer)
         ]
         assert same, f"byte {at}"
-        assert (found.position, found.about) == (good.position, good.about), f"byte {at}"
+        assert (found.position, found.model_spec) == (good.position, good.model_spec), f"byte {at}"
     for length in LENGTHS:
         file.write_bytes(whole)
         cut(file, length)
@@ -254,10 +254,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     def slow(*arguments: Any) -> Path:
         step, deadline = arguments[1], time.monotonic() + LIMIT
-        while step < 4 and made[0].at.step == step:
+        while step < 4 and made[0].progress.step == step:
             assert time.monotonic() < deadline, "training waits for the checkpoint"
             time.sleep(0.01)
-        seen.append((step, made[0].at.step))
+        seen.append((step, made[0].progress.step))
         return plain(*arguments)
 
     class Known(distrib.loop.Trainer):

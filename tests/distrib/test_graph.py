@@ -227,17 +227,17 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         step = trainer.step
 
         def stop_at_ten() -> None:
-            trainer.stop_requested = trainer.at.step >= 10
+            trainer.stop_requested = trainer.progress.step >= 10
             step()
 
         monkeypatch.setattr(trainer, "step", stop_at_ten)
         distrib.loop.train_epoch(trainer, 0, None, screen)
         assert trainer.results.stopped
-        assert 11 < trainer.at.step <= 11 + 2 * 2, "the results of one logged step more are under way"
-        assert trainer.at.images == 8 * trainer.at.step, (
+        assert 11 < trainer.progress.step <= 11 + 2 * 2, "the results of one logged step more are under way"
+        assert trainer.progress.images == 8 * trainer.progress.step, (
             "the checkpoint that follows needs the results of every step"
         )
-        assert not trainer.results.copies
+        assert not trainer.results.in_flight
 
 
 def captured(backend: DoubleBackend, **options: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from test_bad_input import SMALL, assert_one_line, newest, snapshot
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
 from distrib.run.folder import Run
-from distrib.state import Position
+from distrib.state import Progress
 
 Call = Callable[..., tuple[int, str]]
 call, stopped = test_bad_input.call, test_bad_input.stopped
@@ -29,7 +29,7 @@ def forge(path: Path, change: Callable[[ckpt.Checkpoint], object]) -> None:
     """Rewrite both files of a checkpoint after `change`, with the right checksums, as anybody can."""
     found = ckpt.load_checkpoint(path)
     change(found)
-    about, position = json.dumps(found.about), json.dumps(found.position)
+    about, position = json.dumps(found.model_spec), json.dumps(found.position)
     model = save(found.model, {"about": about, "checksum": ckpt._checksum(found.model, about)})
     sha = hashlib.sha256(model).hexdigest()
     checksum = ckpt._checksum(found.optimizer, position + sha)
@@ -55,16 +55,19 @@ FORGED: dict[str, tuple[Callable[[ckpt.Checkpoint], object], str]] = {
     ),
     "moment of another shape": (misshapen, "/fc.weight does not fit the model"),
     "moment of nothing": (lambda c: c.optimizer.update(x=np.ones(1)), "tensor x does not fit the model"),
-    "width of terabytes": (lambda c: c.about.update(width=64.0), "does not hold the model that it describes"),
-    "width without bounds": (
-        lambda c: c.about.update(width=1e300),
+    "width of terabytes": (
+        lambda c: c.model_spec.update(width=64.0),
         "does not hold the model that it describes",
     ),
-    "width below 0": (lambda c: c.about.update(width=-1), "does not hold the model that it describes"),
-    "width as text": (lambda c: c.about.update(width="wide"), "has width wide, not float"),
-    "a strange variant": (lambda c: c.about.update(variant="\x1b[2J"), "has variant ?[2J"),
-    "variant as a list": (lambda c: c.about.update(variant=["x"]), "has variant ['x'], not str"),
-    "a strange type": (lambda c: c.about.update(dtype="object"), "has dtype object"),
+    "width without bounds": (
+        lambda c: c.model_spec.update(width=1e300),
+        "does not hold the model that it describes",
+    ),
+    "width below 0": (lambda c: c.model_spec.update(width=-1), "does not hold the model that it describes"),
+    "width as text": (lambda c: c.model_spec.update(width="wide"), "has width wide, not float"),
+    "a strange variant": (lambda c: c.model_spec.update(variant="\x1b[2J"), "has variant ?[2J"),
+    "variant as a list": (lambda c: c.model_spec.update(variant=["x"]), "has variant ['x'], not str"),
+    "a strange type": (lambda c: c.model_spec.update(dtype="object"), "has dtype object"),
     "step as text": (lambda c: c.position.update(step="1"), "has step 1, not int"),
     "step below 0": (lambda c: c.position.update(step=-5), "its position has step -5"),
     "step without bounds": (lambda c: c.position.update(step=10**40), "has step 1000000"),
@@ -101,7 +104,7 @@ def test_a_forged_checkpoint(case: str, stopped: Path, call: Call, small_data: P
 def test_metadata_that_is_no_object(part: str, text: str, stopped: Path) -> None:
     path = newest(stopped)
     found = ckpt.load_checkpoint(path)
-    about, position = json.dumps(found.about), json.dumps(found.position)
+    about, position = json.dumps(found.model_spec), json.dumps(found.position)
     about, position = (text, position) if part == "about" else (about, text)
     model = save(found.model, {"about": about, "checksum": ckpt._checksum(found.model, about)})
     sha = hashlib.sha256(model).hexdigest()
@@ -115,7 +118,7 @@ def test_metadata_that_is_no_object(part: str, text: str, stopped: Path) -> None
 
 def test_the_table_of_positions_is_the_trainer_s() -> None:
     beside = {"optimizer_steps", "world_size", "environment", "config", "data"}
-    assert ckpt.POSITION.keys() == {each.name for each in fields(Position)} | beside
+    assert ckpt.POSITION_TYPES.keys() == {each.name for each in fields(Progress)} | beside
 
 
 HOSTILE = {

@@ -149,7 +149,7 @@ def train(comm, control):
     for _ in range(4):  # the last batch has 2 images: two of four ranks have none
         trainer.step()
     trainer.results.read()
-    return STRICT.to_host(trainer.params.values), trainer.at.loss_sum
+    return STRICT.to_host(trainer.params.values), trainer.progress.loss_sum
 
 together, loss = train(comm, world)
 alone, expected = train(SingleCommunicator(), SingleControl())

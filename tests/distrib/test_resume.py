@@ -194,7 +194,7 @@ sys.exit(main())
 """
     done = run("-c", script, "--run-dir", tmp_path / "run", *options)
     assert " → another vers" in done.stdout
-    assert "equal within rounding only: code: " in done.stdout
+    assert "results agree only within rounding: code: " in done.stdout
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distrib.data.sampler import batch_indices, permutation, share, steps_per_epoch, warps
+from distrib.data.sampler import batch_indices, permutation, shard, steps_per_epoch, warps
 
 pytestmark = pytest.mark.quick
 
@@ -37,7 +37,7 @@ def test_steps_per_epoch(images: int, batch: int, steps: int) -> None:
 @pytest.mark.parametrize("size", range(1, 8))
 @pytest.mark.parametrize("count", [0, 1, 3, 6, 7, 8, 97, 128])
 def test_shares_are_contiguous_nearly_equal_and_cover_everything(count: int, size: int) -> None:
-    parts = [share(count, rank, size) for rank in range(size)]
+    parts = [shard(count, rank, size) for rank in range(size)]
     assert parts[0].start == 0
     assert parts[-1].stop == count
     assert all(left.stop == right.start for left, right in pairwise(parts))

@@ -142,13 +142,15 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
         held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert ckpt.digest(held) == ckpt.digest(ckpt.load_model(loaded.path)[0])
     model = (
-        TorchResNet9(loaded.about["variant"], loaded.about["width"])
+        TorchResNet9(loaded.model_spec["variant"], loaded.model_spec["width"])
         .eval()
-        .to(getattr(torch, loaded.about["dtype"]))
+        .to(getattr(torch, loaded.model_spec["dtype"]))
     )
     model.load_state_dict(load_file(out), strict=True)
     with torch.no_grad():
-        x = torch.from_numpy(pixels().transpose(0, 3, 1, 2) / 255).to(getattr(torch, loaded.about["dtype"]))
+        x = torch.from_numpy(pixels().transpose(0, 3, 1, 2) / 255).to(
+            getattr(torch, loaded.model_spec["dtype"])
+        )
         assert_near(model(x).numpy(), ours(loaded))
 
 
