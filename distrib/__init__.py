@@ -1,6 +1,6 @@
 """Ranks, data and the training loop of a data-parallel trainer for ResNet-9.
 
-Importing this package decides the number of BLAS threads, which must happen before NumPy is imported.
+Importing this package sets the number of BLAS threads, which must happen before NumPy is imported.
 """
 
 import os
@@ -23,7 +23,7 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "S
 
 
 def launched_rank() -> int:
-    """This process's rank by the launcher's environment, before or without MPI; 0 without a launcher."""
+    """This process's rank, read from the launcher's environment, without MPI; 0 without a launcher."""
     return next((int(os.environ[name]) for name in _RANK_VARIABLES if os.environ.get(name)), 0)
 
 
@@ -33,12 +33,11 @@ def launched_ranks() -> int:
 
 
 LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra_pmi_proxy")
-"""Names of processes of mpirun that start ranks. Slurm's own step daemon is not one of them."""
+"""Names of mpirun's processes that start ranks. Slurm's step daemon is not one of them."""
 
 
 def parent() -> tuple[int, str]:
-    """(pid, name) of the process that started this one, a shell around each rank left aside; a launcher's, on
-    Linux."""
+    """(pid, name) of the process that started this one, skipping a shell in between; on Linux."""
     pid, name = os.getppid(), ""
     with suppress(OSError, ValueError):
         name = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -48,10 +47,10 @@ def parent() -> tuple[int, str]:
     return pid, name
 
 
-if launched_ranks() > 1:  # a rank per core: element-wise work then runs on all cores too
+if launched_ranks() > 1:  # one rank per core, so that element-wise work runs on all cores too
     for _name in THREAD_VARIABLES:
         os.environ.setdefault(_name, "1")
 
-from distrib.shadow import require_own_nn  # noqa: E402  # needs nothing that needs NumPy
+from distrib.shadow import require_own_nn  # noqa: E402  # does not import NumPy
 
 require_own_nn()

@@ -75,6 +75,6 @@ def check_replicas_equal(trainer: Trainer) -> None:
     raise RankFailure(
         rank,
         f"its parameters{also} differ from the other ranks' after step {trainer.progress.step}: memory, a"
-        f" link or a GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from the"
-        " last checkpoint, at which all ranks were equal",
+        f" link or a GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from"
+        " the last checkpoint, at which all ranks were equal",
     )

@@ -1,6 +1,6 @@
-"""The configuration: one frozen dataclass, validated once, printed whole, stored with the run.
+"""The configuration of a run: one frozen dataclass, validated once, printed whole, stored with the run.
 
-Its fields are the options of `python -m distrib.train`: name, type, default and help are said once, here.
+Its fields are the options of `python -m distrib.train`: name, type, default and help are defined here only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHOICES = {
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "epochs": 1,
-        "limit_train": 26_112,  # whole batches: a small last one costs a tenth of a percent
+        "limit_train": 26_112,  # whole batches: a small last one costs 0.1 % accuracy
         "batch_size": 64,
         "optimizer": "sgd",
         "lr": 0.1,
@@ -77,11 +77,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
 }
 
-OWNED = (
+DROPPED_OPTIONS = (
     ("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")),
     ("loss", "ce", ("label_smoothing",)),
 )
-"""Options that a recipe's value makes no sense for once a person gives another `optimizer` or `loss`."""
+"""Recipe options to drop when the user picks another optimizer or loss."""
 
 MAY_CHANGE = (
     "backend",
@@ -99,11 +99,11 @@ MAY_CHANGE = (
     "cuda_graph",
     "batch_size_per_rank",
 )
-"""Fields that do not change what is computed, so that a resumed run may have others."""
+"""Fields that do not affect the result, so you may change them when you resume."""
 
 
 class Cap(int):
-    """A limit that a recipe brings: more images than the data has are no mistake."""
+    """A recipe's limit, which may exceed the number of images in the data."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -112,11 +112,13 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on, as a person gave it. `resolve` makes it complete."""
+    """Everything a run depends on, as the user gave it. `resolve` completes it."""
 
     epochs: int = option(8, "Passes over the training set.")
     batch_size: int = option(8, "Global batch: the images of one step, split over the ranks.")
-    batch_size_per_rank: int | None = option(None, "The other way to say it: a batch for each rank.")
+    batch_size_per_rank: int | None = option(
+        None, "Images of one step on each rank, instead of --batch-size."
+    )
     optimizer: str = option("adam", "adam or sgd.")
     lr: float = option(1e-3, "Learning rate; with onecycle its peak.")
     momentum: float = option(0.0, "Momentum of SGD.")
@@ -125,21 +127,23 @@ class Config:
     schedule: str = option("constant", "constant, cosine or onecycle.")
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
     loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
-    label_smoothing: float = option(0.0, "Share of the target that is spread over all classes (ce only).")
+    label_smoothing: float = option(0.0, "Share of the target to spread over all classes (ce only).")
     shift: float = option(
-        0.0, "Move each training image by up to so many pixels each way, anew in every epoch."
+        0.0, "Shift each training image randomly by up to this many pixels, anew in each epoch."
     )
-    rotate: float = option(0.0, "Turn each training image by up to so many degrees, anew in every epoch.")
+    rotate: float = option(
+        0.0, "Rotate each training image randomly by up to this many degrees, anew in each epoch."
+    )
     average: float = option(
         0.0,
-        "Decay of a moving average of the weights, which is evaluated and saved; 0: the weights themselves.",
+        "Decay of a moving average of the weights, which is then evaluated and saved; 0: no average.",
     )
     variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
     width: float = option(1.0, "Multiplier of all channel counts.")
     batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
     precision: str = option("float32", "float32, float64, and on a GPU tf32 or bf16.")
     backend: str = option("auto", "numpy, cupy, or auto: cupy if every rank has a GPU.")
-    comm: str = option("auto", "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none alone.")
+    comm: str = option("auto", "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none for one process.")
     data: str | None = option(
         None,
         "A folder of IDX, CIFAR or picture files, an .npz file, or synthetic:NxHxWxC:K; without it, MNIST.",
@@ -149,15 +153,15 @@ class Config:
     seed: int = option(0, "Seed of weights and data order.")
     run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.")
     log_every: int = option(50, "Steps between lines of metrics.jsonl.")
-    checkpoint_every: int = option(1000, "Steps between checkpoints; every epoch ends with one too.")
+    checkpoint_every: int = option(1000, "Steps between checkpoints; each epoch ends with one, too.")
     keep: int = option(3, "Checkpoints to keep.")
     check_every: int = option(
-        500, "Steps between comparisons of the ranks' parameters, made at checkpoints too; 0: never."
+        500, "Steps between comparisons of the ranks' parameters, also made at checkpoints; 0: never."
     )
-    resume: str = option("auto", "auto (go on if the folder holds a run), none, or a checkpoint.")
-    max_steps: int | None = option(None, "End after this global step, with a checkpoint.")
+    resume: str = option("auto", "auto (resume if the folder holds a run), none, or a checkpoint.")
+    max_steps: int | None = option(None, "Stop after this global step, with a checkpoint.")
     recipe: str | None = option(
-        None, "A named set of options: demo, fast99, best, reference or reference-sgd; others given win."
+        None, "A named set of options: demo, fast99, best, reference or reference-sgd; options you give win."
     )
     gradients: str = option(
         "float32",
@@ -245,9 +249,9 @@ class Config:
         return learning_rate(self.schedule, self.lr, step, steps_per_epoch * self.epochs, warmup)
 
     def resolve(self, size: int, data: Dataset, stored: dict[str, Any] | None = None) -> Config:
-        """The global batch for `size` ranks and limits within the data; UserError where they do not fit.
+        """Set the global batch for `size` ranks and limits within the data; UserError if they do not fit.
 
-        A batch per rank becomes a global batch once: a run that goes on keeps the `stored` one.
+        A batch per rank becomes a global batch once: a resumed run keeps the `stored` one.
         """
         config, fewer = self, dict[str, Any]()
         side = min(data.shape[:2])
@@ -276,7 +280,7 @@ class Config:
         found = []
         for name, value in asdict(self).items():
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
-            # an older version's run has what came later at its default
+            # an option that an older version lacked has its default
             held = stored.get(name, getattr(Config(), name))
             if not free and held != value:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
@@ -284,7 +288,7 @@ class Config:
 
 
 def require_types(stored: dict[str, Any], where: object) -> None:
-    """UserError where a stored configuration has a value that is not of its option's type."""
+    """UserError if a stored configuration has a value of the wrong type."""
     for each in fields(Config):
         if each.name in stored and not fits(str(each.type), stored[each.name]):
             raise UserError(
@@ -293,7 +297,7 @@ def require_types(stored: dict[str, Any], where: object) -> None:
 
 
 def build(given: dict[str, Any]) -> Config:
-    """The configuration for the options a person gave; a recipe fills in what was not given."""
+    """The configuration for the options that were given. A recipe sets those that were not."""
     given = {name: value for name, value in given.items() if value is not None}
     recipe = given.get("recipe")
     if recipe is not None and recipe not in RECIPES:
@@ -303,7 +307,7 @@ def build(given: dict[str, Any]) -> Config:
         for name, value in RECIPES.get(recipe or "", {}).items()
     }
     filled = {name: value for name, value in whole.items() if name not in given}
-    for owner, value, names in OWNED:  # of a recipe for SGD nothing of SGD's is left with --optimizer adam
+    for owner, value, names in DROPPED_OPTIONS:  # --optimizer adam drops SGD's options of a recipe
         if whole.get(owner, value) == value != given.get(owner, value):
             filled = {name: held for name, held in filled.items() if name not in names}
     if given.get("momentum") == 0:

@@ -1,8 +1,8 @@
-"""Mistakes that a person can mend: one line, no traceback, exit code 2."""
+"""Errors that the user can fix: one line, no traceback, exit code 2."""
 
 
 class UserError(ValueError):
-    """Wrong use, bad data or a bad checkpoint. The message names the option or file, value and remedy."""
+    """Wrong usage, bad data or a bad checkpoint. The message names the option or file, value and remedy."""
 
 
 EXIT_USAGE = 2

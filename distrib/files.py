@@ -1,6 +1,6 @@
-"""Files that somebody else may have written, or planted: read within bounds, written without following links.
+"""Reads files within bounds, and writes them without following links: someone else may have planted them.
 
-A person's folder may itself be a link. The last part of a name that this program creates is never followed.
+A folder that you give may be a link. The last part of a name that this program creates must not be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from distrib.errors import UserError
 
 MOST_JSON = 16 << 20
-"""Bytes of a JSON file that is read; those of a run have a few thousand."""
+"""Largest JSON file that is read, in bytes. Those of a run have a few thousand."""
 
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
@@ -38,11 +38,11 @@ REMEDIES = {
     errno.EIO: "the disk does not answer as it should: check it",
     errno.ESTALE: "its disk was lost or exported anew: mount it again",
 }
-"""What to do about what the operating system refused."""
+"""Remedies for errors of the operating system."""
 
 
 def reason(error: OSError | ValueError, path: Path) -> str:
-    """Why `path` cannot be read, made or written, and the remedy: "(No space left on device): make room"."""
+    """Why `path` cannot be read or written, and the remedy: "(No space left on device): make room"."""
     if not isinstance(error, OSError):  # a name with a NUL in it
         return f"({printable(str(error))}): give another name"
     remedy = REMEDIES.get(error.errno or 0, "check the disk and the permissions")
@@ -52,13 +52,13 @@ def reason(error: OSError | ValueError, path: Path) -> str:
 
 
 def printable(text: str, most: int = 500) -> str:
-    """`text` for a terminal or a log: "?" for what does not print (escapes, line breaks), cut at `most`."""
+    """`text` for a terminal or a log: cut at `most`, with "?" for escapes, line breaks and the like."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in short)
 
 
 def expanded(name: str, option: str) -> Path:
-    """The path that a person gave for `option`, with ~ for a home folder; UserError where it can be none."""
+    """The path given for `option`, with ~ expanded; UserError if it cannot be a path."""
     if not name or "\0" in name:
         raise UserError(f"{option} {printable(name) or '(nothing)'}: give a name")
     found = os.path.expanduser(name)
@@ -70,7 +70,7 @@ def expanded(name: str, option: str) -> Path:
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number (true and false are none), else None."""
+    """`value` if it is a finite number (true and false are not), else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -80,7 +80,7 @@ def number(value: Any) -> float | None:
 
 
 def fits(kind: str, value: Any) -> bool:
-    """Whether a JSON value is of a type written as an annotation: "int | None", "dict[str, float]"."""
+    """Whether a JSON value has a type, written as an annotation: "int | None", "dict[str, float]"."""
     if kind.startswith("list["):
         return isinstance(value, list) and all(fits(kind[5:-1], each) for each in value)
     if kind.startswith("dict[str, "):
@@ -97,17 +97,17 @@ def fits(kind: str, value: Any) -> bool:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """A value from a file for a message."""
+    """A value from a file, for a message."""
     return printable(str(value), most)
 
 
 def _opener(more: int) -> Callable[[str, int], int]:
-    """For `open`: with these flags besides those of its mode."""
+    """An opener for `open` that adds `more` flags."""
     return lambda name, flags: os.open(name, flags | more, 0o666)
 
 
 def _open_regular(path: Path, mode: str, flags: int) -> BinaryIO:
-    file = open(path, mode, opener=_opener(flags))  # noqa: SIM115  # handed on
+    file = open(path, mode, opener=_opener(flags))  # noqa: SIM115  # returned
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return cast(BinaryIO, file)
     file.close()
@@ -115,23 +115,23 @@ def _open_regular(path: Path, mode: str, flags: int) -> BinaryIO:
 
 
 def open_to_read(path: Path) -> BinaryIO:
-    """A regular file, a link's target too; OSError, for what is none too."""
-    return _open_regular(path, "rb", os.O_NONBLOCK)  # a FIFO would wait for a writer
+    """Open a regular file, following links; OSError for anything else."""
+    return _open_regular(path, "rb", os.O_NONBLOCK)  # a FIFO would block until there is a writer
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """A regular file, made where it is missing, no link's target; OSError, for what is none too."""
-    return _open_regular(path, "ab", os.O_NONBLOCK | NOFOLLOW)  # of a FIFO without a reader: ENXIO
+    """Open or create a regular file, not following links; OSError for anything else."""
+    return _open_regular(path, "ab", os.O_NONBLOCK | NOFOLLOW)  # a FIFO without a reader gives ENXIO
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """All of a regular file. OSError where it cannot be read, ValueError beyond `most` bytes."""
+    """Read a regular file. OSError if it cannot be read, ValueError if it has more than `most` bytes."""
     with open_to_read(path) as file:
-        about = os.fstat(file.fileno())
-        if about.st_size > most:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
             raise ValueError(f"larger than {most} bytes")
-        data = file.read(about.st_size + 1)
-        while len(data) > about.st_size and (more := file.read(1 << 16)):  # it grows
+        data = file.read(size + 1)
+        while len(data) > size and (more := file.read(1 << 16)):  # it grows
             data += more
             if len(data) > most:
                 raise ValueError(f"larger than {most} bytes")
@@ -139,7 +139,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in `text`; ValueError where it is none, nested too deep, or not UTF-8."""
+    """Parse a JSON object; ValueError if `text` is none, nested too deep, or not UTF-8."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -150,10 +150,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file") -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes, whoever wrote it.
-
-    UserError names the file, the fault and `remedy`.
-    """
+    """Read a JSON object from a file of at most `most` bytes; UserError with `remedy` if that fails."""
     try:
         return parse_object(read_bytes(path, most))
     except OSError as error:
@@ -163,7 +160,7 @@ def read_json(path: Path, most: int = MOST_JSON, remedy: str = "restore the file
 
 
 def create(path: Path, data: bytes | Iterable[bytes] = b"", sync: bool = False) -> None:
-    """Write a file that is not there yet. OSError; FileExistsError where anything has the name."""
+    """Write a new file; FileExistsError if anything has its name, other OSErrors if it cannot be written."""
     with open(path, "xb", opener=_opener(NOFOLLOW)) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
         if sync:
@@ -172,19 +169,19 @@ def create(path: Path, data: bytes | Iterable[bytes] = b"", sync: bool = False) 
 
 
 def temporary(path: Path) -> Path:
-    """The name beside `path` under which its next contents are written."""
+    """The temporary file in which the next contents of `path` are written."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace(path: Path, data: bytes | Iterable[bytes], sync: bool = False) -> None:
-    """Let `path` hold all of `data`, or what it held before; OSError. With `sync` it outlasts a power cut."""
+    """Replace the contents of `path` atomically; OSError. With `sync`, they survive a power cut."""
     beside = temporary(path)
     try:
-        beside.unlink(missing_ok=True)  # a killed process's, or a link that somebody planted
+        beside.unlink(missing_ok=True)  # left by a killed process, or a planted link
         create(beside, data, sync)
         os.replace(beside, path)
     except OSError:
-        with suppress(OSError):  # a read-only disk refuses this too
+        with suppress(OSError):  # also fails on a read-only disk
             beside.unlink()
         raise
     if sync:
@@ -196,13 +193,13 @@ def replace(path: Path, data: bytes | Iterable[bytes], sync: bool = False) -> No
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add `data` to the end of `path`, made where it is missing; OSError, for a link too."""
+    """Append `data` to `path`, or create it; OSError, also for a link."""
     with open_to_append(path) as file:
         file.write(data)
 
 
 def write_atomically(path: Path, data: bytes, after: str = "") -> None:
-    """`replace`, on disk when this returns. UserError says why it cannot be written, the remedy, `after`."""
+    """`replace` with `sync`; UserError with reason, remedy and `after` if the file cannot be written."""
     try:
         replace(path, data, sync=True)
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The program's packages are its own, whatever has their names in the working folder.
+"""Makes Python import our packages, even if the working folder has something of the same name.
 
-`python -m` looks there first. In the folder above a clone named `distrib`, and with an editable install,
-`distrib` is that clone, a namespace package without our `__init__.py`; beside a person's nn.py, `nn` is that
-file. Import this before anything else of `distrib`.
+`python -m` looks in the working folder first. Above a clone named `distrib`, with an editable install, it
+takes the clone's folder for a namespace package `distrib`. Beside your own nn.py, it takes that for `nn`.
+Import this module before anything else of `distrib`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def import_own(name: str) -> bool:
-    """Import package `name`, which lies beside this one, passing over the working folder; False if none."""
+    """Import our package `name`, skipping the working folder; returns whether that succeeded."""
     before, here = sys.path[:], os.path.realpath(os.curdir)
     sys.path[:] = [place for place in before if os.path.realpath(place or os.curdir) != here]
     for known in [known for known in sys.modules if known.partition(".")[0] == name]:
@@ -33,7 +33,7 @@ def import_own(name: str) -> bool:
 
 
 def found(name: str) -> str | None:
-    """The file that `import name` gives or has given, which is not run."""
+    """The file that `import name` loads or has loaded, without running it."""
     if name in sys.modules:
         return getattr(sys.modules[name], "__file__", None)
     spec = importlib.util.find_spec(name)
@@ -41,13 +41,13 @@ def found(name: str) -> str | None:
 
 
 def is_own(name: str) -> bool:
-    """Whether `import name` gives the package beside this one."""
+    """Whether `import name` loads our package."""
     return Path(found(name) or "").resolve() == HERE.parent / name / "__init__.py"
 
 
 def require_own_nn() -> None:
-    """Import our `nn`. Where another has its name: one line and exit code 2 of a command, or ImportError."""
-    as_command = sys.argv[:1] == ["-m"]  # so it is while `python -m distrib…` imports the package
+    """Import our `nn`. If another module takes its name: exit code 2 for a command, else ImportError."""
+    as_command = sys.argv[:1] == ["-m"]  # while `python -m distrib…` imports this package
     if is_own("nn") or (as_command and import_own("nn")):
         return
     other = found("nn") or "another package"

@@ -1,8 +1,8 @@
-"""The entry, `python -m distrib.train`: options, built from the fields of `Config`, then the loop."""
+"""The entry point `python -m distrib.train`: builds options from the fields of `Config`, then trains."""
 
 from __future__ import annotations
 
-import distrib.shadow  # noqa: F401  # first: in the folder above a clone, `distrib` is that folder to Python
+import distrib.shadow  # noqa: F401  # first, see there
 
 # isort: split
 
@@ -48,7 +48,7 @@ def _number(flag: str, kind: type) -> Any:
 
 
 def _signature() -> inspect.Signature:
-    """One typer option for each field; None stands for "not given", so that a recipe can fill it in."""
+    """A typer option for each field. None means "not given", so that a recipe can set it."""
     parameters = []
     for name, kind, default, text in options():
         base: Any = TYPES[kind.split(" | ")[0]]
@@ -56,7 +56,7 @@ def _signature() -> inspect.Signature:
         flag = f"--{name.replace('_', '-')}"
         if base is bool:
             flag = f"{flag}/--no-{flag[2:]}"
-        number = base in (int, float)  # the parser's own message does not tell the value
+        number = base in (int, float)  # typer's message lacks the value
         extra = {"parser": _number(flag, base), "metavar": kind.split(" | ")[0].upper()} if number else {}
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
         parameters.append(
@@ -66,7 +66,7 @@ def _signature() -> inspect.Signature:
 
 
 def with_options(command: Any) -> Any:
-    """`command(**given)`, with the options of a training run as its parameters."""
+    """Give `command(**given)` the options of a training run as its parameters."""
     command.__signature__ = _signature()
     command.__annotations__ = {p.name: p.annotation for p in command.__signature__.parameters.values()}
     return command
@@ -76,7 +76,7 @@ with_options(train_command)
 
 
 def parse(arguments: list[str]) -> Config:
-    """The configuration that `distrib train` makes of these arguments."""
+    """The configuration that `distrib train` builds from these arguments."""
     found: list[Config] = []
     app = typer.Typer(add_completion=False)
     app.command()(with_options(lambda **given: found.append(build(given))))
@@ -87,38 +87,38 @@ def parse(arguments: list[str]) -> Config:
 
 
 def run_app(app: typer.Typer) -> int:
-    """Run a typer application; a UserError becomes one line and exit code 2."""
+    """Run a typer application. A UserError becomes one line and exit code 2."""
     secure_output()
     try:
         code = app(standalone_mode=False)
         return int(code or 0)
     except UserError as error:
-        return _say(str(error))
+        return _print_once(str(error))
     except typer.Exit as done:
         return int(done.exit_code)
     except typer.Abort:
         return EXIT_USAGE
     except Exception as error:
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own usage errors
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             message = error.format_message()
-            if not message:  # no command was given: the help is printed
+            if not message:  # no command: click has printed the help
                 return EXIT_USAGE
-            own = message.split("Value error, ")  # the parser's words around one of ours
-            return _say(own[1] if len(own) > 1 else f"{message} (see --help)")
+            parts = message.split("Value error, ")  # ours, within click's
+            return _print_once(parts[1] if len(parts) > 1 else f"{message} (see --help)")
         raise
 
 
-def _say(message: str) -> int:
-    """Print an error that all ranks of a launcher hold, once: the first rank says it, the others let it.
+def _print_once(message: str) -> int:
+    """Print an error that all ranks of a launcher may have only once, on rank 0.
 
-    Before MPI a rank cannot know whether it is alone with its mistake: it leaves rank 0 some seconds, with
-    which the launcher ends the job, then says it. With MPI all ranks agreed on it.
+    Before MPI starts, a rank cannot tell whether the others have the same error. So it gives rank 0 three
+    seconds to print it first and thereby end the job. After MPI has started, all ranks have the same error.
     """
     rank = launched_rank() if launched_ranks() > 1 else 0
-    alone = "mpi4py.MPI" not in sys.modules
-    if rank and alone:
-        time.sleep(3)  # less than the 10 s after which srun kills who is left
-    if not rank or alone:
+    before_mpi = "mpi4py.MPI" not in sys.modules
+    if rank and before_mpi:
+        time.sleep(3)  # less than the 10 s after which srun kills the other ranks
+    if not rank or before_mpi:
         print(
             f"distrib: error: {printable(message, 2000)}{f' (rank {rank})' if rank else ''}",
             file=sys.stderr,

@@ -1,1 +1,1 @@
-"""Data sets, their formats, and which images a rank computes."""
+"""Data sets, their formats, and the shard of images that a rank computes."""

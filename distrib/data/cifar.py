@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their binary versions: records of labels, then 32×32 pixels, plane by plane.
+"""Reads CIFAR-10 and CIFAR-100 in their binary versions: records of labels, then 32×32 pixels by plane.
 
 Krizhevsky (2009); the files are those of cifar-10-binary.tar.gz and cifar-100-binary.tar.gz, unpacked.
 """
@@ -23,7 +23,7 @@ LAYOUTS = {  # name: (training files, test file, names of the classes, labels of
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder holds such files."""
+    """Whether a folder holds CIFAR files."""
     return path.is_dir() and _layout(path) is not None
 
 
@@ -32,7 +32,7 @@ def _layout(path: Path) -> str | None:
 
 
 def read(path: Path) -> Dataset:
-    """The data set in a folder; classes are named where the file of names is there."""
+    """Read the data set in a folder, with the names of its classes if their file is there."""
     name = _layout(path) or "CIFAR-10"
     train, test, names, labels = LAYOUTS[name]
     parts = [_records(path / each, labels) for each in train]

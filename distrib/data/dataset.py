@@ -1,4 +1,4 @@
-"""A data set: images, labels, the names of its classes. Shape and number of classes come from here."""
+"""A data set: images, labels and class names. It determines image shape and number of classes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from distrib.files import printable
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, H, W, C) and labels (N,), integers from 0, of the training and the test set.
-
-    `class_names` has the name of each class, by label.
-    """
+    """Training and test set: images uint8 (N, H, W, C), labels (N,) from 0, and class names by label."""
 
     name: str
     train_images: np.ndarray
@@ -33,11 +30,11 @@ class Dataset:
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     def first(self, train: int | None, test: int | None) -> Dataset:
-        """The first images of each set; None takes all."""
+        """Keep the first images of each set; None keeps all."""
         return replace(
             self,
             train_images=self.train_images[:train],
@@ -47,7 +44,7 @@ class Dataset:
         )
 
     def digest(self) -> str:
-        """SHA-256 over all arrays; a single channel has no axis there, so that runs of version 0.1 resume."""
+        """SHA-256 of all arrays. Drops the axis of a single channel, so that runs of version 0.1 resume."""
         sha = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             plain = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
@@ -66,7 +63,7 @@ class Dataset:
         }
 
     def notes(self) -> list[str]:
-        """What a person should know: classes of which the training set has no image."""
+        """Warnings to print: classes without a training image."""
         counts = np.bincount(self.train_labels, minlength=self.classes)
         absent = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if not absent:
@@ -82,10 +79,10 @@ def make(
     class_names: tuple[str, ...] | None = None,
     least: int = 1,
 ) -> Dataset:
-    """A data set of (images, labels) twice, checked; UserError names the array and what is wrong with it.
+    """Check and build a data set from (images, labels) of both sets; UserError says what is wrong with which.
 
-    Images are uint8 (N, H, W, C), or (N, H, W) of one channel. Without `class_names` there are as many
-    classes as the training labels have, `least` at least, named by their numbers.
+    Images are uint8 (N, H, W, C), or (N, H, W) for one channel. Without `class_names`, the largest training
+    label gives the number of classes, `least` at least, and their names are their numbers.
     """
     parts = []
     for part, (images, labels) in (("training", train), ("test", test)):
@@ -126,7 +123,7 @@ def make(
 
 
 def _classes(where: str, labels: np.ndarray) -> int:
-    """How many there are by the largest label; UserError where most below it have no image: it is damaged."""
+    """Number of classes by the largest label; UserError if most have no image, as if it were damaged."""
     at = int(labels.argmax())
     classes = int(labels[at]) + 1
     if classes > 10 and len(np.unique(labels)) < classes / 2:

@@ -1,4 +1,4 @@
-"""The formats of data sets, and `load`, which tells by looking which one it is."""
+"""Loads a data set of any known format."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ FORMATS: dict[str, ModuleType] = {
     "a folder of pictures by class (train/NAME/*, test/NAME/*)": pictures,
     "an .npz file with x_train, y_train, x_test, y_test": npz,
 }
-"""What --data takes: modules with `recognises(path)` and `read(path)`."""
+"""Formats that --data takes: modules with `recognises(path)` and `read(path)`."""
 
 
 def load(data: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
-    """The data set that --data names (default: the MNIST of the package), the first `limit` images of each
-    part."""
+    """Load the first images of the data set that --data names; by default MNIST, which the package holds."""
     return _whole(data).first(limit_train, limit_test)
 
 
@@ -36,7 +35,7 @@ def _whole(data: str | None) -> Dataset:
         form = next((form for form in FORMATS.values() if form.recognises(path)), None)
         if form is None and path.is_file():
             raise UserError(f"--data {path}: is no folder and no .npz file: give {', or '.join(FORMATS)}")
-        found: Dataset = (form or idx).read(path)  # idx tells what is there instead
+        found: Dataset = (form or idx).read(path)  # idx reports what the folder holds instead
         return found
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read {reason(error, path)}") from None

@@ -1,5 +1,4 @@
-"""Images and labels in IDX files, gzipped or not: MNIST, which ships with the package, EMNIST, or any set
-like it."""
+"""Reads images and labels from IDX files, gzipped or not: the package's MNIST, EMNIST and others."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from distrib.files import printable, read_bytes, reason
 
 SHIPPED = Path(__file__).parent / "mnist"
 LEAST_CLASSES = 10
-"""Classes of a set that has fewer, as MNIST's small relatives may."""
+"""Number of classes of a set that has images of fewer, as a small part of MNIST may."""
 
 IMAGES, LABELS = 0x00000803, 0x00000801  # magic: two zero bytes, unsigned byte, number of dimensions
 
@@ -32,18 +31,17 @@ SHA256 = {
 }
 
 NAMES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-"""Of the four files, gzipped or not."""
+"""Names of the four files, without .gz."""
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array in the IDX file `path`: (N, H, W) for IMAGES, (N,) for LABELS, uint8.
+    """Read an IDX file: uint8 (N, H, W) for IMAGES, (N,) for LABELS.
 
-    No more is read or inflated than the header says. UserError names the file and what is wrong with it:
-    unreadable, checksum (files of the package), something else than IDX, more than the machine's memory
-    holds, truncated or over-long.
+    Reads and inflates no more than the header says. UserError if the file is unreadable, differs from its
+    checksum (files of the package), is not IDX, exceeds the machine's memory, or is truncated or over-long.
     """
     kind = "images" if magic == IMAGES else "labels"
-    with _told(path, kind):
+    with _user_errors(path, kind):
         raw = read_bytes(path, memory())
         if path.parent == SHIPPED and hashlib.sha256(raw).hexdigest() != SHA256.get(path.name):
             raise UserError(f"{path}: SHA-256 differs from the official file's: install the package again")
@@ -53,7 +51,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
         expected = prod(shape)
         _require_fit(path, kind, expected, source.most)
         data = source.take(expected)
-        over = source.take(1)  # and gzip's own checksum
+        over = source.take(1)  # also checks gzip's checksum
     if len(data) < expected or over:
         has = f"over-long: more than {expected}" if over else f"truncated: {len(data)}"
         raise UserError(f"{path}: {has} bytes of {kind}, the header says {expected}: copy it again")
@@ -61,8 +59,8 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 @contextmanager
-def _told(path: Path, kind: str) -> Iterator[None]:
-    """Context of reading `path`: what goes wrong becomes a UserError."""
+def _user_errors(path: Path, kind: str) -> Iterator[None]:
+    """Context in which errors of reading `path` become UserErrors."""
     try:
         yield
     except UserError:
@@ -84,7 +82,7 @@ def _told(path: Path, kind: str) -> Iterator[None]:
 
 
 def _shape(path: Path, magic: int, head: bytes, source: Plain | Gzip) -> tuple[int, ...]:
-    """What the header of an IDX file says; UserError where it is none of the right kind."""
+    """The shape in the header of an IDX file; UserError if it is not of the right kind."""
     kind = "images" if magic == IMAGES else "labels"
     if int.from_bytes(head[:4], "big") != magic or len(head) < 4 + 4 * (magic & 0xFF):
         start = head + source.take(SNIFF)
@@ -94,7 +92,7 @@ def _shape(path: Path, magic: int, head: bytes, source: Plain | Gzip) -> tuple[i
 
 
 def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
-    """UserError where the header says more than the file can hold, or the machine."""
+    """UserError if the header asks for more than the file, or this machine's memory, can hold."""
     if expected > most:
         raise UserError(
             f"{path}: truncated: the header says {expected} bytes of {kind}, and the file cannot hold more"
@@ -108,8 +106,7 @@ def _require_fit(path: Path, kind: str, expected: int, most: int) -> None:
 
 
 def _variants(folder: Path, name: str) -> list[Path]:
-    """Files of `folder` that are called `name`, in other case, with dots for dashes, gzipped; likeliest
-    first."""
+    """Files in `folder` with this name, in any case, with dots or dashes, with or without .gz; best first."""
     wanted = _plain(name)
     found = []
     for entry in sorted(os.listdir(folder)):
@@ -118,7 +115,7 @@ def _variants(folder: Path, name: str) -> list[Path]:
             try:
                 empty = not path.stat().st_size
             except OSError:
-                empty = False  # told when it is read
+                empty = False  # reported when it is read
             found.append((empty, entry not in (f"{name}.gz", name), not entry.lower().endswith(".gz"), path))
     return [path for *_, path in sorted(found)]
 
@@ -128,8 +125,7 @@ def _plain(entry: str) -> str:
 
 
 def _prefixes(folder: Path) -> list[str]:
-    """What comes before train-images-idx3-ubyte in the names of files: nothing for MNIST, emnist-letters-,
-    …"""
+    """What precedes train-images-idx3-ubyte in file names: "" for MNIST, "emnist-letters-", …"""
     ending = _plain("train-images-idx3-ubyte")
     names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending) and entry[0] != "."]
     found = sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
@@ -137,8 +133,7 @@ def _prefixes(folder: Path) -> list[str]:
 
 
 def _find(folder: Path, *names: str) -> Path:
-    """The file of one of these names in a folder, however it is spelled; UserError says what is there
-    instead."""
+    """The file in a folder with one of these names, in any spelling; UserError lists what is there."""
     if found := [path for name in names for path in _variants(folder, name)]:
         return found[0]
     entries = sorted(os.listdir(folder))
@@ -151,7 +146,7 @@ def _find(folder: Path, *names: str) -> Path:
 
 
 def _folder(path: Path) -> Path:
-    """The folder that holds the files: the one given, or the one below it in which torchvision keeps them."""
+    """The folder with the files: `path`, or torchvision's raw/ below it."""
     os.listdir(path)
     if _prefixes(path):
         return path
@@ -163,7 +158,7 @@ def _folder(path: Path) -> Path:
 
 
 def _part(folder: Path, *names: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of the files that begin with one of these names."""
+    """Images and labels from the files whose names start with one of `names`."""
     image_path = _find(folder, *(f"{name}-images-idx3-ubyte" for name in names))
     label_path = _find(folder, *(f"{name}-labels-idx1-ubyte" for name in names))
     images, labels = read_idx(image_path, IMAGES), read_idx(label_path, LABELS)
@@ -178,12 +173,12 @@ def _part(folder: Path, *names: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder, or the one below it, holds such files."""
+    """Whether a folder, or raw/ below it, holds IDX files."""
     return path.is_dir() and bool(_prefixes(_folder(path)))
 
 
 def read(path: Path) -> Dataset:
-    """The data set in a folder: MNIST's four names, or EMNIST's with one prefix."""
+    """Read the data set in a folder, with MNIST's four file names or EMNIST's with one prefix."""
     held = _folder(path)
     prefixes = _prefixes(held) or [""]
     if len(prefixes) > 1:

@@ -1,4 +1,4 @@
-"""A data set in one .npz file: x_train, y_train, x_test, y_test, and class_names where it has them."""
+"""Reads a data set from an .npz file: x_train, y_train, x_test, y_test, and optionally class_names."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
 def recognises(path: Path) -> bool:
-    """Whether `path` is such a file, by its name."""
+    """Whether `path` is an .npz file, by its name."""
     return path.suffix == ".npz" and path.is_file()
 
 
 def read(path: Path) -> Dataset:
-    """The data set in `path`. Nothing in it runs code: arrays of Python objects are refused."""
+    """Read the data set in `path`. Refuses arrays of Python objects, which could run code."""
     try:
         with zipfile.ZipFile(path) as archive:
             held = {entry.removesuffix(".npy"): entry for entry in archive.namelist()}
@@ -54,7 +54,7 @@ def _names(path: Path, array: np.ndarray | None) -> tuple[str, ...] | None:
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str, entry: str) -> np.ndarray:
-    """One array; UserError where its header says more than the machine can hold, or promises objects."""
+    """Read one array; UserError if it exceeds this machine's memory or holds Python objects."""
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)
         headers = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0

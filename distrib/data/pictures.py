@@ -1,4 +1,4 @@
-"""A folder of pictures by class: train/NAME/* and test/NAME/*, all of one size."""
+"""Reads a data set from pictures in folders by class, train/NAME/* and test/NAME/*, all of one size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Dataset:
-    """The data set in a folder; a class is a folder in train/, and its label the place among their names."""
+    """Read the data set in a folder. Folders in train/ are classes; their sorted order gives the labels."""
     names = _classes(path / "train")
     if not names:
         raise UserError(f"{path / 'train'}: holds no folders: give one for each class")
@@ -38,7 +38,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) and labels (N,); grey where all are grey, else in colour."""
+    """Images (N, H, W, C) and labels (N,): grey if all are grey, else in colour."""
     files = [
         (file, label)
         for label, name in enumerate(names)
@@ -65,12 +65,9 @@ def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _picture(path: Path) -> np.ndarray:
-    """uint8 (H, W, 1), or (H, W, 3) of a coloured one, upright, on black where it is transparent."""
+    """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
     mode = ""
-    with (
-        suppress(OSError, ValueError, SyntaxError),
-        Image.open(path) as picture,
-    ):  # what is wrong is told below
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:  # errors are reported below
         mode = picture.mode
     if mode.startswith(("I", "F")):
         raise UserError(f"{path}: has more than 8 bits a channel: save it with 8, black 0 and white 255")

@@ -1,4 +1,4 @@
-"""What a data file is by its first bytes, and reading no more of it, gzipped or not, than was asked for."""
+"""Recognises data files by their first bytes, and reads them, gzipped or not, without inflating too much."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 GZIP = b"\x1f\x8b"
 
 SNIFF = 512
-"""First bytes of a file by which its kind is told."""
+"""Number of first bytes by which a file is recognised."""
 
 RATIO = 1032
-"""Bytes that deflate makes of one at most (zlib's own bound)."""
+"""Most bytes that one compressed byte can inflate to (zlib's bound)."""
 
 KINDS = (
     (b"PK\x03\x04", "is a zip file"),
@@ -32,7 +32,7 @@ KINDS = (
 
 
 def what_is(start: bytes) -> str | None:
-    """ "is a PNG picture" and the like, of a file that starts with these bytes; None of what is not known."""
+    """Describe a file that starts with these bytes: "is a PNG picture, no IDX file"; None if unknown."""
     if not start:
         return "is empty"
     if start[:2] == GZIP:
@@ -48,7 +48,7 @@ def what_is(start: bytes) -> str | None:
 
 
 class Plain:
-    """The bytes of a file, taken from the front."""
+    """The bytes of a file, read in order; `most` is their number."""
 
     def __init__(self, raw: bytes) -> None:
         self.most, self._raw, self._at = len(raw), raw, 0
@@ -61,15 +61,15 @@ class Plain:
 
 
 class Gzip:
-    """The contents of a gzipped file, inflated as they are taken: `most` is what they can be."""
+    """The contents of a gzipped file, inflated as they are read; `most` bounds their number."""
 
     def __init__(self, raw: bytes) -> None:
         self.most, self._rest, self._stream = RATIO * len(raw), raw, zlib.decompressobj(31)
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes, fewer at the end, where gzip's checksum is compared.
+        """The next `count` bytes, fewer at the end, where gzip's checksum is checked.
 
-        EOFError where the file is cut, zlib.error where it is damaged.
+        EOFError if the file is truncated, zlib.error if it is damaged.
         """
         parts: list[bytes] = []
         while count:
@@ -77,7 +77,7 @@ class Gzip:
             self._rest = self._stream.unconsumed_tail
             parts.append(part)
             count -= len(part)
-            if self._stream.eof:  # of a member; more may follow
+            if self._stream.eof:  # the end of a member; another may follow
                 self._rest = self._stream.unused_data.lstrip(b"\0")
                 if not self._rest:
                     break
@@ -88,8 +88,8 @@ class Gzip:
 
 
 def memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its control group's."""
+    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # "max" if there is no limit
         found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return found

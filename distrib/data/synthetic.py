@@ -1,4 +1,4 @@
-"""Made images, for measuring machines and trying networks: synthetic:NxHxWxC:K."""
+"""Generates images to benchmark machines and try networks: synthetic:NxHxWxC:K."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FORM = re.compile("synthetic:{0}x{0}x{0}x{0}:{0}".format(r"([1-9]\d{0,9})"))
 
 
 def recognises(name: str) -> bool:
-    """Whether --data asks for made images."""
+    """Whether --data asks for synthetic images."""
     return name.startswith("synthetic:")
 
 
 def read(name: str) -> Dataset:
-    """N training images H×W×C of K classes, and a fifth as many test images; the same ones each time.
+    """Generate N training images H×W×C of K classes, and a fifth as many test images; always the same ones.
 
-    Each class has a pattern of its own, under noise: a network can learn them.
+    Each class has its own pattern under noise, so a network can learn them.
     """
     found = FORM.fullmatch(name)
     if not found:

@@ -1,1 +1,1 @@
-"""What ends a job that cannot go on, and how a job is asked to end."""
+"""Ends jobs that failed, and stops jobs on request."""

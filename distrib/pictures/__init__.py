@@ -1,1 +1,1 @@
-"""Pictures of any kind, prepared as the network has seen digits."""
+"""Prepares pictures of any kind like the digits that the network was trained on."""

@@ -1,4 +1,4 @@
-"""Draws ink as MNIST's makers did: at most 20×20, centred by mass in 28×28, strokes as wide."""
+"""Redraws ink like MNIST: at most 20×20, centred by mass in 28×28, with strokes of MNIST's width."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from PIL import Image
 
 SIDE, BOX = 28, 20
 FINE = 8
-"""Pixels of the fine drawing for one pixel of the result."""
+"""Pixels of the fine drawing per pixel of the result."""
 THINNEST, THICKEST = 2.0, 4.5
-"""Pixels that a stroke is wide in MNIST: nine of ten digits lie between."""
+"""Stroke widths in MNIST, in pixels: nine of ten digits lie between."""
 
 
 def as_mnist(drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Ink (H, W) in [0, 1] as uint8 (28, 28), with strokes as wide as MNIST's."""
+    """Redraw ink (H, W) in [0, 1] as uint8 (28, 28), with strokes as wide as MNIST's."""
     fine = np.pad(fit(drawn, mask, BOX * FINE), 4 * FINE)
     width = stroke_width(fine > 0.5) / FINE
     wanted = min(max(width, THINNEST), THICKEST)
@@ -23,7 +23,7 @@ def as_mnist(drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def fit(drawn: np.ndarray, mask: np.ndarray, side: float) -> np.ndarray:
-    """Cut to the mask and scale so that the longer side is `side`, with half a result's pixel around."""
+    """Crop to the mask and scale so that the longer side is `side`, with half a pixel of margin."""
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     height, width = rows[-1] + 1 - rows[0], cols[-1] + 1 - cols[0]
     scale = side / max(height, width)
@@ -48,7 +48,7 @@ def stroke_width(mask: np.ndarray) -> float:
 
 
 def widened(drawn: np.ndarray, radius: float) -> np.ndarray:
-    """Strokes wider by `radius` on each side, thinner if negative: most or least over a disc."""
+    """Widen strokes by `radius` on each side, or thin them if negative: maximum or minimum over a disc."""
     if abs(radius) < 0.5:
         return drawn
     sign = 1 if radius > 0 else -1
@@ -62,7 +62,7 @@ def widened(drawn: np.ndarray, radius: float) -> np.ndarray:
 
 
 def centred(small: np.ndarray) -> np.ndarray:
-    """A drawing of at most 22×22 in 28×28 with its centre of mass in the middle."""
+    """Place a drawing of at most 22×22 in 28×28, with its centre of mass in the middle."""
     out = np.zeros((SIDE, SIDE), np.uint8)
     pixels = np.round(255 * small).astype(np.uint8)
     total = max(1.0, float(pixels.sum()))

@@ -1,4 +1,4 @@
-"""Reads picture files as small sheets of light, upright, in bounded memory."""
+"""Reads picture files as small upright sheets of light, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distrib.errors import UserError
 T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "DIB", "WEBP", "PPM", "ICO", "AVIF", "JPEG2000", "QOI")
-"""What is opened. Others are rare, and EPS would start Ghostscript."""
+"""Formats that are opened. Others are rare, and EPS would start Ghostscript."""
 
 MOST_BYTES = 180_000_000
 """Memory that a decoded picture may take."""
@@ -28,7 +28,7 @@ MOST_PIXELS = 178_000_000
 """Pixels of a picture, so that reading it takes seconds; twice Pillow's limit is 179."""
 MOST_PAGES = 1000
 WORK_PIXELS = 1_000_000
-"""Pixels of a sheet at most."""
+"""Most pixels of a sheet."""
 STRIP_BYTES = 4_000_000
 
 BROKEN = (
@@ -52,7 +52,7 @@ def luminance(light: np.ndarray) -> np.ndarray:
 
 
 def pixels_of(sheet: Sheet, channels: int | None = None) -> np.ndarray:
-    """uint8 (H, W, C) of a sheet, on black where it is transparent; C is its own, or `channels`, 1 or 3."""
+    """uint8 (H, W, C) of a sheet, on black if transparent; C is its own, or `channels`, 1 or 3."""
     light = luminance(sheet.light)[..., None] if channels == 1 else sheet.light
     if sheet.alpha is not None:
         light = light * sheet.alpha[..., None]
@@ -61,24 +61,24 @@ def pixels_of(sheet: Sheet, channels: int | None = None) -> np.ndarray:
 
 
 def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:
-    """use(page) for each page of a picture file, one after the other; None if it is no picture."""
+    """Call `use` on each page of a picture file; returns the results, or None if it is no picture."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder: give the files in it, {path}/*")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is no regular file: save the picture in one")
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
-    with _mistakes(path):
+    with _user_errors(path):
         file = path.open("rb")
     with file:
         try:
-            with _mistakes(path):
+            with _user_errors(path):
                 pages = _pages(path, Image.open(file, formats=known), file)
         except UnidentifiedImageError:
             return None
         results: list[T] = []
         while True:
-            with _mistakes(path):
+            with _user_errors(path):
                 page = next(pages, None)
             if page is None:
                 return results
@@ -86,8 +86,8 @@ def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:
 
 
 @contextmanager
-def _mistakes(path: Path) -> Iterator[None]:
-    """What Pillow says of a bad file, as a UserError."""
+def _user_errors(path: Path) -> Iterator[None]:
+    """Context in which Pillow's errors on a bad file become UserErrors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd metadata; errors stay errors
@@ -127,7 +127,7 @@ def _pages(path: Path, picture: Any, file: BinaryIO) -> Iterator[Sheet]:
 
 
 def _sheet(path: Path, picture: Any, file: BinaryIO) -> Sheet:
-    """One page, reduced as it is decoded."""
+    """Decode a page, reduced while it is decoded."""
     width, height = picture.size
     step = max(1, int(np.sqrt(width * height / WORK_PIXELS)))
     if picture.format == "JPEG" or picture.format == "MPO":
@@ -170,7 +170,7 @@ def _check_memory(path: Path, picture: Any, bytes_a_pixel: float) -> None:
 
 
 def _cut(picture: Any, step: int) -> Iterator[Any]:
-    """A picture in strips of whole steps; only one strip is ever converted."""
+    """Cut a picture into strips of whole steps, so that only one strip at a time is converted."""
     picture.load()
     width, height = picture.size
     rows = max(step, STRIP_BYTES // (4 * width) // step * step)
@@ -181,7 +181,7 @@ def _cut(picture: Any, step: int) -> Iterator[Any]:
 
 
 def _join(strips: Iterator[Any], step: int) -> tuple[np.ndarray, np.ndarray | None, int | None]:
-    """Light and opacity of all strips, averaged over step × step pixels, and an orientation."""
+    """Light and opacity of all strips, averaged over step × step pixels, and the EXIF orientation."""
     parts, exif = [], None
     for strip in strips:
         if isinstance(strip, int):
@@ -200,7 +200,7 @@ def _join(strips: Iterator[Any], step: int) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _reduced(strip: Any, step: int) -> np.ndarray:
-    """Pixels (h, w, C): uint8 of L, RGB or RGBA, float32 of a mode with other numbers."""
+    """Pixels (h, w, C): uint8 for L, RGB or RGBA, float32 for modes with other numbers."""
     if strip.mode.startswith(("I", "F")):
         values = np.asarray(strip).astype(np.float32)
         return _block_means(values, step)[..., None]
@@ -223,7 +223,7 @@ def _block_means(values: np.ndarray, step: int) -> np.ndarray:
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Upright, by EXIF's orientation 1 to 8."""
+    """Turn pixels upright, by EXIF's orientation 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -261,9 +261,10 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _png_strips(file: BinaryIO, step: int) -> Iterator[Any]:
-    """A PNG in strips, each a small PNG for Pillow: unpacked as it is read, so that no more is held.
+    """Cut a PNG into strips, each a small PNG for Pillow, so that only one strip at a time is in memory.
 
-    A row is stored as its difference from the row above: a strip starts with the last row of the one before.
+    PNG stores a row as its difference from the row above, so a strip starts with the last row of the strip
+    before it.
     """
     about, orientation, before, waiting = b"", None, b"", b""
     unpack = zlib.decompressobj()

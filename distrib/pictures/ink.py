@@ -1,4 +1,4 @@
-"""Tells ink from its ground, in any colour, either way, in uneven light.
+"""Separates ink from its ground: in any colours, dark or bright, in uneven light.
 
 A sheet is a float32 array (H, W, C) in [0, 1]. Ink is what differs from the ground.
 """
@@ -13,18 +13,18 @@ from PIL import Image
 from distrib.pictures.raster import box_sum, grow, shrink
 
 FAINTEST = 0.04
-"""Contrast, of the whole range from black to white, below which nothing is taken for ink."""
+"""Least contrast of ink, as a share of the range from black to white."""
 AGREED = 0.03
-"""A pixel agrees with a model of the light when it is so near to it."""
+"""Distance within which a pixel agrees with a model of the light."""
 CLEARLY = 1.3
-"""A model of the light with more terms has so many times the pixels that agree."""
+"""Factor by which a model of the light with more terms must have more pixels that agree."""
 SIGNAL = 5.0
-"""Ink differs from the ground by so many standard deviations of the ground's noise."""
+"""Standard deviations of the ground's noise by which ink differs from the ground."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How far each pixel (H, W) lies from ground to ink; `level` is a stroke's, `cut` parts the two."""
+    """`strength` (H, W) of each pixel from ground to ink: strokes have `level`, and `cut` is a threshold."""
 
     strength: np.ndarray
     level: float
@@ -37,9 +37,9 @@ class Contrast:
 
 
 def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
-    """Tell ink from ground by colour; None where no pixel stands out from the ground's noise.
+    """Separate ink from ground by colour; None if no pixel stands out from the ground's noise.
 
-    In less light ink differs less from the ground: differences are relative to the ground's light.
+    Ink differs less from the ground in less light, so differences are relative to the ground's light.
     """
     if min(sheet.shape[:2]) < 4:
         return None
@@ -60,7 +60,7 @@ def contrast(sheet: np.ndarray, ground: np.ndarray) -> Contrast | None:
 
 
 def noise_of(strength: np.ndarray) -> float:
-    """The noise's standard deviation, from pixels a little apart: few pairs cross an edge of ink."""
+    """Standard deviation of the noise, from pairs of nearby pixels, few of which cross an edge of ink."""
     reach = [lag for lag in (1, 2, 4, 8) if 4 * lag < min(strength.shape)] or [1]
     return max(1.05 * float(np.median(np.abs(strength[:, lag:] - strength[:, :-lag]))) for lag in reach)
 
@@ -104,7 +104,7 @@ def quadratic(height: int, width: int) -> np.ndarray:
 
 
 def along_ink(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Project differences in colour on the axis from the ground's to the ink's; (strength, axis)."""
+    """Project colour differences on the axis from ground to ink; returns (strength, axis)."""
     flat = rest.reshape(-1, rest.shape[2])
     size = np.abs(flat).max(1)
     strong = flat[size >= max(np.percentile(size, 50) * SIGNAL, FAINTEST)]
@@ -117,7 +117,7 @@ def along_ink(rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearby_ground(strength: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """What is left of uneven light near each pixel: the ground's mean over a window."""
+    """The remaining uneven light near each pixel: the ground's mean over a window."""
     free = (~grow(ink, 2)).astype(np.float32)
     both = shrink(np.stack([strength * free, free], -1), 64)
     radius = max(2, min(both.shape[:2]) // 8)

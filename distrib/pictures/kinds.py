@@ -1,4 +1,4 @@
-"""What a file is that is no picture, by its first bytes, and what to do."""
+"""Recognises files that are no pictures by their first bytes, and says what to do."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ KINDS = (
     (0, b"OggS", "a sound or a video: save one frame as PNG"),
     (0, b"fLaC", "a sound: give pictures"),
 )
-"""(offset, bytes, what a file is that has them there, with the remedy)."""
+"""(offset, bytes at it, the kind of file with the remedy)."""
 
 
 def kind_of(head: bytes) -> str:
-    """What a file that is no picture is, by its first bytes, and what to do."""
+    """Describe a file that is no picture, by its first bytes, with the remedy."""
     if not head:
         return "an empty file: copy it again"
     for offset, magic, what in KINDS:

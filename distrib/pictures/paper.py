@@ -1,4 +1,4 @@
-"""Finds the digit on a sheet: no frame or table around it, no lines of the paper, no specks."""
+"""Finds the digit on a sheet, without frames, tables, lines of the paper or specks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distrib.pictures.raster import components, grow, outside, pool, run_lengths
 SPECK = 0.025
 """Ink smaller than this share of the sheet is a speck."""
 SHARP = 0.33
-"""Share of its strength that ink may have left within 3 of 128 pixels beyond its edge."""
+"""Most of its strength that ink may still have 3 of 128 pixels beyond its edge."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Digit:
 
 
 def find_digit(sheet: np.ndarray) -> Digit | None:
-    """The digit on a sheet (H, W, C), or None where nothing is drawn."""
+    """Find the digit on a sheet (H, W, C); None if nothing is drawn."""
     for _ in range(3):
         inner = inside(sheet)
         if inner is None:
@@ -42,7 +42,7 @@ def find_digit(sheet: np.ndarray) -> Digit | None:
 
 
 def is_drawn(mask: np.ndarray, found: Contrast) -> bool:
-    """Whether ink is more than a speck, and ends sharply: a shadow does not."""
+    """Whether ink is more than a speck and, unlike a shadow, ends sharply."""
     rows, cols = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not rows.size or max(np.ptp(rows), np.ptp(cols)) + 1 < max(5, SPECK * max(mask.shape)):
         return False
@@ -50,19 +50,19 @@ def is_drawn(mask: np.ndarray, found: Contrast) -> bool:
 
 
 def ends_sharply(part: np.ndarray, strength: np.ndarray) -> bool:
-    """Whether little is left of a component's strength 2 or 3 pixels beyond its edge."""
+    """Whether a component's strength drops within 2 or 3 pixels of its edge."""
     beyond = grow(part, 3) & ~grow(part, 1)
     return not beyond.any() or bool(np.median(strength[beyond]) < SHARP * np.median(strength[part]))
 
 
 def inside(sheet: np.ndarray) -> tuple[slice, slice] | None:
-    """The paper's rows and columns, where the picture also shows a frame or a table."""
+    """Rows and columns of the paper, if the picture also shows a frame or a table."""
     small = shrink(sheet, 128)
     middle = np.median(small, (0, 1))
     found = contrast(small, np.broadcast_to(middle, small.shape))
     if found is None:
         return None
-    apart = np.abs(small - middle).max(2)  # uneven light and all
+    apart = np.abs(small - middle).max(2)  # uneven light included
     labels, count = components(found.mask)
     for label in range(1, count + 1):
         part = labels == label
@@ -96,7 +96,7 @@ def is_paper(part: np.ndarray, strength: np.ndarray) -> bool:
 
 
 def free_of(unwanted: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The rows and columns left when sides are cut off until none has unwanted pixels."""
+    """Rows and columns that remain after cutting off sides until none has unwanted pixels."""
     sides = [0, unwanted.shape[0], 0, unwanted.shape[1]]
     while sides[1] - sides[0] > 4 and sides[3] - sides[2] > 4:
         cut = unwanted[sides[0] : sides[1], sides[2] : sides[3]]
@@ -114,9 +114,9 @@ def free_of(unwanted: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]
 
 
 def without_lines(mask: np.ndarray) -> np.ndarray:
-    """The mask without thin lines that cross the sheet from left to right and reach beyond all other ink.
+    """Remove thin lines from the mask that cross the sheet from left to right, beyond all other ink.
 
-    Where a stroke crosses a line, its vertical run is longer than the line is wide, and stays.
+    Keeps strokes that cross a line, because their vertical runs are longer than the line is wide.
     """
     height, width = mask.shape
     if width < 64:

@@ -1,4 +1,4 @@
-"""Picture and IDX files as the network takes them: 28×28, white on black."""
+"""Reads picture and IDX files as the network takes them: 28×28, white on black."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distrib.pictures.kinds import kind_of
 from distrib.pictures.paper import find_digit
 
 MOST_IMAGES = 1_000_000
-"""Images of an IDX file."""
+"""Most images of an IDX file."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Pictures:
 
 
 def read_pictures(path: Path, as_is: bool = False) -> Pictures:
-    """The images in the picture or IDX file `path`, as MNIST has digits; with `as_is` they are scaled at
-    most."""
+    """Read a picture or IDX file, with its images prepared like MNIST's; with `as_is`, only scaled."""
     found = read_sheets(path, (lambda sheet: scaled(sheet, (SIDE, SIDE, 1))) if as_is else prepare)
     if found is None:
         return read_idx(path, as_is)
@@ -45,7 +44,7 @@ def read_pictures(path: Path, as_is: bool = False) -> Pictures:
 
 
 def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
-    """The images in the picture or IDX file `path`, scaled to `shape` (H, W, C)."""
+    """Read a picture or IDX file, with its images scaled to `shape` (H, W, C)."""
     found = read_sheets(path, lambda sheet: scaled(sheet, shape))
     pixels = np.stack([pixels for pixels, _ in found]) if found else idx.read_idx(path, idx.IMAGES)
     if pixels.shape[1:] not in (shape, shape[:2]) or pixels[0].size != shape[0] * shape[1] * shape[2]:
@@ -55,7 +54,7 @@ def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
 
 
 def scaled(sheet: Sheet, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-    """(uint8 (H, W) or (H, W, 3), False): a picture scaled to `shape`, on black where it is transparent."""
+    """(uint8 (H, W) or (H, W, 3), False): a picture scaled to `shape`, on black if transparent."""
     h, w, c = shape
     pixels = pixels_of(sheet, c)
     picture = Image.fromarray(pixels[..., 0] if c == 1 else pixels)
@@ -63,7 +62,7 @@ def scaled(sheet: Sheet, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]
 
 
 def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
-    """(uint8 (28, 28), whether the ink is dark) of a picture; all black where nothing is drawn."""
+    """(uint8 (28, 28), whether the ink is dark) of a picture; all black if nothing is drawn."""
     if sheet.alpha is None and sheet.size == (SIDE, SIDE):
         own = mnist_like(sheet.light)
         if own is not None:
@@ -84,7 +83,7 @@ def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:
 
 
 def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
-    """A picture of 28×28 that is made as MNIST's are, pixel for pixel, or None."""
+    """The pixels of a 28×28 picture that already looks like MNIST, unchanged; else None."""
     pixels = np.round(255 * luminance(light)).astype(np.uint8)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     dark = bool(np.median(border) > 127)
@@ -99,7 +98,7 @@ def mnist_like(light: np.ndarray) -> tuple[np.ndarray, bool] | None:
 
 
 def is_paper(alpha: np.ndarray) -> bool:
-    """Whether what is opaque is a sheet, not strokes: wide, compared with its length."""
+    """Whether the opaque part is a sheet, not strokes: wide, compared with its length."""
     opaque = alpha > 0.5
     if not opaque.any():
         return False
@@ -109,7 +108,7 @@ def is_paper(alpha: np.ndarray) -> bool:
 
 
 def on_its_ground(sheet: Sheet) -> np.ndarray:
-    """The light of a sheet, where it is transparent the middle of its colours."""
+    """The light of a sheet, with its median colour where it is transparent."""
     if sheet.alpha is None:
         return sheet.light
     opaque = sheet.alpha > 0.98
@@ -119,7 +118,7 @@ def on_its_ground(sheet: Sheet) -> np.ndarray:
 
 
 def read_idx(path: Path, as_is: bool) -> Pictures:
-    """The images of an IDX file: all inverted where most of their border is bright, unless `as_is`."""
+    """Read the images of an IDX file; invert all if most of their border is bright, unless `as_is`."""
     check_idx(path)
     images = idx.read_idx(path, idx.IMAGES)
     if images.shape[1:] != (SIDE, SIDE):
@@ -133,7 +132,7 @@ def read_idx(path: Path, as_is: bool) -> Pictures:
 
 
 def check_idx(path: Path) -> None:
-    """UserError where a file is of another kind, or a small one that unpacks to a very large one."""
+    """UserError if a file is of another kind, or a small one that unpacks to a very large one."""
     with path.open("rb") as file:
         head = file.read(2048)
         if head[:2] == b"\x1f\x8b":
@@ -143,7 +142,7 @@ def check_idx(path: Path) -> None:
                     head = packed.read(2048)
                     size = len(head) + skip(packed, 16 + 784 * MOST_IMAGES)
             except (OSError, EOFError, zlib.error):
-                return  # read_idx says what is wrong
+                return  # read_idx reports what is wrong
             if not is_idx(head):
                 raise UserError(f"{path}: is packed by gzip and holds {kind_of(head)}")
         else:
@@ -155,12 +154,12 @@ def check_idx(path: Path) -> None:
 
 
 def is_idx(head: bytes) -> bool:
-    """Whether a file starts as IDX files do: two zeros, a type of numbers, a number of dimensions."""
+    """Whether a file starts like IDX: two zeros, a type code, a number of dimensions."""
     return len(head) > 3 and head[:2] == b"\0\0" and 8 <= head[2] <= 14 and 1 <= head[3] <= 4
 
 
 def skip(file: gzip.GzipFile, most: int) -> int:
-    """Bytes that are left in a file, counted no further than just past `most`."""
+    """Number of bytes left in a file, counted until just past `most`."""
     count = 0
     while count <= most and (part := file.read(1 << 20)):
         count += len(part)

@@ -1,4 +1,4 @@
-"""Operations on pixels that NumPy and Pillow lack: means and maxima over blocks, growing, components."""
+"""Pixel operations that NumPy and Pillow lack: means and maxima over blocks, growing, components."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shrink(array: np.ndarray, most: int) -> np.ndarray:
 
 
 def pool(mask: np.ndarray, most: int) -> np.ndarray:
-    """Whether each block of a mask has a pixel, in blocks so large that no side is longer than `most`."""
+    """Maxima of a mask over blocks, so that no side is longer than `most`."""
     for axis in (0, 1):
         size = -(-mask.shape[axis] // most)
         mask = np.logical_or.reduceat(mask, np.arange(0, mask.shape[axis], size), axis)
@@ -25,7 +25,7 @@ def pool(mask: np.ndarray, most: int) -> np.ndarray:
 
 
 def grow(mask: np.ndarray, radius: int) -> np.ndarray:
-    """The mask and all within `radius` rows and columns of it."""
+    """Grow a mask by `radius` rows and columns each way."""
     for axis in (0, 1):
         grown = mask.copy()
         for shift in range(1, radius + 1):
@@ -39,7 +39,7 @@ def grow(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def box_sum(array: np.ndarray, radius: int) -> np.ndarray:
-    """Sums over (2·radius + 1)² pixels around each, of an array (H, W, C)."""
+    """Sums over (2·radius + 1)² pixels around each pixel of an array (H, W, C)."""
     for axis in (0, 1):
         size = array.shape[axis]
         total = np.insert(np.cumsum(array, axis, dtype=np.float64), 0, 0, axis)
@@ -50,7 +50,7 @@ def box_sum(array: np.ndarray, radius: int) -> np.ndarray:
 
 
 def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Labels from 1 of the 8-connected components of a mask, 0 elsewhere, and how many there are."""
+    """Label the 8-connected components of a mask from 1, the rest 0; returns (labels, number)."""
     runs: list[tuple[int, int, int]] = []
     parent: list[int] = []
 
@@ -81,14 +81,14 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def outside(free: np.ndarray) -> np.ndarray:
-    """The free pixels from which a way leads to the border."""
+    """The free pixels that are connected to the border."""
     labels, _ = components(free)
     edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     return np.isin(labels, edge[edge > 0])
 
 
 def run_lengths(mask: np.ndarray) -> np.ndarray:
-    """For each pixel of the mask, the length of the vertical run that it lies in; 0 elsewhere."""
+    """The length of the vertical run through each pixel of the mask; 0 elsewhere."""
     height, width = mask.shape
     padded = np.zeros((height + 2, width), np.int8)
     padded[1:-1] = mask

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, checkpoints, and what a person sees of it."""
+"""A run's folder, its checkpoints, and its output on the terminal."""

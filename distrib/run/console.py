@@ -1,4 +1,4 @@
-"""What a person sees of a run: a table at the start, progress, and the result. Rank 0 alone prints."""
+"""Prints a run: a table at the start, progress, and the result. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.text import Text
 from distrib import LAUNCHERS, parent
 
 PLAIN_SECONDS = 10.0
-"""Seconds between lines of progress where the output is a file."""
+"""Seconds between lines of progress if the output is a file."""
 
 
 def on_terminal() -> bool:
-    """Whether a person reads along. mpirun gives its ranks a terminal of their own, even into a log file."""
+    """Whether the output is a terminal. mpirun gives its ranks one even if it writes to a log file."""
     if not sys.stdout.isatty():
         return False
     pid, name = parent()
@@ -36,11 +36,11 @@ def on_terminal() -> bool:
 
 
 class Unfailing(io.FileIO):
-    """Standard output or error whose reader, terminal or disk may go away: what cannot be written is lost."""
+    """Standard output or error that never fails: what cannot be written is lost."""
 
     def write(self, data: Any) -> int:
         try:
-            while (written := super().write(data)) is None:  # it does not block, and is full
+            while (written := super().write(data)) is None:  # a non-blocking file that is full
                 select.select([], [self], [])
         except OSError:
             return len(data)
@@ -48,8 +48,7 @@ class Unfailing(io.FileIO):
 
 
 def secure_output() -> None:
-    """From here on printing never fails, and no file of the run takes the number of a standard stream that is
-    closed.
+    """Make printing never fail, and reserve the numbers of closed standard streams.
 
     A terminal without UTF-8 gets "?" for what it cannot show.
     """
@@ -57,10 +56,10 @@ def secure_output() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__"):  # not where a caller has put another
+        if stream is getattr(sys, f"__{name}__"):  # unless a caller replaced it
             raw: Any = Unfailing(number, "w", closefd=False)
             at_once = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED
             lines = number == 2 or getattr(stream, "line_buffering", False)
@@ -75,7 +74,7 @@ def secure_output() -> None:
 
 
 class Screen:
-    """Progress of one run. In a terminal a bar, in a log file a line every few seconds."""
+    """Shows the progress of a run: a bar on a terminal, a line every few seconds in a log file."""
 
     def __init__(self, active: bool) -> None:
         self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
@@ -90,14 +89,14 @@ class Screen:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        """Print names and values, one a line."""
+        """Print names and values, one per line."""
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
             table.add_row(name, Text(str(value)))
         self._console.print(table)
 
     def start(self, steps: int, done: int, epochs: int) -> None:
-        """Begin to show progress over `steps` steps, `done` of which lie behind."""
+        """Start to show progress over `steps` steps, of which `done` are done."""
         self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
         if not (self._active and self._console.is_terminal):
             return
@@ -116,7 +115,7 @@ class Screen:
         bar.start()
 
     def due(self) -> bool:
-        """Whether `progress` would show anything now; asking costs next to nothing."""
+        """Whether `progress` would show anything now. Cheap to call."""
         if not self._active:
             return False
         interval = 0.25 if self._bar else PLAIN_SECONDS

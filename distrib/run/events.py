@@ -1,13 +1,13 @@
-"""TensorBoard's event files: what metrics.jsonl says, for those who look at their runs there.
+"""Writes TensorBoard's event files, with the contents of metrics.jsonl.
 
 A file is a sequence of records: length (8 bytes), masked CRC-32C of it, data, masked CRC-32C of that, all
 little-endian (`tensorflow/core/lib/io/record_writer.h`); the data is a protocol-buffer message `Event`
-(`tensorflow/core/util/event.proto`) of which four fields are used. A library for it would import PyTorch
-wherever that is installed, a second for each start.
+(`tensorflow/core/util/event.proto`) of which we use four fields. tensorboardX would import PyTorch if it
+is installed, which takes a second at each start.
 
-Each start of a run writes a file of its own, and no file is touched later: TensorBoard reads the files in the
-order of their names, and while it is open it follows the newest. A file begins with the step from which on it
-counts; what earlier ones say of that step and of later ones is dropped by the reader.
+Each start of a run writes a new file and never changes older ones: TensorBoard reads files in the order of
+their names, and follows the newest while it is open. A file starts with its first step; the reader drops that
+step and later ones from older files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLE = _table()
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC-32C, turned and moved as the format wants it."""
+    """CRC-32C, rotated and offset as the format requires."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
@@ -59,12 +59,12 @@ def _varint(number: int) -> bytes:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """A field of bytes: a text or a message."""
+    """A field of bytes: a string or a message."""
     return bytes([number << 3 | 2]) + _varint(len(data)) + data
 
 
 def _float(value: float) -> bytes:
-    """In float32, which a loss in float64 may exceed."""
+    """As float32. A loss in float64 that is too large becomes infinite."""
     try:
         return struct.pack("<f", value)
     except OverflowError:
@@ -77,12 +77,12 @@ def head(time: float) -> bytes:
 
 
 def start(time: float, step: int) -> bytes:
-    """The record by which what earlier files say of `step` and of later steps is void (SessionLog.START)."""
+    """The record that makes readers drop `step` and later steps from older files (SessionLog.START)."""
     return record(b"\x09" + struct.pack("<d", time) + b"\x10" + _varint(step) + _field(7, b"\x08\x01"))
 
 
 def name(folder: Path, host: str, now: float) -> str:
-    """Of the next file in `folder`: behind all that are there, whatever this host's clock says."""
+    """Name of the next file in `folder`: sorted after all others, whatever this host's clock says."""
     earlier = [FILE.match(path.name) for path in folder.glob(f"{PREFIX}*")]
     newest = max((int(found[1]) for found in earlier if found), default=0)
     return f"{PREFIX}{max(int(now), newest + 1):010}.{host}"

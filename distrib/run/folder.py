@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoints/, summary.json. Rank 0 alone writes."""
+"""A run's folder: config.json, metrics.jsonl, checkpoints/, summary.json. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from distrib.run import events
 from nn.device import Backend
 
 LONGEST_LINE = 1 << 20
-"""Bytes of a line of metrics.jsonl that is kept; ours have a few hundred."""
+"""Longest line of metrics.jsonl that a resume keeps, in bytes. Ours have a few hundred."""
 
 
 def new_folder(config: Config) -> Path:
-    """runs/<time>-<name>, not yet there."""
+    """A new path runs/<time>-<name>."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = config.recipe or f"{config.variant}-{config.optimizer}"
     base = Path("runs") / f"{stamp}-{name}"
@@ -60,15 +60,15 @@ def new_folder(config: Config) -> Path:
 
 
 class Run:
-    """The folder of one run, opened for a new run or to resume the one it holds.
+    """A run's folder. As a context manager, it holds the folder's lock.
 
-    A context, after which others may have it.
+    Call `stored`, `open` and `prepare` in this order; then the run may write.
     """
 
     def __init__(self, path: Path | None, config: Config | None = None) -> None:
-        """At `path`, or at a new one named after `config`."""
+        """Use `path`, or a new folder named after `config`."""
         self._config = config if path is None else None
-        self._at(path or new_folder(self._config or Config()))
+        self._set_path(path or new_folder(self._config or Config()))
         self.notes: list[str] = []
         self._lock: BinaryIO | None = None
 
@@ -79,7 +79,7 @@ class Run:
         if self._lock:
             self._lock.close()
 
-    def _at(self, path: Path) -> None:
+    def _set_path(self, path: Path) -> None:
         self.path, self.checkpoints, self.metrics_path = path, path / "checkpoints", path / "metrics.jsonl"
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
@@ -93,19 +93,19 @@ class Run:
         return read_json(path, remedy="give another --run-dir, or restore the file")
 
     def stored(self) -> dict[str, Any] | None:
-        """The configuration of the run that the folder holds."""
+        """The configuration of the run in the folder; None if it holds none."""
         found = None if self._config else self._read_json("config.json")
         if found is not None:
             require_types(found, self.path / "config.json")
         return found
 
     def open(self, config: Config, native: bool = True) -> ckpt.Checkpoint | None:
-        """Make the folder or check the run that it holds; returns the checkpoint to resume from.
+        """Check the folder; returns the checkpoint to resume from, or None.
 
-        UserError: a finished run; a run of other settings; --resume none on a folder that holds a run;
-        checkpoints none of which is valid, or, where it is to be `native`, is not one of `Trainer`.
+        UserError if it holds a finished run, a run with other settings, a run despite --resume none, or no
+        valid checkpoint. A `native` checkpoint must be one of `Trainer`.
         """
-        if not self._config:  # else it is a new folder, whatever another run that starts now puts there
+        if not self._config:  # a new folder is not checked: another run may just be creating it
             self._check(config)
         found = self._find(config)
         if found and native:
@@ -113,8 +113,8 @@ class Run:
         return found
 
     def _check(self, config: Config) -> None:
-        """Take the folder; UserError where what it holds forbids a run with `config`."""
-        self._claim()
+        """Lock the folder; UserError if what it holds forbids a run with `config`."""
+        self._take_lock()
         stored = self.stored()
         summary = self._read_json("summary.json") or {}
         saved = bool(ckpt.list_checkpoints(self.checkpoints))
@@ -133,13 +133,13 @@ class Run:
                 " give the same ones, or a new folder"
             )
 
-    def _claim(self) -> None:
-        """UserError where another process has this run's folder; from here on this one has it."""
+    def _take_lock(self) -> None:
+        """Lock the folder, if it exists; UserError if another process holds the lock."""
         if self._lock or not os.path.isdir(self.path):
             return
         path = self.path / "lock"
         try:
-            self._lock = open_to_append(path)  # held as long as this
+            self._lock = open_to_append(path)  # locked until it is closed
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
@@ -149,7 +149,7 @@ class Run:
         except OSError as error:
             if os.path.lexists(path) and not (path.is_file() and not path.is_symlink()):
                 raise UserError(f"{path}: cannot be opened {reason(error, path)}") from None
-            # no locks on this file system, or no right to write: that is told where it is tried
+            # a file system without locks, or no permission to write, which the first write reports
 
     def _find(self, config: Config) -> ckpt.Checkpoint | None:
         if config.resume not in ("auto", "none"):
@@ -159,9 +159,9 @@ class Run:
         found, problems = ckpt.newest_valid(self.checkpoints)
         if problems and found is None:
             raise UserError(f"{self.checkpoints}: no valid checkpoint ({problems[0]}): give a new --run-dir")
-        self.notes += [f"passed over: {problem}" for problem in problems]
+        self.notes += [f"skipped: {problem}" for problem in problems]
         if found is None and os.path.exists(self.metrics_path):
-            self.notes.append(f"{self.path} holds a run without a checkpoint: starting afresh")
+            self.notes.append(f"{self.path} holds a run without a checkpoint: starting over")
         return found
 
     def prepare(
@@ -171,18 +171,18 @@ class Run:
         environment: dict[str, Any],
         dataset: dict[str, object],
     ) -> None:
-        """Make the folder ready to resume from `found`: the first change to it."""
+        """Make the folder ready for the run, resumed from `found`. Nothing is changed in it before."""
         try:
-            while fresh := self._config:  # runs that start together must not take the same new folder
+            while fresh := self._config:  # two runs that start at once must not take the same folder
                 try:
                     self.path.mkdir(parents=True)
                     self._config = None
                 except FileExistsError:
-                    self._at(new_folder(fresh))
+                    self._set_path(new_folder(fresh))
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"--run-dir {self.path}: cannot be made {reason(error, self.path)}") from None
-        self._claim()
+        self._take_lock()
         try:
             self._clear()
             whole = {**asdict(config), "environment": environment, "dataset": dataset}
@@ -199,9 +199,9 @@ class Run:
             raise UserError(f"{path}: cannot be used {reason(error, path)}") from None
 
     def _clear(self) -> None:
-        """Remove what an earlier start said of itself, and the leftovers of one that was killed."""
+        """Remove heartbeats and failure.json of an earlier start, and temporary files of a killed one."""
         ranks = self.path / "ranks"
-        if ranks.is_symlink():  # what is written there must not land elsewhere
+        if ranks.is_symlink():  # so that nothing is written elsewhere
             ranks.unlink()
         shutil.rmtree(ranks, ignore_errors=True)
         for leftover in (self.path / "failure.json", *self.checkpoints.glob(".*.tmp")):
@@ -209,13 +209,13 @@ class Run:
                 leftover.unlink(missing_ok=True)
 
     def _kept(self, step: int) -> Iterator[bytes]:
-        """The lines of metrics.jsonl that are whole and not past `step`, one at a time."""
+        """The complete lines of metrics.jsonl up to `step`, one at a time."""
         try:
             file = open_to_read(self.metrics_path)
         except FileNotFoundError:
             return
         with file:
-            whole = True  # false within a line that is too long to be one of ours
+            whole = True  # False within a line that is too long
             while line := file.readline(LONGEST_LINE):
                 ends = line.endswith(b"\n") or len(line) < LONGEST_LINE  # the last may lack its line break
                 if whole and ends and self._within(line, step):
@@ -224,7 +224,7 @@ class Run:
 
     @staticmethod
     def _within(line: bytes, step: int) -> bool:
-        """Whether a line of metrics.jsonl is whole and not past `step`."""
+        """Whether a line of metrics.jsonl is complete and at most of `step`."""
         try:
             at = number(parse_object(line).get("step"))
         except ValueError:
@@ -232,7 +232,7 @@ class Run:
         return at is not None and at <= step
 
     def plans(self, device: dict[str, str]) -> dict[str, str]:
-        """The convolution plans chosen for this run on the same GPU model and libraries, by operation."""
+        """The convolution plans stored for this `device` (GPU model and libraries), by operation."""
         stored = self._read_json("plans.json") or {}
         if stored.get("about") != device:
             return {}
@@ -247,7 +247,7 @@ class Run:
         write_atomically(self.path / "plans.json", text.encode(), ckpt.AGAIN)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and to TensorBoard's file."""
+        """Append a line to metrics.jsonl and a record to TensorBoard's file."""
         values = {"time": time.time(), **values}
         path = self.metrics_path
         try:
@@ -260,9 +260,9 @@ class Run:
             raise UserError(f"{path}: cannot be written {reason(error, path)}{after}") from None
 
     def keep_logits(self, batches: list[np.ndarray], step: int) -> None:
-        """Write logits.safetensors: the model's answers to the test images after the last step.
+        """Write logits.safetensors: float32 (images, classes) of the test images after the last step.
 
-        (images, 10) float32. Without batches, of a run that was stopped, an earlier file is removed.
+        Without batches, because the run was stopped, remove an earlier file.
         """
         path = self.path / "logits.safetensors"
         if batches:
@@ -275,7 +275,7 @@ class Run:
             raise UserError(f"{path}: cannot be removed {reason(error, path)}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last file of a run. Who took it for failed meanwhile was wrong."""
+        """Write summary.json, the last file of a run. Removes failure.json, as the run did not fail."""
         with contextlib.suppress(OSError):
             (self.path / "failure.json").unlink(missing_ok=True)
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
@@ -283,7 +283,7 @@ class Run:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the sources of `nn` and `distrib`."""
+    """SHA-256 of the sources of `nn` and `distrib`."""
     sha = hashlib.sha256(__version__.encode())
     for package in (nn, distrib):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
@@ -293,7 +293,7 @@ def code_digest() -> str:
 
 
 def environment(threads: int, backend: Backend) -> dict[str, Any]:
-    """What besides the configuration must be the same for a resumed run to agree to the bit."""
+    """What must not change, besides the configuration, if a resumed run is to agree to the bit."""
     blas = next(
         (
             f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()

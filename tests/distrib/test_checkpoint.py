@@ -169,7 +169,7 @@ def test_damaged_newest_is_passed_over(stopped: Path, call: Call, tmp_path: Path
     cut(path, 0.5)
     code, out, err = call(stopped)
     assert (code, err) == (0, "")
-    assert re.search(rf"note: passed over: \S+{path.name}: .*use another checkpoint", out)
+    assert re.search(rf"note: skipped: \S+{path.name}: .*use another checkpoint", out)
     assert "resuming from step-00000002.safetensors, step 2 of 4" in out
     assert call(tmp_path / "whole", "--log-every", 1)[0] == 0
     assert summary(stopped)["parameter_digest"] == summary(tmp_path / "whole")["parameter_digest"]
