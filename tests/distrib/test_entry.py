@@ -19,8 +19,8 @@ from safetensors.numpy import save
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
 from launch.bench.scale import scale
-from launch.cli import evaluate
 from launch.entry import one_process
+from launch.evaluate import evaluate
 from launch.export import export
 from launch.report.page import report
 from launch.report.reproduce import reproduce
