@@ -6,8 +6,9 @@ Its fields are the options of `python -m distrib.train`: name, type, default and
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
@@ -15,18 +16,6 @@ from distrib.files import expanded, fits, shown
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
-
-CHOICES = {
-    "optimizer": tuple(OPTIMIZERS),
-    "schedule": tuple(SCHEDULES),
-    "loss": tuple(LOSSES),
-    "variant": tuple(VARIANTS),
-    "batch_norm": ("sync", "local"),
-    "precision": ("float32", "float64", "tf32", "bf16"),
-    "backend": ("auto", "numpy", "cupy"),
-    "gradients": ("float32", "bf16"),
-    "comm": ("auto", "none", "mpi", "nccl"),
-}
 
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
@@ -83,93 +72,143 @@ DROPPED_OPTIONS = (
 )
 """Recipe options to drop when the user picks another optimizer or loss."""
 
-MAY_CHANGE = (
-    "backend",
-    "comm",
-    "max_steps",
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "check_every",
-    "run_dir",
-    "resume",
-    "recipe",
-    "timeout",
-    "data",
-    "cuda_graph",
-    "batch_size_per_rank",
-)
-"""Fields that do not affect the result, so you may change them when you resume."""
-
 
 class Cap(int):
     """A recipe's limit, which may exceed the number of images in the data."""
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Rule(NamedTuple):
+    """What a number must be."""
+
+    holds: Callable[[Any], bool]
+    remedy: str
+
+
+ONE_OR_MORE = Rule(lambda value: value >= 1, "give 1 or more")
+ABOVE_ZERO = Rule(lambda value: math.isfinite(value) and value > 0, "give a finite number above 0")
+ZERO_OR_MORE = Rule(lambda value: math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
+BELOW_ONE = Rule(lambda value: value < 1, "give less than 1")
+
+
+def at_most(bound: float) -> Rule:
+    return Rule(lambda value: value <= bound, f"give {bound:g} or less")
+
+
+def option(
+    default: Any, text: str, *rules: Rule, choices: Iterable[str] = (), may_change: bool = False
+) -> Any:
+    """A field that is an option, with its help, the rules of its numbers, or its choices.
+
+    One that `may_change` does not affect the result, so a resumed run may have another value.
+    """
+    names = tuple(choices)
+    text = text.replace("{}", " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))))
+    more = {"help": text, "rules": rules, "choices": names, "may_change": may_change}
+    return field(default=default, metadata=more)
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run depends on, as the user gave it. `resolve` completes it."""
 
-    epochs: int = option(8, "Passes over the training set.")
-    batch_size: int = option(8, "Global batch: the images of one step, split over the ranks.")
+    epochs: int = option(8, "Passes over the training set.", ONE_OR_MORE)
+    batch_size: int = option(8, "Global batch: the images of one step, split over the ranks.", ONE_OR_MORE)
     batch_size_per_rank: int | None = option(
-        None, "Images of one step on each rank, instead of --batch-size."
+        None, "Images of one step on each rank, instead of --batch-size.", ONE_OR_MORE, may_change=True
     )
-    optimizer: str = option("adam", "adam or sgd.")
-    lr: float = option(1e-3, "Learning rate; with onecycle its peak.")
-    momentum: float = option(0.0, "Momentum of SGD.")
+    optimizer: str = option("adam", "{}.", choices=OPTIMIZERS)
+    lr: float = option(1e-3, "Learning rate; with onecycle its peak.", ABOVE_ZERO)
+    momentum: float = option(0.0, "Momentum of SGD.", ZERO_OR_MORE, BELOW_ONE)
     nesterov: bool = option(False, "Nesterov momentum (needs --momentum).")
-    weight_decay: float = option(0.0, "Added to the gradient with SGD, decoupled with Adam.")
-    schedule: str = option("constant", "constant, cosine or onecycle.")
-    warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.")
-    loss: str = option("ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).")
-    label_smoothing: float = option(0.0, "Share of the target to spread over all classes (ce only).")
+    weight_decay: float = option(0.0, "Added to the gradient with SGD, decoupled with Adam.", ZERO_OR_MORE)
+    schedule: str = option("constant", "{}.", choices=SCHEDULES)
+    warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.", ZERO_OR_MORE)
+    loss: str = option(
+        "ce", "ce (softmax cross-entropy) or bce (sigmoid, binary cross-entropy).", choices=LOSSES
+    )
+    label_smoothing: float = option(
+        0.0, "Share of the target to spread over all classes (ce only).", ZERO_OR_MORE, BELOW_ONE
+    )
     shift: float = option(
-        0.0, "Shift each training image randomly by up to this many pixels, anew in each epoch."
+        0.0,
+        "Shift each training image randomly by up to this many pixels, anew in each epoch.",
+        ZERO_OR_MORE,
     )
     rotate: float = option(
-        0.0, "Rotate each training image randomly by up to this many degrees, anew in each epoch."
+        0.0,
+        "Rotate each training image randomly by up to this many degrees, anew in each epoch.",
+        ZERO_OR_MORE,
+        at_most(180),
     )
     average: float = option(
         0.0,
         "Decay of a moving average of the weights, which is then evaluated and saved; 0: no average.",
+        ZERO_OR_MORE,
+        BELOW_ONE,
     )
-    variant: str = option("baseline", "baseline, avgpool, conv-shortcut or three-blocks.")
-    width: float = option(1.0, "Multiplier of all channel counts.")
-    batch_norm: str = option("sync", "Statistics of the global batch (sync) or of each rank's part (local).")
-    precision: str = option("float32", "float32, float64, and on a GPU tf32 or bf16.")
-    backend: str = option("auto", "numpy, cupy, or auto: cupy if every rank has a GPU.")
-    comm: str = option("auto", "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none for one process.")
+    variant: str = option("baseline", "{}.", choices=VARIANTS)
+    width: float = option(1.0, "Multiplier of all channel counts.", ABOVE_ZERO, at_most(64))
+    batch_norm: str = option(
+        "sync",
+        "Statistics of the global batch (sync) or of each rank's part (local).",
+        choices=("sync", "local"),
+    )
+    precision: str = option(
+        "float32",
+        "float32, float64, and on a GPU tf32 or bf16.",
+        choices=("float32", "float64", "tf32", "bf16"),
+    )
+    backend: str = option(
+        "auto",
+        "numpy, cupy, or auto: cupy if every rank has a GPU.",
+        choices=("auto", "numpy", "cupy"),
+        may_change=True,
+    )
+    comm: str = option(
+        "auto",
+        "none, mpi, nccl, or auto: nccl on GPUs, mpi on hosts, none for one process.",
+        choices=("auto", "none", "mpi", "nccl"),
+        may_change=True,
+    )
     data: str | None = option(
         None,
         "A folder of IDX, CIFAR or picture files, an .npz file, or synthetic:NxHxWxC:K; without it, MNIST.",
+        may_change=True,
     )
-    limit_train: int | None = option(None, "Use only the first N training images.")
-    limit_test: int | None = option(None, "Use only the first N test images.")
-    seed: int = option(0, "Seed of weights and data order.")
-    run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.")
-    log_every: int = option(50, "Steps between lines of metrics.jsonl.")
-    checkpoint_every: int = option(1000, "Steps between checkpoints; each epoch ends with one, too.")
-    keep: int = option(3, "Checkpoints to keep.")
+    limit_train: int | None = option(None, "Use only the first N training images.", ONE_OR_MORE)
+    limit_test: int | None = option(None, "Use only the first N test images.", ONE_OR_MORE)
+    seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE)
+    run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.", may_change=True)
+    log_every: int = option(50, "Steps between lines of metrics.jsonl.", ONE_OR_MORE, may_change=True)
+    checkpoint_every: int = option(
+        1000, "Steps between checkpoints; each epoch ends with one, too.", ONE_OR_MORE, may_change=True
+    )
+    keep: int = option(3, "Checkpoints to keep.", ONE_OR_MORE, may_change=True)
     check_every: int = option(
-        500, "Steps between comparisons of the ranks' parameters, also made at checkpoints; 0: never."
+        500,
+        "Steps between comparisons of the ranks' parameters, also made at checkpoints; 0: never.",
+        ZERO_OR_MORE,
+        may_change=True,
     )
-    resume: str = option("auto", "auto (resume if the folder holds a run), none, or a checkpoint.")
-    max_steps: int | None = option(None, "Stop after this global step, with a checkpoint.")
+    resume: str = option(
+        "auto", "auto (resume if the folder holds a run), none, or a checkpoint.", may_change=True
+    )
+    max_steps: int | None = option(
+        None, "Stop after this global step, with a checkpoint.", ONE_OR_MORE, may_change=True
+    )
     recipe: str | None = option(
-        None, "A named set of options: demo, fast99, best, reference or reference-sgd; options you give win."
+        None, f"A named set of options: {', '.join(RECIPES)}; options you give win.", may_change=True
     )
     gradients: str = option(
         "float32",
         "Type in which gradients travel between GPUs over NCCL: float32 (with float64, float64) or bf16;"
         " one rank sends none.",
+        choices=("float32", "bf16"),
     )
-    cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.")
-    timeout: float = option(60.0, "Seconds after which a wait for another rank ends the job.")
+    cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.", may_change=True)
+    timeout: float = option(
+        60.0, "Seconds after which a wait for another rank ends the job.", ABOVE_ZERO, may_change=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("run_dir", "data", "resume"):
@@ -177,62 +216,34 @@ class Config:
             if given is not None and not (name == "resume" and given in ("auto", "none")):
                 path = expanded(given, f"--{name.replace('_', '-')}")
                 object.__setattr__(self, name, str(path) if given.startswith("~") else given)
-        for name, choices in CHOICES.items():
-            self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
-        for name in (
-            "epochs",
-            "batch_size",
-            "batch_size_per_rank",
-            "limit_train",
-            "limit_test",
-            "log_every",
-            "checkpoint_every",
-            "keep",
-            "max_steps",
-        ):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "give 1 or more")
-        for name in ("lr", "width", "timeout"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value > 0, "give a finite number above 0")
-        for name in (
-            "momentum",
-            "weight_decay",
-            "warmup_epochs",
-            "label_smoothing",
-            "seed",
-            "check_every",
-            "shift",
-            "rotate",
-            "average",
-        ):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
-        for name in ("momentum", "label_smoothing", "average"):
-            self._require(name, getattr(self, name) < 1, "give less than 1")
-        self._require("rotate", self.rotate <= 180, "give 180 or less")
+        for each in fields(self):
+            self._check(each)
+        self._check_together()
+
+    def _check(self, each: Field) -> None:
+        """UserError if an option's value is none of its choices or breaks one of its rules."""
+        value, choices = getattr(self, each.name), each.metadata["choices"]
+        if value is None:
+            return
+        self._require(each.name, not choices or value in choices, f"choose one of {', '.join(choices)}")
+        for rule in each.metadata["rules"]:
+            self._require(each.name, rule.holds(value), rule.remedy)
+
+    def _check_together(self) -> None:
+        """UserError if options do not go together."""
         for name in sorted({name for optimizer in OPTIMIZERS.values() for name in optimizer.options}):
             owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
-            is_own = not getattr(self, name) or self.optimizer in owners
+            is_own = getattr(self, name) == getattr(Config, name) or self.optimizer in owners
             self._require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
-        self._require(
-            "label_smoothing", not self.label_smoothing or self.loss == "ce", "is of --loss ce only"
-        )
-        self._require(
-            "gradients",
-            self.gradients == "float32" or self.precision != "float64",
-            "is not for --precision float64",
-        )
-        self._require("width", self.width <= 64, "give 64 or less")
-        self._require(
-            "warmup_epochs",
-            not self.warmup_epochs or self.schedule != "onecycle",
-            "onecycle warms up by itself: leave it out",
-        )
-        self._require(
-            "warmup_epochs", self.warmup_epochs <= self.epochs, f"is longer than --epochs {self.epochs}"
-        )
+        smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
+        self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
+        exact = self.gradients == "float32" or self.precision != "float64"
+        self._require("gradients", exact, "is not for --precision float64")
+        onecycle = self.schedule == "onecycle"
+        self._require("warmup_epochs", not (warm and onecycle), "onecycle warms up by itself: leave it out")
+        fits_in = self.warmup_epochs <= self.epochs
+        self._require("warmup_epochs", fits_in, f"is longer than --epochs {self.epochs}")
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
@@ -285,6 +296,12 @@ class Config:
             if not free and held != value:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
         return found
+
+
+CHOICES = {each.name: each.metadata["choices"] for each in fields(Config) if each.metadata["choices"]}
+
+MAY_CHANGE = tuple(each.name for each in fields(Config) if each.metadata["may_change"])
+"""Options that do not affect the result, so you may change them when you resume."""
 
 
 def require_types(stored: dict[str, Any], where: object) -> None:

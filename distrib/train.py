@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from distrib import launched_rank, launched_ranks
-from distrib.config import Config, build, options
+from distrib.config import CHOICES, Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
 from distrib.files import printable
 from distrib.loop import train
@@ -24,7 +24,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def train_command(**given: Any) -> None:
-    """Train ResNet-9 on MNIST: in one process, or on all ranks that mpirun or srun started.
+    """Train ResNet-9 on MNIST or your pictures: in one process, or on all ranks that mpirun or srun started.
 
     Examples:
 
@@ -57,7 +57,9 @@ def _signature() -> inspect.Signature:
         if base is bool:
             flag = f"{flag}/--no-{flag[2:]}"
         number = base in (int, float)  # typer's message lacks the value
-        extra = {"parser": _number(flag, base), "metavar": kind.split(" | ")[0].upper()} if number else {}
+        extra = {"parser": _number(flag, base), "metavar": base.__name__.upper()} if number else {}
+        if base is str:
+            extra["metavar"] = "NAME" if name in (*CHOICES, "recipe") else "PATH"
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -109,7 +109,7 @@ def data(folder: str | None) -> Finding:
         return Finding(
             FAILURE,
             str(error),
-            "copy the four files again, or leave --data out" if folder else "install the package again",
+            "copy it again, or leave out --data" if folder else "install the package again",
         )
     how = "not known to us" if folder else "as shipped"
     images = f"{len(found.train_images)} + {len(found.test_images)} images"

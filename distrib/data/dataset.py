@@ -91,6 +91,11 @@ def make(
             raise UserError(
                 f"{name}: {part} images are {images.dtype} of shape {images.shape}: give uint8 (N, H, W, C)"
             )
+        if images.shape[1] in (1, 3) and images.shape[3] > 4:
+            raise UserError(
+                f"{name}: {part} images of shape {images.shape} look like (N, C, H, W): give (N, H, W, C), as"
+                " x.transpose(0, 2, 3, 1) makes them"
+            )
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise UserError(
                 f"{name}: {part} labels are {labels.dtype} of shape {labels.shape}: give integers (N,)"

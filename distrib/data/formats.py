@@ -34,7 +34,7 @@ def _whole(data: str | None) -> Dataset:
             raise UserError(f"--data {path}: no such folder or file; give {', or '.join(FORMATS)}")
         form = next((form for form in FORMATS.values() if form.recognises(path)), None)
         if form is None and path.is_file():
-            raise UserError(f"--data {path}: is no folder and no .npz file: give {', or '.join(FORMATS)}")
+            raise UserError(f"--data {path}: is no data set: give {', or '.join(FORMATS)}")
         found: Dataset = (form or idx).read(path)  # idx reports what the folder holds instead
         return found
     except OSError as error:

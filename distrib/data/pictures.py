@@ -13,14 +13,19 @@ from distrib.errors import UserError
 from distrib.files import printable
 from distrib.pictures.files import pixels_of, read_sheets
 
+PARTS = ("train", "test")
+
 
 def recognises(path: Path) -> bool:
-    """Whether a folder holds train/ and test/."""
-    return (path / "train").is_dir() and (path / "test").is_dir()
+    """Whether a folder holds train/ or test/."""
+    return any((path / part).is_dir() for part in PARTS)
 
 
 def read(path: Path) -> Dataset:
     """Read the data set in a folder. Folders in train/ are classes; their sorted order gives the labels."""
+    for part in PARTS:
+        if not (path / part).is_dir():
+            raise UserError(f"{path}: has no folder {part}/: put pictures of each class into {part}/NAME/")
     names = _classes(path / "train")
     if not names:
         raise UserError(f"{path / 'train'}: holds no folders: give one for each class")

@@ -75,6 +75,10 @@ def test_npz(tmp_path: Path) -> None:
 
 NPZ = {  # name: (arrays that replace good ones, words)
     "floats": ({"x_train": np.zeros((30, 8, 8))}, "training images are float64 of shape .* give uint8"),
+    "channels first": (
+        {"x_train": np.zeros((30, 3, 8, 8), np.uint8)},
+        r"shape \(30, 3, 8, 8\) look like \(N, C, H, W\): give \(N, H, W, C\), as x.transpose",
+    ),
     "flat": ({"x_train": np.zeros((30, 64), np.uint8)}, "give uint8 .N, H, W, C."),
     "labels": ({"y_train": np.zeros(30)}, "training labels are float64 .* give integers"),
     "fewer labels": ({"y_train": np.zeros(29, int)}, "30 training images and 29 labels"),
@@ -155,6 +159,10 @@ def test_pictures_by_class(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.png: cannot be read .no picture that"):
         formats.load(str(tmp_path))
     (tmp_path / "test" / "bird").mkdir()
+    (tmp_path / "test").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="has no folder test/: put pictures of each class into test/NAME/"):
+        formats.load(str(tmp_path))
+    (tmp_path / "other").rename(tmp_path / "test")
     with pytest.raises(UserError, match="no such class in train/"):
         formats.load(str(tmp_path))
 

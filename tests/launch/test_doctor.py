@@ -234,7 +234,7 @@ def test_damaged_data(tmp_path: Path) -> None:
     name.write_bytes(name.read_bytes()[:1000])
     found = diagnose("--data", folder, code=2)["data"]
     assert (found["state"], str(name) in found["found"]) == (FAILURE, True)
-    assert found["remedy"] == "copy the four files again, or leave --data out"
+    assert found["remedy"] == "copy it again, or leave out --data"
     assert "no such folder" in diagnose("--data", tmp_path / "nowhere", code=2)["data"]["found"]
 
 
