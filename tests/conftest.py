@@ -50,6 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, handler)
 
 
+LONG = ("test_slurm", "test_graph", "test_failures", "test_reproduce", "test_bench", "test_pictures")
+"""The longest files: where several workers share the tests, these come first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):

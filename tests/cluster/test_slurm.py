@@ -26,6 +26,8 @@ CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 FOLDER = Path("/tmp/distrib-slurm")
 SCRIPT = ROOT / "slurm" / "train.sh"
 CONTROL = [chr(code) for code in range(32) if chr(code) not in "\n\0"]  # mpirun itself leaves some NULs
+OMPI_CRASH = "mca_pml_ob1_recv_frag_callback_match"
+"""In the traceback where a message comes to a rank that is still in MPI_Init: open-mpi/ompi issue 12495."""
 WITHIN = 300  # seconds for a job to come where a test wants it
 DEAD_WITHIN = 45  # seconds from the death of a rank to the end of its job: less than --timeout
 
@@ -71,8 +73,19 @@ class Job:
     def __init__(self, folder: Path, options: list[str], *arguments: object, **variables: str) -> None:
         self.folder = folder
         self._env = {"SLURM_CONF": str(FOLDER / "slurm.conf"), "PYTHON": sys.executable, **variables}
-        self.number = self.call("sbatch", "--parsable", *options, str(SCRIPT), *map(str, arguments))
-        self.run_dir = folder / "runs" / f"slurm-{self.number}"
+        self._command = ["sbatch", "--parsable", *options, str(SCRIPT), *map(str, arguments)]
+        self._crashes = 0
+        self.submit()
+
+    def submit(self) -> None:
+        self.number = self.call(*self._command)
+        self.run_dir = self.folder / "runs" / f"slurm-{self.number}"
+
+    def submit_again_after_a_crash(self) -> None:
+        """Where Open MPI crashed before the ranks had started, which it does now and then."""
+        if OMPI_CRASH in self.log and self._crashes < 2 and self.about("JobState") == "FAILED":
+            self._crashes += 1
+            self.submit()
 
     def call(self, *command: str) -> str:
         return subprocess.run(
@@ -97,7 +110,7 @@ class Job:
 
     def wait(self, condition: Callable[[], object], what: str, within: float = WITHIN) -> None:
         end = time.monotonic() + within
-        while not condition():
+        while self.submit_again_after_a_crash() or not condition():
             assert time.monotonic() < end, (
                 f"no {what} of job {self.number} in {within} s, {self.about('JobState')}:\n{self.log}"
             )

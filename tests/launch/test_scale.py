@@ -217,7 +217,7 @@ def test_nothing_is_measured_twice(folder: Path) -> None:
         (("--launch", "no-such-launcher {ranks}"), "no-such-launcher is not on PATH"),
         (("--launch", "false {ranks}"), "try it alone, or give another --launch"),
         (("--launch", "true {ranks}"), "no figures, code 0"),
-        (("--variant", "huge"), "--variant huge: choose one of"),
+        (("--variant", "huge"), "--variant huge: choose baseline, avgpool"),
         (("--width", -1), "--width -1: give a finite number above 0"),
         (("--out", "/dev/null/x"), "/dev/null/x: cannot be made (Not a directory)"),
     ],
