@@ -93,6 +93,7 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
         **MPI_ENVIRONMENT,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",  # PyTorch's threads must not spin while others have work
         **(more or {}),
     }
 
