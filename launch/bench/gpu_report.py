@@ -54,33 +54,55 @@ def training(recipe: str, repeats: int, *more: str) -> tuple[str, ...]:
     return (*RUN, "--recipe", recipe, "--precision", "tf32", "--repeats", str(repeats), *more)
 
 
+def tests(room: str, *names: str) -> tuple[str, ...]:
+    """Tests of a file, on the GPU; those whose names hold a word, where one is given."""
+    return (*PYTEST, room, *(("-k", " or ".join(names)) if names else ()))
+
+
+def checked(tool: str, *names: str) -> tuple[str, ...]:
+    """Some kernels under one of compute-sanitizer's tools, which slows them down a hundredfold."""
+    return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests(KERNELS, *names))
+
+
+KERNELS, GRAPHS, REAL = "tests/nn/test_kernels.py", "tests/distrib/test_graph.py", "tests/nn/test_gpu.py"
+LONGEST = 480
+"""Seconds of a part: a machine that is lent may end a command after ten minutes."""
+
+
 def parts() -> dict[str, Part]:
-    """The parts by name: the most telling first."""
-    torch, many = ("--against", "torch"), ("--steps", "1000")
+    """The parts by name: the most telling first, none longer than LONGEST."""
+    torch, many, reference = ("--against", "torch"), ("--steps", "1000"), ("--epochs", "2")
     on_host = (*BENCH, "step", "--backend", "numpy", "--batch-size", "8", "--json")
     return {
-        "tests-kernels": ((*PYTEST, "tests/nn/test_kernels.py", "tests/distrib/test_graph.py"), GPU, 560),
-        "step-8-tf32": (step(8, "tf32", *many, *torch), {}, 560),
+        "memcheck": (checked("memcheck", "test_loss", "test_optimizers", "test_global_pool"), GPU, 240),
+        "racecheck": (checked("racecheck", "test_loss", "test_optimizers", "test_global_pool"), GPU, 240),
+        "tests-kernels": (tests(KERNELS), GPU, 300),
+        "tests-cudnn": (tests(REAL, "cudnn"), GPU, 300),
+        "tests-graph": (tests(GRAPHS), GPU, LONGEST),
+        "tests-gpu-one": (tests(REAL, "graph", "float32_training"), GPU, 300),
+        "step-8-tf32": (step(8, "tf32", *many, *torch), {}, LONGEST),
         "kernels-8-tf32": (kernels(8, "tf32"), {}, 200),
-        "step-512-tf32": (step(512, "tf32", *torch), {}, 560),
-        "step-512-bf16": (step(512, "bf16", *torch), {}, 560),
-        "step-2048-tf32": (step(2048, "tf32", *torch), {}, 560),
-        "step-2048-bf16": (step(2048, "bf16", *torch), {}, 560),
-        "fast99": (training("fast99", 10), {}, 560),
-        "tests-gpu": ((*PYTEST, "tests/nn/test_gpu.py"), GPU, 1200),
-        "reference-ours": (training("reference", 5), {}, 560),
+        "tests-gpu": (tests(REAL), GPU, LONGEST),
         "ranks-2": (ranks(2, "step", "--comm", "nccl"), SHARED_GPU, 200),
-        "ranks-4": (ranks(4, "step", "--comm", "nccl"), SHARED_GPU, 200),
         "allreduce-nccl": (ranks(2, "allreduce", "--comm", "nccl"), SHARED_GPU, 200),
+        "reference-ours": (training("reference", 1), {}, 240),
+        "reference-torch": (training("reference", 1, *reference, *torch), {}, LONGEST),
+        "step-512-tf32": (step(512, "tf32", *torch), {}, 400),
+        "step-512-bf16": (step(512, "bf16", *torch), {}, 400),
+        "step-2048-tf32": (step(2048, "tf32", *torch), {}, 400),
+        "step-2048-bf16": (step(2048, "bf16", *torch), {}, 400),
+        "fast99": (training("fast99", 10), {}, 300),
+        "best": (training("best", 3), {}, LONGEST),
+        "reference-five": (training("reference", 5), {}, LONGEST),
+        "ranks-4": (ranks(4, "step", "--comm", "nccl"), SHARED_GPU, 200),
         "allreduce-staged": (ranks(2, "allreduce", "--comm", "mpi"), {}, 200),
         "step-8-eager": (step(8, "tf32", "--no-cuda-graph"), {}, 200),
-        "step-8-float32": (step(8, "float32", *many, *torch), {}, 560),
-        "step-512-float32": (step(512, "float32", *torch), {}, 560),
+        "step-8-float32": (step(8, "float32", *many, *torch), {}, 400),
+        "step-512-float32": (step(512, "float32", *torch), {}, 400),
         "kernels-512-tf32": (kernels(512, "tf32"), {}, 200),
         "kernels-512-bf16": (kernels(512, "bf16"), {}, 200),
         "numpy-vectorised": ((*on_host, "--repeats", "3"), {}, 200),
         "numpy-loop": ((*on_host, "--steps", "1", "--repeats", "1", "--against", "loop"), {}, 400),
-        "reference-torch": (training("reference", 1, *torch), {}, 3000),
     }
 
 
@@ -129,6 +151,7 @@ def gpu_report(
     if show:
         for name, (command, _, limit) in chosen.items():
             print(f"{name:18} {limit:5.0f} s  {shown(command)}")
+        print(f"{'in all, at most':18} {sum(limit for _, _, limit in chosen.values()):5.0f} s")
         return
     try:
         about = cupy_backend().describe()

@@ -25,6 +25,7 @@ from distrib.run.folder import Run
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn import layers
+from nn.cuda.cudnn import KINDS, Operation
 from nn.device import NUMPY, Backend
 from nn.resnet9 import VARIANTS
 
@@ -106,9 +107,12 @@ def test_a_graph_does_what_an_eager_step_does(variant: str, precision: str, opti
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 2e-4), ("bf16", 0.1)])
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 2e-4), ("bf16", 0.2)])
 def test_losses_follow_the_host(variant: str, precision: str, bound: float) -> None:
-    """The fused path in float32 against the plain one in float64 over a few steps; bf16 as far as it goes."""
+    """The fused path in float32 against the plain one in float64 over a few steps; bf16 as far as it goes.
+
+    Where the convolutions round to bfloat16 too, as on a GPU, the baseline's fourth loss is 0.145 apart.
+    """
     with device(precision) as backend:
         ours = steps(a_trainer(backend, variant=variant, precision=precision), 4)
     theirs = steps(a_trainer(NUMPY, variant=variant, precision="float64"), 4)
@@ -139,6 +143,18 @@ def test_the_host_waits_for_nothing() -> None:
         assert sync_count() == 1
 
 
+def operations(trainer: Trainer, train: tuple[int, ...], test: int, precision: str) -> set[str]:
+    """The keys of cuDNN's plans for batches of so many images; the first convolution is our own."""
+    found = set()
+    for conv in trainer.model.convs()[1:]:
+        for n in (*train, test):
+            for kind in KINDS if n in train else ("forward",):
+                w_shape = (conv.kernel, conv.kernel, conv.c_in, conv.out)
+                operation = Operation(kind, (n, *conv.in_shape), w_shape, conv.geometry)
+                found.add(f"{operation} {precision}")
+    return found
+
+
 @pytest.mark.parametrize("precision", ["float64", "tf32", "bf16"])
 def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
     """Plans, graphs and buffers are there before the first step, and every bit is as without."""
@@ -163,9 +179,10 @@ def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
                 )
                 stored = json.loads((run_folder.path / "plans.json").read_text())
                 assert stored["about"] == backend.describe()
-                assert len(stored["plans"]) == 5 * 3 * 2 + 5, (
-                    "three operations of five shapes for 8 and 4 images; forward for 20"
-                )
+                wanted = operations(trainer, (8, 4), 20, precision)
+                assert len(wanted) == 5 * 3 * 2 + 5
+                # on a GPU all backends of a process share their plans
+                assert wanted <= stored["plans"].keys() if REAL else wanted == stored["plans"].keys()
     (losses, test, state, done), (expected, expected_test, expected_state, expected_done) = found
     assert (losses, test, done) == (expected, expected_test, expected_done)
     assert all((state[name] == expected_state[name]).all() for name in state)

@@ -162,15 +162,33 @@ def test_fastest_plan_is_taken_and_named() -> None:
     }
     assert len(cudnn.log) == log + 3
     assert cuda.clock == before + 3, "nothing else runs, nothing is built after the first call"
-    assert cuda.allocations == [1024], "one workspace for all operations of a stream"
+    assert lanes(algorithm) == {cuda.stream.ptr: [1024]}, "one workspace for all operations of a stream"
 
 
 def test_only_the_first_plans_that_build_are_timed() -> None:
-    many = [Offer(f"eng{i}", milliseconds=20 - i, builds=i % 2 == 0) for i in range(20)]
+    last = 2 * nn.cuda.cudnn.CANDIDATES - 2
+    many = [Offer(f"eng{i}", milliseconds=99 - i, builds=i % 2 == 0) for i in range(last + 4)]
     algorithm, cudnn, _ = a_form(*many)
     case = Case(X, W, G, "float32")
     algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
-    assert builds(cudnn) == [f"eng{i}" for i in range(0, 16, 2)] + ["eng14"]
+    assert builds(cudnn) == [f"eng{i}" for i in range(0, last + 1, 2)] + [f"eng{last}"]
+
+
+def test_an_idle_chip_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.cuda.cudnn, "WARM_UP_SECONDS", 0.05)
+    algorithm, cudnn, _ = a_form(Offer("one"), Offer("two"))
+    counts = []
+    for n in (2, 3):
+        before = len(executed(cudnn))
+        Case((n, *X[1:]), W, G, "float32").run(algorithm)
+        counts.append(len(executed(cudnn)) - before)
+    timed = 2 * len(KINDS) * (1 + nn.cuda.cudnn.LAUNCHES * nn.cuda.cudnn.ROUNDS) + len(KINDS)
+    assert counts[1] == timed < counts[0]
+
+
+def lanes(algorithm: Convolutions) -> dict[Any, list[int]]:
+    """The workspaces of each stream, by size."""
+    return {stream: [size for size, _ in lane.workspaces] for stream, lane in algorithm._lanes.items()}
 
 
 def test_stored_plan_is_built_without_timing() -> None:
@@ -284,7 +302,7 @@ def test_each_stream_has_its_handle_and_workspace() -> None:
         "conv_wgrad": {beside.ptr},
     }
     assert cudnn.log.count(("create_handle",)) == 2
-    assert cuda.allocations == [256, 256]
+    assert lanes(algorithm) == {cuda.stream.ptr: [256], beside.ptr: [256]}
     for ours, theirs in zip((case.y, case.dx, case.dw), case.reference(), strict=True):
         assert np.abs(case.values(ours) - theirs).max() <= 1e-6 * np.abs(theirs).max()
 
@@ -297,8 +315,7 @@ def test_outgrown_workspace_is_kept() -> None:
     Case((1, *X[1:]), W, G, "float32").run(algorithm)
     cudnn.offers = [Offer("eng0", workspace=128)]
     Case((3, *X[1:]), W, G, "float32").run(algorithm)
-    assert cuda.allocations == [256, 512]
-    assert [size for size, _ in algorithm._lanes[cuda.stream.ptr].workspaces] == [256, 512]
+    assert lanes(algorithm) == {cuda.stream.ptr: [256, 512]}
 
 
 def test_arrays_in_another_layout_or_type_are_refused() -> None:

@@ -29,8 +29,9 @@ LAYERS = [
     (28, 8, 16),
     (3, 32, 32),
 ]
-BOUND = {"float32": 2e-6, "tf32": 2e-3, "bf16": 1e-2}
-"""Of the largest value. TF32 rounds inputs to 2^-11, bfloat16 to 2^-9; sums of many products average that
+BOUND = {"float32": 8e-6, "tf32": 2e-3, "bf16": 1e-2}
+"""Of the largest value. A float32 sum of 25,872 products (33 images of 28×28) in one accumulator is off by
+5.8e-6, in four by 1.9e-6. TF32 rounds inputs to 2^-11, bfloat16 to 2^-9; sums of many products average that
 out."""
 
 
@@ -75,7 +76,7 @@ def test_cudnn_against_patches(n: int, layer: tuple[int, int, int], precision: s
         apart[name] = float(np.abs(ours - values).max() / np.abs(values).max())
     assert max(apart.values()) <= BOUND[precision], apart
     if precision == "tf32" and c >= 64:
-        assert max(apart.values()) > 5e-6, f"no tensor core was used: {apart}"
+        assert max(apart.values()) > 2e-5, f"no tensor core was used: {apart}"
 
 
 def test_a_graph_replays_what_it_captured() -> None:
@@ -96,8 +97,9 @@ def test_float32_training_follows_the_host() -> None:
     with device("float32") as backend:
         ours = steps(a_trainer(backend, precision="float32", **options), 10)
     theirs = steps(a_trainer(NUMPY, precision="float64", **options), 10)
-    np.testing.assert_allclose(ours[:3], theirs[:3], rtol=1e-4)
-    np.testing.assert_allclose(ours, theirs, rtol=5e-2)
+    # NumPy's float32 is 1.6e-4 apart at step 4, 1.8e-2 at step 10; another order of sums may be thrice that
+    np.testing.assert_allclose(ours[:3], theirs[:3], rtol=3e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=6e-2)
 
 
 OPTIONS = (

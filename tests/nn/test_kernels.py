@@ -64,6 +64,14 @@ class Both:
         """Integers and the like, of one type on both sides."""
         self.pairs[name] = values.copy(), self.backend.xp.asarray(values)
 
+    def clear(self, name: str, where: np.ndarray) -> None:
+        """Write 0 to some values, few enough that a test still means something."""
+        assert where.mean() <= 1e-3
+        expected, found = self.pairs[name]
+        host = np.array(self.backend.to_host(found))
+        expected[where], host[where] = 0, 0
+        self.pairs[name] = expected, self.backend.xp.asarray(host)
+
     def __getitem__(self, side: int) -> Callable[[str], Any]:
         return lambda name: self.pairs[name][side] if name in self.pairs else None
 
@@ -133,25 +141,22 @@ def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
     """Forward and backward, one launch each for few rows, two for many."""
     _, kind = norm_case(both, shape, pool, relu, residual)
     count = shape[0] * shape[1] * shape[2]
-    results = []
-    for side, (forward, backward) in enumerate(
-        ((F.norm_forward.plain, F.norm_backward.plain), (F.norm_forward, F.norm_backward))
-    ):
-        a, buffers = both[side], both.buffers[side]
-        saved = forward(
-            a("z"), norm_of(a), a("y"), F.After(**kind, residual=a("residual")), F.Count(count), buffers
-        )
-        dz, d_residual = backward(
-            a("dy"), saved, norm_of(a), a("dgamma"), a("dbeta"), F.Count(count), buffers
-        )
-        results.append(dz)
-        assert d_residual is (a("dy") if residual else None)
+    saved, results = [], []
+    for side, forward in enumerate((F.norm_forward.plain, F.norm_forward)):
+        a, after = both[side], F.After(**kind, residual=both[side]("residual"))
+        saved.append(forward(a("z"), norm_of(a), a("y"), after, F.Count(count), both.buffers[side]))
     both.check("y")
     both.check("mean", "var", bound=1e-6 if both.element != "float64" else None)
     expected, found = both.pairs["y"]
-    assert ((expected > 0) == (both.found(found) > 0)).all(), (
-        "rounding moved a value across the gate: take another seed"
-    )
+    # where rounding moved a value across the gate, the gradients may differ
+    both.clear("dy", (expected > 0) != (both.found(found) > 0))
+    for side, backward in enumerate((F.norm_backward.plain, F.norm_backward)):
+        a, grads = both[side], (both[side]("dgamma"), both[side]("dbeta"))
+        dz, d_residual = backward(
+            a("dy"), saved[side], norm_of(a), *grads, F.Count(count), both.buffers[side]
+        )
+        results.append(dz)
+        assert d_residual is (a("dy") if residual else None)
     both.check("dgamma", "dbeta", bound={"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-5}[both.element])
     both.near("dz", *results)
     if residual:
