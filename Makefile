@@ -15,7 +15,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 
-.PHONY: help demo test test-quick test-gpu lint bench soak wheel clean
+.PHONY: help demo test test-quick test-gpu lint bench soak cudnn-plans wheel clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -71,8 +71,16 @@ soak: $(VENV)/.dev  ## a campaign of 170 faults, kills and suspensions, also on 
 		$(addprefix tests/distrib/test_,failures.py kill.py suspend.py output.py)
 	DISTRIB_SOAK=1 python -m pytest tests/cluster/test_slurm.py
 
+cudnn-plans:  ## the plans that the real cuDNN (366 MB) builds for a described H100, without a GPU
+	$(PYTHON) -m venv .venv-cudnn
+	.venv-cudnn/bin/pip install -q numpy cuda-pathfinder nvidia-cudnn-cu12==9.19.0.56 nvidia-cudnn-frontend==1.32.0 \
+		nvidia-cuda-runtime-cu12
+	@mkdir -p results/gpu
+	PYTHONPATH=. .venv-cudnn/bin/python tests/cudnn_plans.py > results/gpu/cudnn-plans.md
+	@cat results/gpu/cudnn-plans.md
+
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what the targets made, runs/ apart
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-cudnn build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

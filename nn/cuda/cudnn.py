@@ -258,18 +258,18 @@ class Convolutions:
             " remove plans.json"
         )
 
+    def _target(self) -> dict[str, Any]:
+        """What a graph is planned for: the device of the current stream's handle."""
+        return {"handle": self._lane().handle}
+
     def _graph(self, operation: Operation) -> Any:
         """The operation as a graph with its list of plans, none of them built."""
         cudnn, layouts, g = self.cudnn, operation.layouts(), operation.geometry
         node, inputs, output = KINDS[operation.kind]
         float32 = cudnn.data_type.FLOAT
         try:
-            types = {
-                "io_data_type": self._type,
-                "intermediate_data_type": float32,
-                "compute_data_type": float32,
-            }
-            graph, tensors = cudnn.pygraph(**types, handle=self._lane().handle), {}
+            types = {"intermediate_data_type": float32, "compute_data_type": float32}
+            graph, tensors = cudnn.pygraph(io_data_type=self._type, **types, **self._target()), {}
             for uid, (name, like) in enumerate(inputs.items(), 1):
                 dim, stride = layouts[like]
                 tensors[name] = graph.tensor(name=name, dim=dim, stride=stride, data_type=self._type, uid=uid)

@@ -1,0 +1,112 @@
+"""The plans that the real cuDNN builds for a GPU that is only described to it: `make cudnn-plans`.
+
+For every convolution of ResNet-9, at several batch sizes and precisions: how many plans cuDNN offers, how many
+of the first CANDIDATES that may be used build, the first one's engine and workspace, and the largest workspace.
+Prints a table in Markdown; exit code 1 if an operation has no plan. Nothing runs: the fastest, a GPU tells.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from typing import Any
+
+from nn.cuda.cudnn import CANDIDATES, KINDS, Convolutions, NoPlan, Operation
+from nn.resnet9 import ResNet9
+
+H100 = {
+    "deviceName": "NVIDIA H100 80GB HBM3",
+    "deviceVer": 900,
+    "major": 9,
+    "minor": 0,
+    "multiProcessorCount": 132,
+    "warpSize": 32,
+    "regsPerBlock": 65536,
+    "maxRegistersPerSM": 65536,
+    "maxCtasPerSM": 32,
+    "maxThreadsPerBlock": 1024,
+    "maxThreadsPerSM": 2048,
+    "maxBlockSize": [1024, 1024, 64],
+    "maxGridSize": [2147483647, 65535, 65535],
+    "maxSharedMemoryPerBlock": 49152,
+    "maxSharedMemoryPerBlockOptin": 232448,
+    "reservedSharedMemoryPerBlock": 1024,
+    "supportCoopLaunch": 1,
+    "smClockRateKHz": 1980000,
+    "memClockRateKHz": 2619000,
+    "l2CacheSize": 52428800,
+    "totalGlobalMem": 85000000000,
+    "driverVer": 13000,
+    "cudaDeviceId": 0,
+    "pciDeviceId": 0,
+    "isTccDriver": 0,
+}
+"""What cuDNN asks of a device, as CUDA gives it for an H100."""
+
+BATCHES, PRECISIONS = (8, 64, 512, 2048), ("tf32", "float32", "bf16")
+
+
+class Described(Convolutions):
+    """Convolutions planned for a device that is not there."""
+
+    def __init__(self, cudnn: Any, precision: str) -> None:
+        super().__init__(cudnn, None, precision, from_bf16=print)
+        self._device = cudnn.create_device_properties(json.dumps(H100))
+
+    def _target(self) -> dict[str, Any]:
+        return {"device_property": self._device}
+
+    def found(self, operation: Operation) -> tuple[int, list[tuple[str, int]]]:
+        """(plans offered, (name, bytes of workspace) of the first CANDIDATES that build)."""
+        graph = self._graph(operation)
+        plans = self._buildable(graph)
+        built = [
+            (name, graph.get_workspace_size()) for name, _ in zip(plans, range(CANDIDATES), strict=False)
+        ]
+        return graph.get_execution_plan_count(), built
+
+
+def operations(n: int) -> Iterator[Operation]:
+    """Each different operation of a batch of n; the first convolution's kernel is our own."""
+    layers = ResNet9((28, 28, 1), 10)
+    layers.build("", (28, 28, 1), need_dx=False)
+    convs = [layer for layer in layers.walk() if hasattr(layer, "geometry")][1:]
+    shapes = {((n, *conv.in_shape), (conv.kernel, conv.kernel, conv.c_in, conv.out)): conv for conv in convs}
+    for (x, w), conv in shapes.items():
+        for kind in KINDS:
+            yield Operation(kind, x, w, conv.geometry)
+
+
+def main() -> int:
+    import_module("cuda.pathfinder").load_nvidia_dynamic_lib("cudart")
+    cudnn = import_module("cudnn")
+    frontend = metadata.version("nvidia-cudnn-frontend")
+    print(f"cuDNN {cudnn.backend_version_string()}, frontend {frontend}, {H100['deviceName']} as described\n")
+    print("| batch | precision | operation | offered | built | first | its MiB | most MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    missing = 0
+    for precision in PRECISIONS:
+        described = Described(cudnn, precision)
+        for n in BATCHES:
+            for operation in operations(n):
+                try:
+                    offered, built = described.found(operation)
+                except NoPlan as error:
+                    offered, built = 0, []
+                    print(error, file=sys.stderr)
+                missing += not built
+                (first, size), most = (
+                    built[0] if built else ("none", 0),
+                    max((b for _, b in built), default=0),
+                )
+                row = n, precision, str(operation), offered, len(built), first.split("_")[0]
+                print(
+                    "|", " | ".join(map(str, row)), f"| {size / 2**20:.1f} | {most / 2**20:.0f} |", flush=True
+                )
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
