@@ -1,6 +1,6 @@
 """The plans that the real cuDNN builds for a GPU that is only described to it: `make cudnn-plans`.
 
-For every convolution of ResNet-9, at several batch sizes and precisions: how many plans cuDNN offers, how many
+For every convolution of ResNet-9, by batch size and precision: how many plans cuDNN offers, how many
 of the first CANDIDATES that may be used build, the engine and workspace of the first, the largest workspace.
 Prints a table in Markdown; exit code 1 if an operation has no plan. Nothing runs: the fastest, a GPU tells.
 """
