@@ -12,16 +12,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from cuda_double import HostModule
 from cudnn_double import Cuda as _Cuda
 from cudnn_double import Cudnn, _pygraph
-from nccl_double import Nccl, _bound, _Stream
+from nccl_double import Nccl, _bound, _Event, _Stream
 from needs import REAL_GPU as REAL
-from strict_array import StrictArray, only_views, strict, synchronisation
+from strict_array import CaptureError, StrictArray, only_views, strict, synchronisation
 
 from nn.array import register
 from nn.cuda import cudnn
@@ -52,6 +52,24 @@ class Graph:
             call()
 
 
+class _CapturingEvent(_Event):
+    """Of which capture it is, and what of each stream's captured work it stands for."""
+
+    cuda: Cuda
+    capture: object = None
+    covers: ClassVar[dict[int, int]] = {}
+
+    def record(self, stream: Any = None) -> None:
+        stream = stream or self.cuda.current
+        super().record(stream)
+        self.capture = self.cuda.capture if stream.ptr in self.cuda.covers else None
+        self.covers = dict(self.cuda.covers.get(stream.ptr, {}))
+
+    def synchronize(self) -> None:
+        assert self.capture is None, "an event of a capture cannot be waited for: cudaErrorCapturedEvent"
+        super().synchronize()
+
+
 class _CapturingStream(_Stream):
     cuda: Cuda
     _views: Any = None
@@ -59,12 +77,18 @@ class _CapturingStream(_Stream):
     def begin_capture(self, mode: int | None = None) -> None:
         assert self is self.cuda.current is not self.null, "the default stream cannot be captured"
         self.cuda.captured, self._views = [], only_views()
+        self.cuda.capture, self.cuda.covers = object(), {self.ptr: {}}
         self._views.__enter__()
 
     def end_capture(self) -> Graph:
         work, self.cuda.captured = self.cuda.captured, None
+        covers, self.cuda.capture, self.cuda.covers = self.cuda.covers, None, {}
         self._views.__exit__(None, None, None)
         assert work is not None, "no capture was begun"
+        joined = covers[self.ptr]
+        unjoined = [ptr for ptr, own in covers.items() if own.get(ptr, 0) > joined.get(ptr, 0)]
+        if unjoined:
+            raise CaptureError("a fork was not joined: cudaErrorStreamCaptureUnjoined")
         return Graph(self.cuda, work)
 
     def synchronize(self) -> None:
@@ -72,10 +96,16 @@ class _CapturingStream(_Stream):
         super().synchronize()
 
     def wait_event(self, event: Any) -> None:
-        if self.cuda.captured is None:
+        outside = self.ptr not in self.cuda.covers and event.capture is None
+        if self.cuda.captured is None or outside:
             super().wait_event(event)
-        else:  # in a graph the order of queueing stands for the events
-            self.seen = max(self.seen, event.seen)
+            return
+        if event.capture is not self.cuda.capture:
+            raise CaptureError("an event from outside the capture: cudaErrorStreamCaptureIsolation")
+        self.seen = max(self.seen, event.seen)  # in a graph the order of queueing stands for the events
+        own = self.cuda.covers.setdefault(self.ptr, {})
+        for ptr, count in event.covers.items():
+            own[ptr] = max(own.get(ptr, 0), count)
 
 
 class Cuda(_Cuda):
@@ -84,7 +114,11 @@ class Cuda(_Cuda):
     def __init__(self) -> None:
         super().__init__()
         self.captured: list[Callable[[], None]] | None = None
+        self.capture: object = None
+        self.covers: dict[int, dict[int, int]] = {}
+        """By stream of the capture: how much of each stream's captured work it comes after."""
         self.holds_collectives = False
+        self.Event = type("Event", (_CapturingEvent, self.Event), {"cuda": self})
         self.Stream = _bound(_CapturingStream, cuda=self)
         self.current = self.compute = self.Stream.null = self.Stream(null=True)
         self.stream = self.Stream(non_blocking=True)
@@ -100,6 +134,10 @@ class Cuda(_Cuda):
         """
         work = partial(self._run_on, self.current, work)
         if self.captured is not None:
+            own = self.covers.get(self.current.ptr)
+            if own is None:
+                raise CaptureError("work on a stream outside the capture: cudaErrorStreamCaptureImplicit")
+            own[self.current.ptr] = own.get(self.current.ptr, 0) + 1
             self.captured.append(work)
         elif self.current is self.compute:
             work()
@@ -192,6 +230,7 @@ class DoubleBackend(Backend):
             return self.xp.asnumpy(x)
 
     def start_copy(self, x: StrictArray) -> Callable[[], np.ndarray]:
+        assert self.cuda.captured is None, "no pinned memory is taken during a capture"
         with synchronisation():
             host = x.get()
         return lambda: host
