@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_double import device
+from device_double import device, needs_device
 from networks import NETWORKS
 from test_conv import both_orders
 from test_gradients import check
@@ -127,6 +127,7 @@ def _counted(network: Network) -> dict[str, np.ndarray]:
     return {name: value for name, value in network.state_dict().items() if "num_batches" in name}
 
 
+@needs_device
 @each_model
 @pytest.mark.parametrize("pictures", [PICTURES["colours"], PICTURES["oblong"]], ids=["colours", "oblong"])
 @pytest.mark.parametrize("precision", ["float64", "float32"])
