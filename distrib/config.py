@@ -85,13 +85,16 @@ class Rule(NamedTuple):
 
 
 ONE_OR_MORE = Rule(lambda value: value >= 1, "give 1 or more")
-ABOVE_ZERO = Rule(lambda value: math.isfinite(value) and value > 0, "give a finite number above 0")
-ZERO_OR_MORE = Rule(lambda value: math.isfinite(value) and value >= 0, "give a finite number, 0 or more")
+ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "give a finite number above 0")
+ZERO_OR_MORE = Rule(lambda value: 0 <= value < math.inf, "give a finite number, 0 or more")
 BELOW_ONE = Rule(lambda value: value < 1, "give less than 1")
 
 
 def at_most(bound: float) -> Rule:
-    return Rule(lambda value: value <= bound, f"give {bound:g} or less")
+    return Rule(lambda value: value <= bound, f"give {bound} or less")
+
+
+LARGEST_BATCH, LARGEST_SEED = 1_000_000, (1 << 128) - 1
 
 
 def option(
@@ -112,9 +115,15 @@ class Config:
     """Everything a run depends on, as the user gave it. `resolve` completes it."""
 
     epochs: int = option(8, "Passes over the training set.", ONE_OR_MORE)
-    batch_size: int = option(8, "Global batch: the images of one step, split over the ranks.", ONE_OR_MORE)
+    batch_size: int = option(
+        8, "Global batch: the images of one step, split over the ranks.", ONE_OR_MORE, at_most(LARGEST_BATCH)
+    )
     batch_size_per_rank: int | None = option(
-        None, "Images of one step on each rank, instead of --batch-size.", ONE_OR_MORE, may_change=True
+        None,
+        "Images of one step on each rank, instead of --batch-size.",
+        ONE_OR_MORE,
+        at_most(LARGEST_BATCH),
+        may_change=True,
     )
     optimizer: str = option("adam", "{}.", choices=OPTIMIZERS)
     lr: float = option(1e-3, "Learning rate; with onecycle its peak.", ABOVE_ZERO)
@@ -177,7 +186,7 @@ class Config:
     )
     limit_train: int | None = option(None, "Use only the first N training images.", ONE_OR_MORE)
     limit_test: int | None = option(None, "Use only the first N test images.", ONE_OR_MORE)
-    seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE)
+    seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE, at_most(LARGEST_SEED))
     run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.", may_change=True)
     log_every: int = option(50, "Steps between lines of metrics.jsonl.", ONE_OR_MORE, may_change=True)
     checkpoint_every: int = option(
@@ -247,7 +256,7 @@ class Config:
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {remedy}")
+            raise UserError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: {remedy}")
 
     @property
     def dtype(self) -> str:

@@ -47,7 +47,12 @@ def reason(error: OSError | ValueError, path: Path) -> str:
         return f"({printable(str(error))}): give another name"
     remedy = REMEDIES.get(error.errno or 0, "check the disk and the permissions")
     if error.errno == errno.ENOENT:
-        remedy = f"its folder {path.parent} is gone: removed, renamed or unmounted"
+        gone = not os.path.isdir(path.parent)
+        remedy = (
+            f"its folder {path.parent} is gone: removed, renamed or unmounted"
+            if gone
+            else "it is not there: restore it"
+        )
     return f"({error.strerror or error}): {remedy}"
 
 

@@ -41,7 +41,7 @@ def _number(flag: str, kind: type) -> Any:
             return kind(text)
         except ValueError:
             raise UserError(
-                f"{flag} {text}: give {'a whole number' if kind is int else 'a number'}"
+                f"{flag} {printable(text, 60)}: give {'a whole number' if kind is int else 'a number'}"
             ) from None
 
     return parse

@@ -57,6 +57,8 @@ class Trainer:
             )
         except ValueError as error:
             raise UserError(f"--data {data.name}: {error}") from None
+        except MemoryError as error:
+            raise UserError(f"--width {config.width}: the network needs too much memory ({error})") from None
         self.params = self.model.params
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}

@@ -83,9 +83,9 @@ def _checked(flag: str, text: str, kind: Any, holds: Callable[[Any], bool], reme
         try:
             value = kind(given)
         except ValueError:
-            raise UserError(f"{flag} {given}: {words[kind]}") from None
+            raise UserError(f"{flag} {printable(str(given), 60)}: {words[kind]}") from None
         if not holds(value):
-            raise UserError(f"{flag} {given}: {remedy}")
+            raise UserError(f"{flag} {printable(str(given), 60)}: {remedy}")
         return value
 
     return typer.Option(flag, help=text, parser=parse, **{"metavar": kind.__name__.upper(), **more})

@@ -38,7 +38,7 @@ def read(path: Path) -> Dataset:
     except OSError as error:
         raise UserError(f"{path}: cannot be read {reason(error, path)}") from None
     except Exception as error:  # whatever the parsers of zip files and of NumPy's headers raise
-        what = printable(f"{type(error).__name__}: {error}", 200)
+        what = printable(f"{type(error).__name__}: {error}".splitlines()[0], 100)
         raise UserError(f"{path}: is damaged, or no .npz file ({what})") from None
     x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
     return make(str(path), (x_train, y_train), (x_test, y_test), _names(path, arrays.get("class_names")))

@@ -19,6 +19,10 @@ def recognises(name: str) -> bool:
     return name.startswith("synthetic:")
 
 
+LABEL_BYTES = 40
+"""Of memory for one image's label, its permutations and its class's name."""
+
+
 def read(name: str) -> Dataset:
     """Generate N training images H×W×C of K classes, and a fifth as many test images; always the same ones.
 
@@ -28,7 +32,7 @@ def read(name: str) -> Dataset:
     if not found:
         raise UserError(f"--data {name}: give synthetic:NxHxWxC:K, as synthetic:5000x32x32x3:100")
     n, h, w, c, k = map(int, found.groups())
-    if 8 * prod((n, h, w, c)) > memory() or k > n:
+    if n * (LABEL_BYTES + 8 * prod((h, w, c))) > memory() or k > n:
         what = "more classes than images" if k > n else "more than this machine's memory"
         raise UserError(f"--data {name}: {what}: give other numbers")
     rng = np.random.default_rng(0)

@@ -193,7 +193,7 @@ def _require_file(path: Path) -> None:
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file: give a checkpoint, or a run's folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read {reason(error, path)}") from None
     if status.st_size > memory():

@@ -160,7 +160,8 @@ class Run:
         if problems and found is None:
             raise UserError(f"{self.checkpoints}: no valid checkpoint ({problems[0]}): give a new --run-dir")
         self.notes += [f"skipped: {problem}" for problem in problems]
-        if found is None and os.path.exists(self.metrics_path):
+        kept = ("config.json", "metrics.jsonl", "summary.json")
+        if found is None and any(os.path.exists(self.path / name) for name in kept):
             self.notes.append(f"{self.path} holds a run without a checkpoint: starting over")
         return found
 

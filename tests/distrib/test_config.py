@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import sized
 
-from distrib.config import CHOICES, MAY_CHANGE, RECIPES, Config, build, options, require_types
+from distrib.config import CHOICES, LARGEST_SEED, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
 from distrib.train import parse
 from nn.ops.loss import LOSSES
@@ -47,6 +47,9 @@ REJECTED: list[tuple[dict[str, Any], str, str]] = [
     ),
     *(({name: "nosuch"}, f"--{name} nosuch", ", ".join(values)) for name, values in CHOICES.items()),
     ({"seed": -1}, "--seed -1", "0 or more"),
+    ({"seed": 10**4000}, f"--seed 1{'0' * 58}…", f"{LARGEST_SEED} or less"),
+    ({"batch_size": 10**20}, "--batch_size 100000000000000000000", "1000000 or less"),
+    ({"batch_size_per_rank": 1_000_001}, "--batch_size_per_rank 1000001", "1000000 or less"),
     ({"momentum": 1.0, "optimizer": "sgd"}, "--momentum 1.0", "less than 1"),
     ({"momentum": 0.9}, "--momentum 0.9", "--optimizer sgd"),
     ({"nesterov": True, "optimizer": "sgd"}, "--nesterov True", "--momentum above 0"),
@@ -67,6 +70,11 @@ def test_rejections_name_option_value_and_remedy(given: dict[str, Any], named: s
     assert text.startswith(f"{option.replace('_', '-')} {value}: ")
     assert remedy in text
     assert "\n" not in text
+
+
+def test_a_number_with_bytes_that_are_no_text() -> None:
+    with pytest.raises(Exception, match=r"--epochs \?: give a whole number"):
+        parse(["--epochs", "\udc80"])
 
 
 def test_defaults_are_valid_and_frozen() -> None:

@@ -241,7 +241,7 @@ def test_synthetic() -> None:
     assert formats.load("synthetic:600x8x8x1:300").train_labels.max() == 299
     for wrong in (
         *("synthetic:", "synthetic:1x2x3:4", "synthetic:0x8x8x1:2", "synthetic:5x8x8x1:9"),
-        *("synthetic:5x8x8x1:00", f"synthetic:{'9' * 5000}x8x8x1:3"),
+        *("synthetic:2000000000x1x1x1:2", "synthetic:5x8x8x1:00", f"synthetic:{'9' * 5000}x8x8x1:3"),
     ):
         with pytest.raises(UserError, match=f"--data {wrong}: "):
             formats.load(wrong)

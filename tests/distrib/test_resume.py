@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,3 +239,12 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     )
     assert (tmp_path / "rc").read_text() == "0\n"
     assert summary(tmp_path / "run")["finished"]
+
+
+def test_a_run_without_checkpoints_starts_over_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = (*BASE, "--max-steps", 2, "--log-every", 50)
+    train(folder, *short)
+    shutil.rmtree(folder / "checkpoints")
+    again = train(folder, *short)
+    assert f"{folder} holds a run without a checkpoint: starting over" in again.stdout + again.stderr
