@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
-from distrib.files import expanded, fits, shown
+from distrib.files import alternatives, expanded, fits, shown
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
@@ -105,7 +105,7 @@ def option(
     One that `may_change` does not affect the result, so a resumed run may have another value.
     """
     names = tuple(choices)
-    text = text.replace("{}", " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))))
+    text = text.replace("{}", alternatives(names))
     more = {"help": text, "rules": rules, "choices": names, "may_change": may_change}
     return field(default=default, metadata=more)
 

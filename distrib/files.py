@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -60,6 +60,20 @@ def printable(text: str, most: int = 500) -> str:
     """`text` for a terminal or a log: cut at `most`, with "?" for escapes, line breaks and the like."""
     short = text if len(text) <= most else f"{text[: most - 1]}…"
     return "".join(letter if letter.isprintable() else "?" for letter in short)
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """The names as "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def parsed(flag: str, text: Any, kind: type) -> Any:
+    """The number that was given for an option; UserError if it is none. `kind` is int or float."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{flag} {printable(str(text), 60)}: give {what}") from None
 
 
 def expanded(name: str, option: str) -> Path:

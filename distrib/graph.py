@@ -24,12 +24,8 @@ class Graphs:
     def __init__(
         self, cuda: Any, generation: Callable[[], int], capturable: Callable[[], bool], single_rank: bool
     ) -> None:
-        self._cuda, self._generation, self.capturable, self._single_rank = (
-            cuda,
-            generation,
-            capturable,
-            single_rank,
-        )
+        self._cuda, self._generation = cuda, generation
+        self.capturable, self._single_rank = capturable, single_rank
         self._graphs: dict[Hashable, tuple[int, Any]] = {}
         self.replays = 0
 

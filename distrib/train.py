@@ -9,6 +9,7 @@ import distrib.shadow  # noqa: F401  # first, see there
 import inspect
 import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ import typer
 from distrib import launched_rank, launched_ranks
 from distrib.config import CHOICES, Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
-from distrib.files import printable
+from distrib.files import parsed, printable
 from distrib.loop import train
 from distrib.run.console import secure_output
 
@@ -35,16 +36,8 @@ def train_command(**given: Any) -> None:
     raise typer.Exit(train(build(given), exiting=True))
 
 
-def _number(flag: str, kind: type) -> Any:
-    def parse(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise UserError(
-                f"{flag} {printable(text, 60)}: give {'a whole number' if kind is int else 'a number'}"
-            ) from None
-
-    return parse
+def _parser(flag: str, kind: type) -> Callable[[str], Any]:
+    return lambda text: parsed(flag, text, kind)
 
 
 def _signature() -> inspect.Signature:
@@ -56,10 +49,11 @@ def _signature() -> inspect.Signature:
         flag = f"--{name.replace('_', '-')}"
         if base is bool:
             flag = f"{flag}/--no-{flag[2:]}"
-        number = base in (int, float)  # typer's message lacks the value
-        extra = {"parser": _number(flag, base), "metavar": base.__name__.upper()} if number else {}
-        if base is str:
-            extra["metavar"] = "NAME" if name in (*CHOICES, "recipe") else "PATH"
+        extra: dict[str, Any] = {}
+        if base in (int, float):  # typer's message lacks the value
+            extra = {"metavar": base.__name__.upper(), "parser": _parser(flag, base)}
+        elif base is str:
+            extra = {"metavar": "NAME" if name in (*CHOICES, "recipe") else "PATH"}
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

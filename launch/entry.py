@@ -13,7 +13,7 @@ import typer
 
 from distrib import launched_rank
 from distrib.errors import UserError
-from distrib.files import expanded, printable, reason
+from distrib.files import alternatives, expanded, parsed, printable, reason
 
 Model = Annotated[
     Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
@@ -68,7 +68,7 @@ WIDEST = 18
 
 def choice(flag: str, text: str, *choices: str, **more: Any) -> Any:
     """An option that is one of `choices`, which its help names."""
-    last = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+    last = alternatives(choices)
     metavar = "|".join(choices)
     if len(metavar) > WIDEST:
         text, metavar = f"{text.removesuffix('.')}: {last}.", "NAME"
@@ -77,13 +77,8 @@ def choice(flag: str, text: str, *choices: str, **more: Any) -> Any:
 
 
 def _checked(flag: str, text: str, kind: Any, holds: Callable[[Any], bool], remedy: str, more: Any) -> Any:
-    words = {int: "give a whole number", float: "give a number"}
-
     def parse(given: Any) -> Any:
-        try:
-            value = kind(given)
-        except ValueError:
-            raise UserError(f"{flag} {printable(str(given), 60)}: {words[kind]}") from None
+        value = given if kind is str else parsed(flag, given, kind)
         if not holds(value):
             raise UserError(f"{flag} {printable(str(given), 60)}: {remedy}")
         return value

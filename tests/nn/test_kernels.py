@@ -65,8 +65,8 @@ class Both:
         self.pairs[name] = values.copy(), self.backend.xp.asarray(values)
 
     def clear(self, name: str, where: np.ndarray) -> None:
-        """Write 0 to some values, few enough that a test still means something."""
-        assert where.mean() <= 1e-3
+        """Write 0 to some values: none on the double, few on a GPU, so that a test still means something."""
+        assert where.mean() <= 1e-3 * REAL, "rounding moved a value across the gate: take another seed"
         expected, found = self.pairs[name]
         host = np.array(self.backend.to_host(found))
         expected[where], host[where] = 0, 0
