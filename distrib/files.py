@@ -29,6 +29,7 @@ REMEDIES = {
     errno.EROFS: "the disk is mounted read-only: give another place",
     errno.EACCES: "permissions are missing: grant them, or give another place",
     errno.EPERM: "permissions are missing: grant them, or give another place",
+    errno.ENOENT: "it is not there: restore it",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOTDIR: "a file is in the place of a folder: give another place",
     errno.EISDIR: "a folder is in the place of a file: remove it, or give another place",
@@ -46,13 +47,8 @@ def reason(error: OSError | ValueError, path: Path) -> str:
     if not isinstance(error, OSError):  # a name with a NUL in it
         return f"({printable(str(error))}): give another name"
     remedy = REMEDIES.get(error.errno or 0, "check the disk and the permissions")
-    if error.errno == errno.ENOENT:
-        gone = not os.path.isdir(path.parent)
-        remedy = (
-            f"its folder {path.parent} is gone: removed, renamed or unmounted"
-            if gone
-            else "it is not there: restore it"
-        )
+    if error.errno == errno.ENOENT and not os.path.isdir(path.parent):
+        remedy = f"its folder {path.parent} is gone: removed, renamed or unmounted"
     return f"({error.strerror or error}): {remedy}"
 
 

@@ -31,8 +31,8 @@ Launch = tuple[str, Callable[[], None]]
 def launches(trainer: Trainer, kind: tuple[int, ...]) -> list[Launch]:
     """(name, call that queues it again) of everything that an eager step queues."""
     found: list[Launch] = []
-    forms = trainer.world.backend.algorithms
-    kernels, convolutions = forms["stem"].kernels, forms.get("cudnn")
+    algorithms = trainer.world.backend.algorithms
+    kernels, convolutions = algorithms["stem"].kernels, algorithms.get("cudnn")
 
     def record(target: Any, method: str, name: Callable[..., str]) -> None:
         plain = getattr(target, method)
