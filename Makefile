@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
-WORKERS ?= 3
+WORKERS ?= 4
 
 QUARTER := --width 0.25 --batch-size 128 --schedule onecycle --optimizer sgd --momentum 0.9 --nesterov \
 	--weight-decay 0.005 --label-smoothing 0.1 --lr 0.2 --epochs 1
@@ -35,7 +35,7 @@ demo: $(VENV)/.run  ## train on two ranks to 99 % test accuracy, in seconds
 	PATH=$(CURDIR)/$(BIN):$$PATH mpirun -n 2 python -m distrib.train --recipe demo
 
 test: lint  ## every test that needs no GPU; the last lines say what was not run, and what it needs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-quick: $(VENV)/.dev  ## the tests that start no other process: a minute at most
 	$(BIN)/python -m pytest -x -m "quick and not needs"

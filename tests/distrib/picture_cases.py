@@ -347,7 +347,7 @@ def make(condition: str, digit: int, folder: Path) -> Path:
     rng = np.random.default_rng([zlib.crc32(condition.encode()), digit])
     picture, options = CONDITIONS[condition](digit=digit, rng=rng)
     path = folder / f"{digit}-{zlib.crc32(condition.encode()):08x}.{options.pop('ext', 'png')}"
-    picture.save(path, **options)
+    picture.save(path, compress_level=1, **options)  # of PNGs: quick
     return path
 
 

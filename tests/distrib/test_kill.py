@@ -31,7 +31,7 @@ OPTIONS = (
     "--limit-test",
     1,
     "--width",
-    0.25,
+    0.125,
     "--schedule",
     "onecycle",
     "--checkpoint-every",
@@ -71,10 +71,17 @@ def stop_inside_a_save(folder: Path, saver: int, deadline: float) -> None:
         assert time.monotonic() < deadline, "no save was seen"
         if list((folder / "checkpoints").glob(".*.tmp")):
             os.kill(saver, signal.SIGSTOP)
-            time.sleep(0.05)  # a stop takes a moment
+            while not stopped(saver):
+                time.sleep(0.001)
             if list((folder / "checkpoints").glob(".*.tmp")):
                 return
             os.kill(saver, signal.SIGCONT)
+
+
+def stopped(pid: int) -> bool:
+    """Whether each thread has stopped: one that is in the middle of a write does so after it."""
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

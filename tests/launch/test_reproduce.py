@@ -25,8 +25,20 @@ from launch.report.times import time_table
 SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
 
 
+QUICK = """
+import sys
+from distrib.train import run_app
+from launch.report import times
+plain = times.ways
+short = ("--steps", "2", "--repeats", "2")  # of about a second's steps and five
+times.ways = lambda settings: [way._replace(options=(*way.options, *short)) for way in plain(settings)]
+from launch.cli import app
+sys.exit(run_app(app))
+"""
+
+
 def call(out: Path, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return run("-m", "launch.cli", "reproduce", "--out", out, *SHORT, *arguments, check=check)
+    return run("-c", QUICK, "reproduce", "--out", out, *SHORT, *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -229,22 +241,23 @@ def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
     import_torch()
     torch_run(tmp_path / "whole")
     script = """
-import os, runpy, signal, sys
+import os, signal, sys
+from distrib.train import run_app
+from launch.cli import app
 from launch.torch_peer.side import TorchSide
-plain, counted = TorchSide.batch, [0]
+plain, left = TorchSide.batch, 0
 def batch(self, indices, train=True):
-    counted[0] += 1
-    if counted[0] == int(os.environ["STOP_AT"]):
+    global left
+    left -= 1
+    if left == 0:
         os.kill(os.getpid(), signal.SIGUSR1)
     return plain(self, indices, train)
 TorchSide.batch = batch
 sys.argv.insert(1, "torch-train")
-runpy.run_module("launch.cli", run_name="__main__", alter_sys=False)
+for left, code in ((4, 85), (3, 85), (2, 85), (5, 85), (-1, 0)):
+    assert run_app(app) == code
 """
-    for stop in ("4", "3", "2", "5"):
-        done = run("-c", script, "--run-dir", tmp_path / "parts", *TORCH, env={"STOP_AT": stop}, check=False)
-        assert done.returncode == 85, done.stderr
-    torch_run(tmp_path / "parts")
+    run("-c", script, "--run-dir", tmp_path / "parts", *TORCH)
     found, expected = summary(tmp_path / "parts"), summary(tmp_path / "whole")
     assert found["steps"] == 14
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
