@@ -47,15 +47,18 @@ static __device__ double sum_over_lanes(double x, double* shared) {
     return total;
 }
 
-// True in all threads of the block that comes last of gridDim.x; it sees what the others wrote before. The
-// counter is left at zero for the next launch.
+// True in all threads of the block that comes last of gridDim.x; they see what the others wrote before. The
+// counter is left at zero for the next launch. One thread fences for its block: the barriers carry it on.
 static __device__ bool last_to_arrive(unsigned* arrived) {
-    __threadfence();
     __syncthreads();
-    bool first_thread = threadIdx.x == 0 && threadIdx.y == 0;
-    bool last = first_thread && atomicAdd(arrived, 1u) == gridDim.x - 1;
-    last = __syncthreads_or(last);
-    if (last && first_thread) *arrived = 0;
-    __threadfence();
-    return last;
+    bool last = false;
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+        __threadfence();
+        last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        if (last) {
+            __threadfence();
+            *arrived = 0;
+        }
+    }
+    return __syncthreads_or(last);
 }

@@ -321,6 +321,18 @@ def test_no_order_of_threads_changes_a_bit(order: str) -> None:
 
 
 @double_only
+@pytest.mark.parametrize(("variant", "precision"), [("baseline", "float32"), ("three-blocks", "bf16")])
+def test_nothing_races_in_a_whole_step(variant: str, precision: str) -> None:
+    """Nor reads or writes outside its arguments; with everything that a step can have."""
+    with device(precision, races=True) as backend:
+        trainer = a_trainer(backend, variant=variant, precision=precision, **AUGMENTED)
+        steps(trainer, 1)
+        trainer.test()
+        modules = backend.algorithms["stem"].kernels._modules.values()
+        assert sum(each.module.accesses for each in modules) > 1e6
+
+
+@double_only
 def test_number_of_kernels() -> None:
     """At batch 8 a step of the baseline is 53 launches; every convolution of cuDNN's counts as one here."""
     with device("float32") as backend:

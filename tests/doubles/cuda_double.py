@@ -9,8 +9,8 @@ CPU.
 * A launch refuses what CUDA refuses, and what it leaves undefined as far as that shows: argument types,
   shapes, divergent barriers, memory written through a `__restrict__` pointer and reached through another.
 * Shared memory is NaN before each block. An index outside a shared or local array, a misaligned pointer, an
-  integer overflow and a division by zero raise RuntimeError. An index outside an argument's array is not
-  seen.
+  integer overflow and a division by zero raise RuntimeError.
+* With `races`, so do two accesses that nothing orders, and one outside every argument (cuda_races.cpp).
 
 Not as on a GPU: blocks do not wait for each other (one that spins on another's write hangs), `a * b + c` is
 not contracted to fma, functions round as the C library's. Inline PTX and dynamic shared memory do not
@@ -34,7 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+FOLDER = Path(__file__).parent
+HEADER, RACES = FOLDER / "cuda_on_cpu.h", FOLDER / "cuda_races.cpp"
 ORDERS = ("forward", "reverse", "shuffled")
 GRID_LIMIT, BLOCK_LIMIT, MAX_THREADS = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024
 CXX = ("g++", "-std=c++17")
@@ -50,6 +51,7 @@ FLAGS = (
     "-fsanitize=bounds,alignment,null,integer-divide-by-zero,signed-integer-overflow",
     "-fno-sanitize-recover",
 )
+INSTRUMENTED = ("-DRACES", "-fsanitize=thread", "-fno-tree-vectorize")  # vectors would hide who reads what
 BRACKETS = {"(": 1, "[": 1, "{": 1, "<": 1, ")": -1, "]": -1, "}": -1, ">": -1}
 
 
@@ -148,10 +150,12 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, "-mfma") if fma else FLAGS
 
 
-def build(code: str) -> Path:
+def build(code: str, races: bool = False) -> Path:
     """The shared library of a CUDA text, from the cache where it is there; processes do not collide."""
-    source, flags = f"{HEADER.read_text()}\n{host_source(code)}", _flags()
-    key = hashlib.sha256("\0".join([source, *flags, _compile("--version")]).encode()).hexdigest()[:32]
+    source = f"{HEADER.read_text()}\n{host_source(code)}"
+    flags = (*_flags(), f"-I{FOLDER}", *(INSTRUMENTED if races else ()))
+    read = [path.read_text() for path in (FOLDER / "cuda_races.h", RACES)]
+    key = hashlib.sha256("\0".join([source, *read, *flags, _compile("--version")]).encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir(), f"cuda_on_cpu-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -163,7 +167,12 @@ def build(code: str) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 object_file, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
                 _compile(*flags, "-c", "-x", "c++", "-", "-o", object_file, text=source)
-                _compile("-shared", "-Wl,-Bsymbolic", object_file, "-o", linked)  # without libubsan
+                more = []
+                if races:
+                    more = [Path(scratch, "races.o")]
+                    _compile("-O2", "-fPIC", "-fvisibility=hidden", "-DRACES", "-c", RACES, "-o", more[0])
+                # without the sanitizers' libraries
+                _compile("-shared", "-Wl,-Bsymbolic", object_file, *more, "-o", linked)
                 linked.replace(library)
     return library
 
@@ -197,6 +206,17 @@ def _span(array: Any) -> range:
     dense = array.size and min(steps, default=0) >= 0 and sum(steps) + array.dtype.itemsize == array.nbytes
     start = _address(array) or 0
     return range(start, start + array.nbytes if dense else start)
+
+
+class _ArgumentSpan(ctypes.Structure):
+    """`Span` of cuda_races.h."""
+
+    _fields_ = (
+        ("start", ctypes.c_size_t),
+        ("stop", ctypes.c_size_t),
+        ("item", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+    )
 
 
 class Function:
@@ -238,7 +258,7 @@ class Function:
             )
         slots = b"".join(map(self._slot, self.parameters, args))
         self._check_restrict(args)
-        self.module.run(self, shape, slots)
+        self.module.run(self, shape, slots, self._spans(args))
 
     def _slot(self, parameter: tuple[str, str, str], argument: Any) -> bytes:
         """The 8 bytes from which the launcher reads an argument; TypeError if it is of another type."""
@@ -259,6 +279,14 @@ class Function:
                 f"{self.name}: parameter {name} is {written} ({kind}), got {_describe(argument)}{why}"
             )
         return argument.tobytes().ljust(8, b"\0") if address is None else address.to_bytes(8, "little")
+
+    def _spans(self, args: tuple) -> list[_ArgumentSpan]:
+        """Where the arrays among the arguments lie."""
+        return [
+            _ArgumentSpan(start, start + argument.nbytes, argument.dtype.itemsize, name.encode())
+            for (_, name, _), argument in zip(self.parameters, args)
+            if (start := _address(argument)) is not None
+        ]
 
     def _check_restrict(self, args: tuple) -> None:
         """ValueError where memory that may be written is reached through a `__restrict__` pointer and
@@ -284,10 +312,15 @@ class HostModule:
 
     `order` is one of ORDERS, "shuffled" differs from launch to launch and depends on `seed`; `launches`
     lists the names of the kernels launched. Modules of the same text share its `__device__` variables.
+    With `races`, accesses that nothing orders and accesses outside the arguments raise RuntimeError too, and
+    `accesses` counts what was looked at.
     """
 
-    def __init__(self, code: str, order: str = "forward", seed: int = 0) -> None:
-        self.library = ctypes.PyDLL(str(build(code)))  # keeps the GIL: one launch at a time
+    def __init__(self, code: str, order: str = "forward", seed: int = 0, races: bool = False) -> None:
+        self.library = ctypes.PyDLL(str(build(code, races)))  # keeps the GIL: one launch at a time
+        self.races, self.accesses = races, 0
+        if races:
+            self.library.races_accesses.restype = ctypes.c_ulonglong
         self.library.kernel_types.restype = self.library.launch.restype = ctypes.c_char_p
         self.order, self.seed = order, seed
         self.launches: list[str] = []
@@ -301,18 +334,23 @@ class HostModule:
             raise KeyError(f"no kernel {name!r} among {', '.join(self._functions)}")
         return self._functions[name]
 
-    def run(self, function: Function, shape: list[int], slots: bytes) -> None:
+    def run(self, function: Function, shape: list[int], slots: bytes, spans: list[_ArgumentSpan]) -> None:
         """Launch with arguments that were checked; RuntimeError with what went wrong in the kernel."""
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
         seed = self.seed + len(self.launches)
         self.launches.append(function.name)
+        arguments = ctypes.create_string_buffer(slots, max(len(slots), 8))
+        if self.races:
+            where = ctypes.c_size_t(ctypes.addressof(arguments)), ctypes.c_size_t(len(arguments))
+            self.library.races_begin((_ArgumentSpan * len(spans))(*spans), len(spans), *where)
         error = self.library.launch(
             function.number,
             (ctypes.c_uint * 6)(*shape),
-            ctypes.create_string_buffer(slots, max(len(slots), 8)),
+            arguments,
             ORDERS.index(self.order),
             ctypes.c_uint(seed),
         )
+        self.accesses += self.library.races_accesses() if self.races else 0
         if error:
             raise RuntimeError(f"{function.name}: {error.decode()}")

@@ -22,6 +22,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_races.h"
+
 // -------------------------------------------------------------------- types and built-in variables
 #define VECTOR1(T, X) struct X##1 { T x; }; static inline X##1 make_##X##1(T x) { return {x}; }
 #define VECTOR2(T, X) struct alignas(2 * sizeof(T)) X##2 { T x, y; }; \
@@ -88,6 +90,7 @@ __attribute__((noipa)) void suspend() {
 
 /// Make the launch fail; the fiber never goes on.
 [[noreturn]] __attribute__((noipa)) void fail(const std::string& why) {
+    cuda_races::now.thread = cuda_races::NOBODY;
     error = why + ", thread (" + std::to_string(threadIdx.x) + ", " + std::to_string(threadIdx.y) + ", " +
             std::to_string(threadIdx.z) + ") of block (" + std::to_string(blockIdx.x) + ", " +
             std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) + ")";
@@ -105,7 +108,11 @@ void enter() {
 __attribute__((noipa)) void resume(Fiber& fiber) {
     current = &fiber;
     threadIdx = fiber.index;
-    if (_setjmp(home)) return;
+    if (_setjmp(home)) {
+        cuda_races::now.thread = cuda_races::NOBODY;
+        return;
+    }
+    cuda_races::now.thread = &fiber - fibers.data();
     if (fiber.entered) _longjmp(fiber.state, 1);
     fiber.entered = true;
     setcontext(&fiber.first);
@@ -179,6 +186,7 @@ bool release_block() {
         if (fibers[t].status == Status::done) continue;
         fibers[t].status = Status::ready, fibers[t].result = votes | live << 32;
     }
+    cuda_races::now.epoch++;
     return true;
 }
 
@@ -200,6 +208,7 @@ std::string deadlock() {
 void run_block(const std::vector<int>& order) {
     for (int t = 0; t < threads; t++) fibers[t].status = Status::ready;
     block_serial++;
+    cuda_races::begin_block();
     for (;;) {
         for (size_t from = 0, to; from < order.size(); from = to) {
             const int warp = order[from] / warpSize;
@@ -272,6 +281,8 @@ const char* launch(void (*kernel)(char*), const unsigned* shape, char* slots, Or
     body = kernel, arguments = slots;
     error.clear();
     if (!prepare()) return "no memory for the stacks of the fibers";
+    cuda_races::own_memory(size_t(stacks), size_t(stacks + MAX_THREADS * STACK));
+    cuda_races::own_memory(size_t(fibers.data()), size_t(fibers.data() + MAX_THREADS));
     std::minstd_rand random(seed + 1);
     std::vector<int> threads_in_order = thread_order(order, random);
     for (unsigned number : permutation(gridDim.x * gridDim.y * gridDim.z, order, random)) {
@@ -293,10 +304,15 @@ struct Shared {
 
     __attribute__((always_inline)) static T& get() {
         if (filled != block_serial) {
-            memset((void*)&memory, 0xff, sizeof memory);
+            fill();
+            cuda_races::shared(&memory, sizeof memory, sizeof(std::remove_all_extents_t<T>));
             filled = block_serial;
         }
         return memory;
+    }
+
+    __attribute__((noinline, no_sanitize("thread"))) static void fill() {
+        memset((void*)&memory, 0xff, sizeof memory);
     }
 };
 
@@ -402,12 +418,20 @@ auto __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize, HER
     return cuda_on_cpu::shuffle("__shfl_xor_sync", line, mask, +value, from > (lane | (width - 1)) ? lane : from);
 }
 
-static inline void __threadfence() {}
+static inline void __threadfence() { cuda_races::fence(); }
 static inline void __threadfence_block() {}
-static inline void __threadfence_system() {}
+static inline void __threadfence_system() { cuda_races::fence(); }
 
 template <class T> using same = std::common_type_t<T>;  // keeps a parameter out of template deduction
-#define ATOMIC(NAME, NEW) template <class T> T NAME(T* p, same<T> v) { T old = *p; *p = NEW; return old; }
+#define UNSEEN __attribute__((noinline, no_sanitize("thread")))
+#define ATOMIC(NAME, NEW)                       \
+    template <class T>                          \
+    UNSEEN T NAME(T* p, same<T> v) {            \
+        cuda_races::atomic((void*)p, sizeof *p); \
+        T old = *p;                             \
+        *p = NEW;                               \
+        return old;                             \
+    }
 ATOMIC(atomicAdd, old + v)
 ATOMIC(atomicSub, old - v)
 ATOMIC(atomicExch, v)
@@ -417,7 +441,8 @@ ATOMIC(atomicAnd, old & v)
 ATOMIC(atomicOr, old | v)
 ATOMIC(atomicXor, old ^ v)
 ATOMIC(atomicInc, old >= v ? 0 : old + 1)
-template <class T> T atomicCAS(T* p, same<T> expected, same<T> v) {
+template <class T> UNSEEN T atomicCAS(T* p, same<T> expected, same<T> v) {
+    cuda_races::atomic((void*)p, sizeof *p);
     T old = *p;
     if (old == expected) *p = v;
     return old;

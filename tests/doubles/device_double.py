@@ -199,8 +199,8 @@ class CapturedNccl(Nccl):
 class _Module:
     """The kernels of one source; launches pass through `Cuda.queue`."""
 
-    def __init__(self, cuda: Cuda, code: str, launched: list[str]) -> None:
-        self.cuda, self.module, self.launched = cuda, HostModule(code), launched
+    def __init__(self, cuda: Cuda, code: str, launched: list[str], races: bool) -> None:
+        self.cuda, self.module, self.launched = cuda, HostModule(code, races=races), launched
 
     def get_function(self, name: str) -> Callable[..., None]:
         function = self.module.get_function(name)
@@ -237,9 +237,9 @@ class DoubleBackend(Backend):
 
 
 @contextlib.contextmanager
-def device(precision: str = "float64") -> Iterator[Any]:
+def device(precision: str = "float64", races: bool = False) -> Iterator[Any]:
     """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the
-    real GPU."""
+    real GPU. With `races` the kernels raise at a race and outside their arguments."""
     if REAL:
         backend = cupy_backend(precision)
         if (
@@ -248,8 +248,11 @@ def device(precision: str = "float64") -> Iterator[Any]:
             backend.algorithms["cudnn"].plans = PLANS.setdefault(precision, {})
         yield backend
         return
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(cudnn, "ROUNDS", 1)  # the double's clock does not vary
+    monkeypatch.setattr(cudnn, "LAUNCHES", 1)
     cuda, launched = Cuda(), []  # type: ignore[var-annotated]
-    kernels = Kernels(lambda code: _Module(cuda, code, launched))
+    kernels = Kernels(lambda code: _Module(cuda, code, launched, races))
     operations = CudaOps(kernels)
     register(StrictArray, strict, operations.by_name())
     side_stream = SideStream(cuda)
@@ -263,4 +266,5 @@ def device(precision: str = "float64") -> Iterator[Any]:
             "double", strict, "NHWC", algorithms, (), cuda, cuda.stream, side_stream, launched
         )
     finally:
+        monkeypatch.undo()
         register(StrictArray, strict)

@@ -44,6 +44,7 @@ total(const REAL* __restrict__ x, int n, double* partial, unsigned* arrived, dou
         partial[blockIdx.x] = v;
         __threadfence();
         last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        __threadfence();
     }
     __syncthreads();
     if (!last) return;

@@ -93,7 +93,7 @@ class Both:
 
 @pytest.fixture(params=ELEMENTS)
 def both(request: pytest.FixtureRequest) -> Iterator[Both]:
-    with device() as backend:
+    with device(races=True) as backend:
         yield Both(request.param, backend)
 
 

@@ -1,0 +1,150 @@
+"""The detector of races and of accesses out of bounds: it finds what is planted, in toys and in our kernels.
+
+That our kernels as they are have none is shown by `tests/nn/test_kernels.py`, whose cases run under it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_double import HostModule
+from test_cuda_double import TOYS
+
+from nn.cuda import kernels
+
+pytestmark = pytest.mark.needs("g++")
+
+
+def total(code: str) -> float:
+    """The sum of 1,000 ones by four blocks, of which the last adds up what the others left."""
+    found, partial, arrived = np.zeros(1), np.zeros(4), np.zeros(1, np.uint32)
+    function = HostModule(code, races=True).get_function("total")
+    function((4,), (256,), (np.ones(1000, np.float32), np.int32(1000), partial, arrived, found))
+    return found[0]
+
+
+def changed(code: str, old: str, new: str) -> str:
+    assert code.count(old) >= 1, old
+    return code.replace(old, new, 1)
+
+
+FENCE = "        __threadfence();\n"
+COUNT = "        last = atomicAdd(arrived, 1u) == gridDim.x - 1;\n"
+
+
+def test_a_sum_over_blocks_is_clean_and_looked_at() -> None:
+    assert total(TOYS) == 1000
+    module = HostModule(TOYS, races=True)
+    x, y = np.arange(128, dtype=np.float32), np.zeros(128, np.float32)
+    module.get_function("rotate")((1,), (128,), (x, y, np.int32(1)))
+    assert (y == np.roll(x, -1)).all()
+    assert module.accesses >= 4 * 128, "x, y, and shared memory twice"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (FENCE + COUNT, COUNT, "read after write of partial"),
+        (COUNT + FENCE, COUNT, "read after write of partial"),
+        (
+            "        partial[blockIdx.x] = v;\n" + FENCE,
+            FENCE + "        partial[blockIdx.x] = v;\n",
+            "of partial",
+        ),
+        ("atomicAdd(arrived, 1u)", "(*arrived)++", "read after write of arrived"),
+        ("    __syncthreads();\n    v = 0;", "    v = 0;", "race: .* of shared memory"),
+        ("if (threadIdx.x == 0) *y = v", "if (threadIdx.x < 2) *y = v", "write after write of y"),
+        ("i < n; i +=", "i <= n; i +=", "read of 4 bytes outside every argument; the nearest is x"),
+        ("v += x[i]", "v += x[i - 1]", "the nearest is x, which it is 4 bytes before"),
+        (
+            "*y = v, *arrived",
+            "y[1] = v, *arrived",
+            "write of 8 bytes outside every argument; the nearest is y",
+        ),
+    ],
+)
+def test_what_is_planted_is_found(old: str, new: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        total(changed(TOYS, old, new))
+
+
+CELLS = """
+extern "C" __global__ void cells(unsigned short* bytes, void* memory, int what) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    float* narrow = (float*)memory;
+    if (what == 0) bytes[i] = i;                                  // neighbours, each its own
+    if (what == 1) { ((float4*)memory)[i] = {1, 1, 1, 1}; if (i == 3) narrow[4] = 2; }
+    if (what == 2) narrow[threadIdx.x] = i;                       // of both blocks
+    if (what == 3) { narrow[i] = 0; __syncwarp(); narrow[i ^ 1] = 1; }
+    if (what == 4) { narrow[i] = 0; __syncthreads(); narrow[i ^ 1] = 1; }
+    if (what == 5) atomicMax(narrow, 1.0f);
+    if (what == 6) { atomicMax(narrow, 1.0f); if (narrow[0] < 0) bytes[i] = 1; }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (0, None),
+        (1, "write after write of memory, element 4"),
+        (2, "write after write of memory, element 0"),
+        (3, "write after write of memory"),
+        (4, None),
+        (5, None),
+        (6, "write after read of memory"),
+    ],
+)
+def test_each_element_counts_whatever_reaches_it(what: int, words: str | None) -> None:
+    """Of a wide access, each element that it covers counts; atomics are no race among themselves."""
+    cells = HostModule(CELLS, races=True).get_function("cells")
+
+    def run() -> None:
+        cells((2,), (4,), (np.zeros(8, np.uint16), np.zeros(64, np.float32), np.int32(what)))
+
+    if words is None:
+        run()
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            run()
+
+
+def stem_weight_gradient(code: str) -> np.ndarray:
+    """On two images of 5×5 with six channels, by three blocks."""
+    n, h, w, c, blocks = 2, 5, 5, 6, 3
+    rng = np.random.default_rng(0)
+    x, dz = (rng.normal(size=shape).astype(np.float32) for shape in ((n, h, w), (n, h, w, c)))
+    partial, arrived, dw = np.zeros((blocks, 9, c)), np.zeros(1, np.uint32), np.zeros((c, 3, 3), np.float32)
+    sizes = map(np.int32, (n, h, w, c))
+    function = HostModule(code, races=True).get_function("stem_weight_gradient")
+    function((blocks, 1), (8, 4), (x, dz, partial, arrived, dw, *sizes))
+    return dw
+
+
+def stem_source(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernels, "FILES", ("common", "stem"))
+    return kernels.source("float32")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("        __threadfence();\n        last =", "        last =", "read after write of partial"),
+        ("            __threadfence();\n", "", "read after write of partial|write after .* arrived"),
+        ("arrived) {\n    __syncthreads();", "arrived) {", "read after write of partial"),
+        ("    shared[at] = x;\n    __syncthreads();", "    shared[at] = x;", "race: .* of shared memory"),
+        ("    __syncthreads();  // `shared` may", "    // `shared` may", "race: .* of shared memory"),
+        ("y < h && x >= 0", "y <= h && x >= 0", "read of 4 bytes outside every argument; the nearest is x"),
+        ("i < 8 && row < rows", "i < 8", "outside every argument"),
+        ("channel < c && threadIdx.y == 0) *cell", "threadIdx.y == 0) *cell", "partial"),
+    ],
+)
+def test_a_fault_planted_in_our_kernels_is_found(
+    old: str, new: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        stem_weight_gradient(changed(stem_source(monkeypatch), old, new))
+
+
+def test_our_kernel_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.isfinite(stem_weight_gradient(stem_source(monkeypatch))).all()
