@@ -17,6 +17,9 @@ from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
 
+CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 1000, 30
+"""Between checkpoints, where --checkpoint-every is not given: a GPU does the steps in less than a second."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "epochs": 1,
@@ -189,8 +192,12 @@ class Config:
     seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE, at_most(LARGEST_SEED))
     run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.", may_change=True)
     log_every: int = option(50, "Steps between lines of metrics.jsonl.", ONE_OR_MORE, may_change=True)
-    checkpoint_every: int = option(
-        1000, "Steps between checkpoints; each epoch ends with one, too.", ONE_OR_MORE, may_change=True
+    checkpoint_every: int | None = option(
+        None,
+        f"Steps between checkpoints; each epoch ends with one, too. Without it, {CHECKPOINT_STEPS}, but on a"
+        f" GPU at least {CHECKPOINT_SECONDS} seconds.",
+        ONE_OR_MORE,
+        may_change=True,
     )
     keep: int = option(3, "Checkpoints to keep.", ONE_OR_MORE, may_change=True)
     check_every: int = option(

@@ -17,7 +17,7 @@ import numpy as np
 from distrib import state
 from distrib.checks import check_replicas_equal, check_same_buckets, check_same_config
 from distrib.comm.world import World, connect
-from distrib.config import Config
+from distrib.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
 from distrib.errors import EXIT_REQUEUE, UserError
@@ -71,7 +71,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
 
         last, end = s == trainer.steps_per_epoch - 1, progress.step >= trainer.last_step
         log = progress.step % config.log_every == 0 or last
-        save = progress.step % config.checkpoint_every == 0 and not (last or end)
+        save = not (last or end) and checkpoint_due(trainer)
         now = world.backend.on_host or last or save or end  # else do not wait for the device
         if log:
             line = {"step": progress.step, "epoch": epoch + 1, "lr": lr}
@@ -92,6 +92,17 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             break
     results.read()  # of steps that were still running on the device
     throughput.pause()
+
+
+def checkpoint_due(trainer: Trainer) -> bool:
+    """Whether --checkpoint-every wants a checkpoint after this step; on a GPU rank 0's clock has a say."""
+    config, world = trainer.config, trainer.world
+    if trainer.progress.step % (config.checkpoint_every or CHECKPOINT_STEPS):
+        return False
+    if config.checkpoint_every or world.backend.on_host:
+        return True
+    due = time.monotonic() - trainer.saver.begun >= CHECKPOINT_SECONDS
+    return bool(world.broadcast(due, "the time of a checkpoint"))
 
 
 def log_step(

@@ -65,7 +65,10 @@ class Trainer:
         self.optimizer = optimizer(self.params, **options)
         if config.gradients == "bf16" and world.size > 1 and not world.comm.sums_bf16:
             raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
-        self.reducer = Reducer(self.params, world.comm, config.gradients if world.size > 1 else "float32")
+        gradients = config.gradients if world.size > 1 else "float32"
+        self.reducer = Reducer(self.params, world.comm, gradients)
+        if world.size == 1 and backend.side_stream:
+            self.reducer.then = self._update
         # what steps read and count on the device; see `begin_epoch`
         xp, dtype = backend.xp, self.params.dtype
         self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
@@ -188,11 +191,20 @@ class Trainer:
         timer.lap("backward")
         self.reducer.wait()
         timer.lap("gradients")
-        self.optimizer.update(self.rates, self.step_in_epoch)
+        if not self.reducer.then:
+            self.optimizer.update(self.rates, self.step_in_epoch)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
         record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
         timer.lap("optimizer")
+
+    def _update(self, bucket: slice) -> None:
+        """Update a bucket's parameters beside the backward, whose layers behind it do not read them."""
+        side_stream = self.world.backend.side_stream
+        assert side_stream is not None
+        with side_stream.fork():
+            part = slice(bucket.start, min(bucket.stop, self.params.values.size))
+            self.optimizer.update(self.rates, self.step_in_epoch, part)
 
     def close(self) -> None:
         """Release the graphs, then the communicator: NCCL waits for graphs that hold its calls."""

@@ -15,7 +15,7 @@ from nn.array import Array
 def capture(cuda: Any, work: Callable[[], Any], copies: int = 1) -> Any:
     """What `copies` of `work` queue on the current stream and on those it forks and joins, as a CUDA graph.
 
-    Nothing runs.
+    Nothing runs. The graph is on the device afterwards, so that its first launch is as fast as the next.
     """
     stream = cuda.get_current_stream()
     stream.begin_capture()
@@ -26,14 +26,16 @@ def capture(cuda: Any, work: Callable[[], Any], copies: int = 1) -> Any:
         with contextlib.suppress(Exception):  # the capture is broken; the first error is the one to show
             stream.end_capture()
         raise
-    return stream.end_capture()
+    graph = stream.end_capture()
+    graph.upload(stream)
+    return graph
 
 
 class SideStream:
     """A second stream beside the compute stream, for work whose result is not needed at once.
 
     It is forked from the compute stream and joined to it by events, so that a CUDA graph holds both as
-    parallel paths.
+    parallel paths. Its priority is the lowest: what the next layer waits for goes first.
     """
 
     def __init__(self, cuda: Any) -> None:

@@ -13,6 +13,8 @@ from nn.array import HOST_BLOCK, Array
 from nn.ops.update import BETA1, BETA2, adam, sgd
 from nn.params import Parameters
 
+WHOLE = slice(None)
+
 
 class Optimizer(ABC):
     """State vectors beside the parameters; updates `params.values` from `params.grads`.
@@ -46,8 +48,8 @@ class Optimizer(ABC):
         self.steps += 1
 
     @abstractmethod
-    def update(self, rates: Array, at: Array) -> None:
-        """One update with row at[0] of `rates`, a table on the device."""
+    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
+        """One update, of a part of the vectors, with row at[0] of `rates`, a table on the device."""
 
 
 class SGD(Optimizer):
@@ -62,15 +64,15 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
-    def update(self, rates: Array, at: Array) -> None:
-        p = self.params
+    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
+        p, momentum = self.params, self.state.get("momentum")
         sgd(
-            p.values,
-            p.grads,
-            self.state.get("momentum"),
+            p.values[part],
+            p.grads[part],
+            None if momentum is None else momentum[part],
             rates,
             at,
-            p.compute,
+            None if p.compute is None else p.compute[part],
             self.scratch,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
@@ -86,16 +88,16 @@ class Adam(Optimizer):
     def step_size(self, lr: float, step: int) -> float:
         return lr * (1 - BETA2**step) ** 0.5 / (1 - BETA1**step)
 
-    def update(self, rates: Array, at: Array) -> None:
+    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
         p = self.params
         adam(
-            p.values,
-            p.grads,
-            self.state["m"],
-            self.state["v"],
+            p.values[part],
+            p.grads[part],
+            self.state["m"][part],
+            self.state["v"][part],
             rates,
             at,
-            p.compute,
+            None if p.compute is None else p.compute[part],
             self.scratch,
             weight_decay=self.weight_decay,
         )

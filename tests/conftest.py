@@ -36,6 +36,8 @@ MPI_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
+    # ranks that wait leave the cores to other tests
+    "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
 

@@ -10,6 +10,7 @@ means (test_layout.py).
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import nvrtc
 import pytest
 
 REAL_GPU = os.environ.get("DISTRIB_TEST_GPU") == "1"
@@ -41,6 +43,16 @@ def programs(*names: str) -> bool:
 def packages(*names: str) -> Callable[[], bool]:
     """Whether all can be found, without importing them."""
     return lambda: all(map(importlib.util.find_spec, names))
+
+
+def installed(*names: str) -> Callable[[], bool]:
+    """Whether pip has installed all."""
+
+    def met() -> bool:
+        found = {each.name for each in importlib.metadata.distributions()}
+        return found.issuperset(names)
+
+    return met
 
 
 def works(*command: str) -> bool:
@@ -89,6 +101,7 @@ NEEDS = {
     "tensorboard": Need(packages("tensorboard"), "TensorBoard", DEV),
     "build": Need(packages("build"), "build", DEV),
     "cupy": Need(packages("cupy"), "CuPy", DEV),
+    "nvrtc": Need(installed(*nvrtc.PACKAGES.values()), "NVRTC of CUDA 12 and 13", DEV),
     "cudnn": Need(packages("cudnn"), "cuDNN's frontend", "pip install --no-deps nvidia-cudnn-frontend"),
     "nccl": Need(nccl, "NCCL's library", DEV),
     "double": Need(lambda: not REAL_GPU, "the double of a GPU", "leave out DISTRIB_TEST_GPU"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from distrib.comm.base import Communicator, Handle
@@ -20,7 +21,7 @@ class Reducer:
     first includes the STEP_METRICS scalars. Every rank sends them in this order.
 
     With `dtype` "bf16", gradients are sent and summed as bfloat16, half as many bytes, and the scalars
-    separately.
+    separately. `then`, if set, hears of each bucket right after it was sent.
     """
 
     def __init__(
@@ -46,13 +47,16 @@ class Reducer:
                 stop, members = parameter.start, 0
         self._pending = self._members.copy()
         self._handles: list[Handle] = []
+        self.then: Callable[[slice], None] | None = None
 
     def ready(self, parameter: Parameter) -> None:
         """Note that the gradient of `parameter` is complete; send the buckets that now are, in order."""
         self._pending[self._bucket_of[parameter.name]] -= 1
         while len(self._handles) < len(self.buckets) and self._pending[len(self._handles)] == 0:
-            payload = self._payload(self.buckets[len(self._handles)])
-            self._handles.append(self._comm.all_reduce(payload, overlap=True))
+            bucket = self.buckets[len(self._handles)]
+            self._handles.append(self._comm.all_reduce(self._payload(bucket), overlap=True))
+            if self.then:
+                self.then(bucket)
 
     def _payload(self, bucket: slice) -> Array:
         """The array to send for a bucket."""

@@ -15,6 +15,7 @@ import queue
 import re
 import stat
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ class Saver:
     """
 
     def __init__(self) -> None:
-        self.used = False
+        self.used, self.begun = False, time.monotonic()  # `begun`: the last save, or this
         self._work = queue.SimpleQueue[tuple[Any, ...] | None]()
         self._idle = threading.Event()
         self._idle.set()
@@ -138,7 +139,7 @@ class Saver:
     def start(self, *arguments: Any) -> None:
         """Start `save_checkpoint(*arguments)`, after the one before is done. The tensors must be copies."""
         self.wait()
-        self.used = True
+        self.used, self.begun = True, time.monotonic()
         self._idle.clear()
         try:
             self._work.put(arguments)

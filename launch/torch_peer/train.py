@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from distrib.config import Config, build
+from distrib.config import CHECKPOINT_STEPS, Config, build
 from distrib.data import sampler
 from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.faults.heartbeat import Heartbeats
@@ -116,7 +116,7 @@ class TorchRun:
             at["loss_sum"] += float(loss) * count
             at["correct"] += correct
             images += count
-            saves = bool(stop) or at["step"] % config.checkpoint_every == 0
+            saves = bool(stop) or at["step"] % (config.checkpoint_every or CHECKPOINT_STEPS) == 0
             logs = at["step"] % config.log_every == 0 or at["step"] % self.per_epoch == 0
             if saves or logs:
                 seconds = time.perf_counter() - logged

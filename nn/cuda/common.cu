@@ -33,18 +33,30 @@ static __device__ __forceinline__ Step threads_of_grid() { return (Step)gridDim.
 // x · y + z, rounded once, in every kernel alike: what the forward let through, the backward must find again.
 static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return fma(x, y, z); }
 
-// Sum over threadIdx.y of a block (blockDim.x, blockDim.y a power of two); `shared`: one double a thread.
-static __device__ double sum_over_lanes(double x, double* shared) {
-    int at = threadIdx.y * blockDim.x + threadIdx.x;
-    shared[at] = x;
+// Sums over threadIdx.y of a block (blockDim.x, blockDim.y a power of two), of COUNT values at once; `shared`:
+// COUNT doubles a thread.
+template <int COUNT>
+static __device__ void sum_over_lanes(double (&x)[COUNT], double* shared) {
+    int threads = blockDim.x * blockDim.y, at = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) shared[k * threads + at] = x[k];
     __syncthreads();
     for (int half = blockDim.y / 2; half > 0; half /= 2) {
-        if (threadIdx.y < half) shared[at] += shared[at + half * blockDim.x];
+        if (threadIdx.y < half)
+#pragma unroll
+            for (int k = 0; k < COUNT; k++)
+                shared[k * threads + at] += shared[k * threads + at + half * blockDim.x];
         __syncthreads();
     }
-    double total = shared[threadIdx.x];
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) x[k] = shared[k * threads + threadIdx.x];
     __syncthreads();  // `shared` may be used again at once
-    return total;
+}
+
+static __device__ double sum_over_lanes(double x, double* shared) {
+    double one[1] = {x};
+    sum_over_lanes(one, shared);
+    return one[0];
 }
 
 // True in all threads of the block that comes last of gridDim.x; they see what the others wrote before. The

@@ -25,6 +25,9 @@ SMALL_LANES, SMALL_ROWS = 8, 64
 """Channels of a block of norm_small.cu, 32 bytes of float32, a sector of memory; and its threads for each.
 """
 
+RUN = 8
+"""Pixels that a thread of the first layer's weight gradient takes in a row."""
+
 KEEP = {"float32": 28, "float64": 16, "bfloat16": 28}
 """Values that a thread of norm_small.cu holds in registers."""
 
@@ -67,6 +70,7 @@ def source(element: str) -> str:
         "SMALL_LANES": SMALL_LANES,
         "SMALL_ROWS": SMALL_ROWS,
         "KEEP": KEEP[element],
+        "RUN": RUN,
     }
     if element == "bfloat16":
         constants["BFLOAT16"] = 1

@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
     const REAL* __restrict__ logits, const int* __restrict__ labels, const REAL* __restrict__ stop,
     REAL* __restrict__ dlogits, REAL* local_loss, REAL* step_metrics, double count, double smoothing, int n,
     int classes, int binary) {
-    __shared__ double shared[THREADS];
+    __shared__ double shared[2 * THREADS];
     double loss = 0, correct = 0;
     for (int i = threadIdx.y; i < n; i += blockDim.y) {
         const REAL* z = logits + (size_t)i * classes;
@@ -41,11 +41,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
         loss += binary ? sigmoid_row(z, dz, labels[i], classes, (ACC)count)
                        : softmax_row(z, dz, labels[i], classes, (ACC)count, (ACC)smoothing);
     }
-    loss = sum_over_lanes(loss / count, shared);
-    correct = sum_over_lanes(correct, shared);
+    double both[2] = {loss / count, correct};
+    sum_over_lanes(both, shared);
     if (threadIdx.y == 0) {
-        local_loss[0] = step_metrics[0] = (REAL)loss;
-        step_metrics[1] = (REAL)correct;
+        local_loss[0] = step_metrics[0] = (REAL)both[0];
+        step_metrics[1] = (REAL)both[1];
         step_metrics[2] = stop[0];
     }
 }

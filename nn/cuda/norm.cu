@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(
         }
     }
     Moments block = moments_over_lanes(own, shared);
-    volatile double* cell = partial + ((size_t)blockIdx.x * c + channel) * 3;
+    double* cell = partial + ((size_t)blockIdx.x * c + channel) * 3;
     if (channel < c && threadIdx.y == 0) cell[0] = block.n, cell[1] = block.mean, cell[2] = block.squares;
     if (!last_to_arrive(arrived + blockIdx.y)) return;
     Moments merged = {0, 0, 0};
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             int b = first + i * blockDim.y;
-            const volatile double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 3;
+            const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 3;
             n[i] = b < gridDim.x ? p[0] : 0, mean[i] = p[1], squares[i] = p[2];
         }
 #pragma unroll
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(
     ELEM* dy, const ELEM* __restrict__ z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
     const REAL* __restrict__ gamma, const REAL* __restrict__ beta, double* partial, unsigned* arrived,
     double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
-    __shared__ double shared[THREADS];
+    __shared__ double shared[2 * THREADS];
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
     double total = 0, product = 0;
@@ -231,30 +231,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(
         }
         product *= norm.inverse_std;
     }
-    total = sum_over_lanes(total, shared);
-    product = sum_over_lanes(product, shared);
-    volatile double* cell = partial + ((size_t)blockIdx.x * c + channel) * 2;
-    if (channel < c && threadIdx.y == 0) cell[0] = total, cell[1] = product;
+    double both[2] = {total, product};
+    sum_over_lanes(both, shared);
+    double* cell = partial + ((size_t)blockIdx.x * c + channel) * 2;
+    if (channel < c && threadIdx.y == 0) cell[0] = both[0], cell[1] = both[1];
     if (!last_to_arrive(arrived + blockIdx.y)) return;
-    total = product = 0;
+    both[0] = both[1] = 0;
     for (int first = threadIdx.y; channel < c && first < gridDim.x; first += AHEAD * blockDim.y) {
         double sum[AHEAD], of_products[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             int b = first + i * blockDim.y;
-            const volatile double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 2;
+            const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 2;
             sum[i] = b < gridDim.x ? p[0] : 0, of_products[i] = b < gridDim.x ? p[1] : 0;
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) total += sum[i], product += of_products[i];
+        for (int i = 0; i < AHEAD; i++) both[0] += sum[i], both[1] += of_products[i];
     }
-    total = sum_over_lanes(total, shared);
-    product = sum_over_lanes(product, shared);
+    sum_over_lanes(both, shared);
     if (channel < c && threadIdx.y == 0) {
-        sums[channel] = total;
-        sums[c + channel] = product;
-        d_beta[channel] = (REAL)total;
-        d_gamma[channel] = (REAL)product;
+        sums[channel] = both[0];
+        sums[c + channel] = both[1];
+        d_beta[channel] = (REAL)both[0];
+        d_gamma[channel] = (REAL)both[1];
     }
 }
 

@@ -107,8 +107,9 @@ static __device__ void small_backward(
         total += g;
         product += g * norm.centred(top);
     }
-    total = sum_over_lanes(total, shared);
-    product = sum_over_lanes(product * norm.inverse_std, shared);
+    double both[2] = {total, product * norm.inverse_std};
+    sum_over_lanes(both, shared);
+    total = both[0], product = both[1];
     // adds 0, which the compiler cannot know: it would keep the first loop's addresses in registers
     int first = threadIdx.y + __syncthreads_or(0);
     if (!live) return;
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_sm
     ELEM* dy, ELEM* z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
     const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* d_gamma, REAL* d_beta, int n, int h,
     int w, int c, int pool, int relu) {
-    __shared__ double shared[SMALL_LANES * SMALL_ROWS];
+    __shared__ double shared[2 * SMALL_LANES * SMALL_ROWS];
     if (pool)
         small_backward<4>(dy, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
     else

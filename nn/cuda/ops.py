@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nn.array import Array
 from nn.buffers import Buffers
-from nn.cuda.kernels import ELEMENT_OF, KEEP, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
+from nn.cuda.kernels import ELEMENT_OF, KEEP, RUN, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
 from nn.ops.batch import Source
 from nn.ops.norm import After, Count, Norm
 
@@ -288,7 +288,7 @@ class Stem:
     ) -> None:
         assert dx is None, "the first layer's input has no gradient"
         n, h, width, c = dy.shape
-        grid, block = tiling(n * h * width, c, 32)
+        grid, block = tiling(n * h * width, c, RUN)
         partial = buffers.temporary("stem.partial", (grid[0], 9, c), "float64")
         arrived = buffers.zeros("stem.arrived", grid[1], "uint32")
         arguments = x, dy, partial, arrived, dw.transpose(3, 0, 1, 2), n, h, width, c

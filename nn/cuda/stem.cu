@@ -30,39 +30,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) stem_forward(
 }
 
 // dw (O, 3, 3) = Σ over pixels of dz · the nine pixels around. partial (gridDim.x, 9, C), arrived: zeros.
+// A thread takes RUN pixels in a row: it divides once for them, and loads them together.
 extern "C" __global__ void __launch_bounds__(THREADS) stem_weight_gradient(
     const ELEM* __restrict__ x, const ELEM* __restrict__ dz, double* partial, unsigned* arrived, REAL* dw,
     int n, int h, int w, int c) {
-    __shared__ double shared[THREADS];
+    __shared__ double shared[9 * THREADS];
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     double sum[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0};
-    int rows = n * h * w, lanes = gridDim.x * blockDim.y;
-    if (channel < c)
-        for (int first = blockIdx.x * blockDim.y + threadIdx.y; first < rows; first += 8 * lanes) {
-            ACC part[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0}, around[9];
-            for (int row = first, i = 0; i < 8 && row < rows; row += lanes, i++) {
-                neighbours(x + (size_t)(row / w / h) * h * w, row / w % h, row % w, h, w, around);
-                ACC g = value(dz[(size_t)row * c + channel]);
+    int rows = n * h * w, runs = gridDim.x * blockDim.y;
+    for (int first = (blockIdx.x * blockDim.y + threadIdx.y) * RUN; channel < c && first < rows;
+         first += RUN * runs) {
+        int j = first % w, i = first / w % h;
+        const ELEM* image = x + (size_t)(first / w / h) * h * w;
+        ACC part[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0}, around[9];
 #pragma unroll
-                for (int k = 0; k < 9; k++) part[k] = multiply_add(g, around[k], part[k]);
-            }
+        for (int run = 0; run < RUN; run++) {
+            bool here = first + run < rows;
+            ACC g = here ? value(dz[(size_t)(first + run) * c + channel]) : (ACC)0;
+            neighbours(image, i, j, here ? h : 0, w, around);
 #pragma unroll
-            for (int k = 0; k < 9; k++) sum[k] += part[k];
+            for (int k = 0; k < 9; k++) part[k] = multiply_add(g, around[k], part[k]);
+            if (++j < w) continue;
+            j = 0;
+            if (++i == h) i = 0, image += h * w;
         }
 #pragma unroll
-    for (int k = 0; k < 9; k++) {
-        double total = sum_over_lanes(sum[k], shared);
-        volatile double* cell = partial + ((size_t)blockIdx.x * 9 + k) * c + channel;
-        if (channel < c && threadIdx.y == 0) *cell = total;
+        for (int k = 0; k < 9; k++) sum[k] += part[k];
     }
-    if (!last_to_arrive(arrived + blockIdx.y)) return;
+    sum_over_lanes(sum, shared);
 #pragma unroll
     for (int k = 0; k < 9; k++) {
-        double total = 0;
-        if (channel < c)
-            for (int b = threadIdx.y; b < gridDim.x; b += blockDim.y)
-                total += *(const volatile double*)(partial + ((size_t)b * 9 + k) * c + channel);
-        total = sum_over_lanes(total, shared);
-        if (channel < c && threadIdx.y == 0) dw[channel * 9 + k] = (REAL)total;
+        if (channel < c && threadIdx.y == 0) partial[((size_t)blockIdx.x * 9 + k) * c + channel] = sum[k];
+        sum[k] = 0;
     }
+    if (!last_to_arrive(arrived + blockIdx.y)) return;
+#pragma unroll 2
+    for (int b = threadIdx.y; channel < c && b < gridDim.x; b += blockDim.y)
+#pragma unroll
+        for (int k = 0; k < 9; k++) sum[k] += partial[((size_t)b * 9 + k) * c + channel];
+    sum_over_lanes(sum, shared);
+#pragma unroll
+    for (int k = 0; k < 9; k++)
+        if (channel < c && threadIdx.y == 0) dw[channel * 9 + k] = (REAL)sum[k];
 }

@@ -288,6 +288,15 @@ class Function:
             if (start := _address(argument)) is not None
         ]
 
+    def memory(self, args: tuple) -> tuple[list[range], list[range]]:
+        """What a launch may read, and what it may write as far as the parameters' types say."""
+        reads: list[range] = []
+        writes: list[range] = []
+        for (_, _, kind), argument in zip(self.parameters, args):
+            if _address(argument) is not None:
+                (reads if kind.startswith("const ") else writes).append(_span(argument))
+        return reads, writes
+
     def _check_restrict(self, args: tuple) -> None:
         """ValueError where memory that may be written is reached through a `__restrict__` pointer and
         another."""
@@ -313,14 +322,14 @@ class HostModule:
     `order` is one of ORDERS, "shuffled" differs from launch to launch and depends on `seed`; `launches`
     lists the names of the kernels launched. Modules of the same text share its `__device__` variables.
     With `races`, accesses that nothing orders and accesses outside the arguments raise RuntimeError too, and
-    `accesses` counts what was looked at.
+    `accesses` counts what was looked at, `bytes` what had to come from memory and go there.
     """
 
     def __init__(self, code: str, order: str = "forward", seed: int = 0, races: bool = False) -> None:
         self.library = ctypes.PyDLL(str(build(code, races)))  # keeps the GIL: one launch at a time
-        self.races, self.accesses = races, 0
+        self.races, self.accesses, self.bytes = races, 0, 0
         if races:
-            self.library.races_accesses.restype = ctypes.c_ulonglong
+            self.library.races_accesses.restype = self.library.races_bytes.restype = ctypes.c_ulonglong
         self.library.kernel_types.restype = self.library.launch.restype = ctypes.c_char_p
         self.order, self.seed = order, seed
         self.launches: list[str] = []
@@ -351,6 +360,8 @@ class HostModule:
             ORDERS.index(self.order),
             ctypes.c_uint(seed),
         )
-        self.accesses += self.library.races_accesses() if self.races else 0
+        if self.races:
+            self.accesses += self.library.races_accesses()
+            self.bytes += self.library.races_bytes()
         if error:
             raise RuntimeError(f"{function.name}: {error.decode()}")

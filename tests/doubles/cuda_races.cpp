@@ -37,6 +37,7 @@ struct Element {
     Access written, read;
     bool by_threads;  // several have read it since the last barrier
     bool by_blocks;   // several have read it
+    bool came, went;  // whether it was ever read, and ever written
 };
 
 struct Array {
@@ -92,6 +93,7 @@ void read(const Array& array, size_t index, bool atomic) {
     element.by_threads = together && (element.by_threads || last.thread != now.thread);
     element.by_blocks |= last.block && last.block != now.block;
     element.read = access_of_now(atomic);
+    element.came |= !element.went;
 }
 
 void write(const Array& array, size_t index, bool atomic) {
@@ -102,7 +104,7 @@ void write(const Array& array, size_t index, bool atomic) {
     const bool others = element.by_blocks || (element.by_threads && last.epoch == now.epoch);
     if (!(atomic && last.atomic) && (others || !ordered(last)))
         report("write after read of", last, array, index);
-    element = {access_of_now(atomic), {}, false, false};
+    element = {access_of_now(atomic), {}, false, false, element.came, true};
 }
 
 [[noreturn]] void report_outside(size_t at, size_t bytes, bool writes) {
@@ -195,8 +197,17 @@ EXPORTED void races_begin(const Span* spans, int count, size_t slots, size_t byt
     own = {{reinterpret_cast<size_t>(&__ehdr_start), reinterpret_cast<size_t>(&_end)}, {slots, slots + bytes}};
 }
 
-/// Of the last launch.
+/// Loads and stores of the last launch.
 EXPORTED unsigned long long races_accesses() { return accesses; }
+
+/// Bytes that the last launch had to bring from memory and to bring back, each once.
+EXPORTED unsigned long long races_bytes() {
+    unsigned long long bytes = 0;
+    for (const Array& array : arrays)
+        for (size_t i = 0; i < (array.span.to - array.span.from) / array.span.item; i++)
+            bytes += array.span.item * (array.elements[i].came + array.elements[i].went);
+    return bytes;
+}
 
 extern "C" {
 #define ACCESS(BYTES)                                                            \

@@ -9,6 +9,7 @@ stream captures it goes into the graph and runs when that is launched, and opera
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ import numpy as np
 import pytest
 from cuda_double import HostModule
 from cudnn_double import Cuda as _Cuda
-from cudnn_double import Cudnn, _pygraph
-from nccl_double import Nccl, _bound, _Event, _Stream
+from cudnn_double import Cudnn, _pygraph, data_type
+from nccl_double import DTYPES, Nccl, OrderError, _bound, _Event, _Stream
 from needs import REAL_GPU as REAL
 from strict_array import CaptureError, StrictArray, only_views, strict, synchronisation
 
@@ -38,10 +39,10 @@ needs_device = pytest.mark.needs(*([] if REAL else ["g++"]))
 
 
 class Graph:
-    """What was queued during a capture."""
+    """What was queued during a capture; `depth` of it can only run one after another."""
 
-    def __init__(self, cuda: Cuda, work: list[Callable[[], None]]) -> None:
-        self.cuda, self.work = cuda, work
+    def __init__(self, cuda: Cuda, work: list[Callable[[], None]], depth: int) -> None:
+        self.cuda, self.work, self.depth = cuda, work, depth
         if cuda.holds_collectives:
             cuda.graphs.add(self)
         cuda.holds_collectives = False
@@ -51,6 +52,9 @@ class Graph:
         for call in self.work:
             call()
 
+    def upload(self, stream: Any = None) -> None:
+        assert self.cuda.captured is None, "a graph is not uploaded into a capture"
+
 
 class _CapturingEvent(_Event):
     """Of which capture it is, and what of each stream's captured work it stands for."""
@@ -58,12 +62,14 @@ class _CapturingEvent(_Event):
     cuda: Cuda
     capture: object = None
     covers: ClassVar[dict[int, int]] = {}
+    depth = 0
 
     def record(self, stream: Any = None) -> None:
         stream = stream or self.cuda.current
         super().record(stream)
         self.capture = self.cuda.capture if stream.ptr in self.cuda.covers else None
         self.covers = dict(self.cuda.covers.get(stream.ptr, {}))
+        self.depth = self.cuda.depths.get(stream.ptr, 0)
 
     def synchronize(self) -> None:
         assert self.capture is None, "an event of a capture cannot be waited for: cudaErrorCapturedEvent"
@@ -77,7 +83,8 @@ class _CapturingStream(_Stream):
     def begin_capture(self, mode: int | None = None) -> None:
         assert self is self.cuda.current is not self.null, "the default stream cannot be captured"
         self.cuda.captured, self._views = [], only_views()
-        self.cuda.capture, self.cuda.covers = object(), {self.ptr: {}}
+        self.cuda.capture, self.cuda.covers, self.cuda.depths = object(), {self.ptr: {}}, {}
+        self.cuda.touched = []
         self._views.__enter__()
 
     def end_capture(self) -> Graph:
@@ -89,7 +96,7 @@ class _CapturingStream(_Stream):
         unjoined = [ptr for ptr, own in covers.items() if own.get(ptr, 0) > joined.get(ptr, 0)]
         if unjoined:
             raise CaptureError("a fork was not joined: cudaErrorStreamCaptureUnjoined")
-        return Graph(self.cuda, work)
+        return Graph(self.cuda, work, self.cuda.depths.get(self.ptr, 0))
 
     def synchronize(self) -> None:
         assert self.cuda.captured is None, "a capture cannot be waited for"
@@ -106,6 +113,12 @@ class _CapturingStream(_Stream):
         own = self.cuda.covers.setdefault(self.ptr, {})
         for ptr, count in event.covers.items():
             own[ptr] = max(own.get(ptr, 0), count)
+        depths = self.cuda.depths
+        depths[self.ptr] = max(depths.get(self.ptr, 0), event.depth)
+
+
+def _overlap(some: list[range], others: list[range]) -> bool:
+    return any(max(a.start, b.start) < min(a.stop, b.stop) for a in some for b in others)
 
 
 class Cuda(_Cuda):
@@ -117,17 +130,21 @@ class Cuda(_Cuda):
         self.capture: object = None
         self.covers: dict[int, dict[int, int]] = {}
         """By stream of the capture: how much of each stream's captured work it comes after."""
+        self.depths: dict[int, int] = {}
+        """By stream of the capture: how much of what it holds can only run one after another."""
+        self.touched: list[tuple[int, int, list[range], list[range]]] = []
+        """What the capture holds: stream, number on it, memory read and written."""
         self.holds_collectives = False
         self.Event = type("Event", (_CapturingEvent, self.Event), {"cuda": self})
         self.Stream = _bound(_CapturingStream, cuda=self)
         self.current = self.compute = self.Stream.null = self.Stream(null=True)
-        self.stream = self.Stream(non_blocking=True)
+        self.stream = self.Stream(non_blocking=True, priority=-1)
         self.stream.__enter__()  # as `cupy_backend` does
         self.compute = self.stream
 
-    def queue(self, work: Callable[[], None]) -> None:
+    def queue(self, work: Callable[[], None], reads: list[range], writes: list[range]) -> None:
         """Run `work`, let the capture have it, or on another stream than the compute stream leave it until
-        awaited.
+        awaited. `reads` and `writes` are the memory that it touches.
 
         So a graph runs a branch as early as can be and an eager step as late: where both give the same bits,
         nothing that the branch reads or writes was touched in between.
@@ -138,11 +155,23 @@ class Cuda(_Cuda):
             if own is None:
                 raise CaptureError("work on a stream outside the capture: cudaErrorStreamCaptureImplicit")
             own[self.current.ptr] = own.get(self.current.ptr, 0) + 1
+            self.depths[self.current.ptr] = self.depths.get(self.current.ptr, 0) + 1
+            self._check_order(own, reads, writes)
             self.captured.append(work)
         elif self.current is self.compute:
             work()
         else:
             self.current.work.append(work)
+
+    def _check_order(self, own: dict[int, int], reads: list[range], writes: list[range]) -> None:
+        """CaptureError where another stream of the capture may use the same memory at the same time."""
+        for ptr, count, other_reads, other_writes in self.touched:
+            ordered = own.get(ptr, 0) >= count  # of the current stream: all
+            if not ordered and (
+                _overlap(writes, other_reads + other_writes) or _overlap(reads, other_writes)
+            ):
+                raise CaptureError("two streams use the same memory, and no event orders them")
+        self.touched.append((self.current.ptr, own[self.current.ptr], reads, writes))
 
     def _run_on(self, stream: Any, work: Callable[[], None]) -> None:
         """Run `work` with `stream` as the current one, as it was when the work was queued."""
@@ -157,13 +186,20 @@ class Cuda(_Cuda):
         return super().alloc(size)
 
     def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
-        self.queue(partial(super().memsetAsync, ptr, value, size, stream))
+        self.queue(partial(super().memsetAsync, ptr, value, size, stream), [], [range(ptr, ptr + size)])
 
 
 class _CapturedPygraph(_pygraph):
     def execute(self, tensor_dict: dict, workspace: Any = None, handle: Any = None) -> None:
         self.cudnn.check(handle)
-        self.cudnn.cuda.queue(partial(super().execute, tensor_dict, workspace, handle))
+        spans = [
+            range(start, start + 2 * math.prod(t.dim) * (1 if t.data_type is data_type.BFLOAT16 else 2))
+            for t in self.tensors
+            if (start := tensor_dict.get(t.uid))
+        ]
+        scratch = [range(workspace, workspace + self.get_workspace_size())] if workspace else []
+        work = partial(super().execute, tensor_dict, workspace, handle)
+        self.cudnn.cuda.queue(work, spans[:2], spans[2:] + scratch)
 
 
 class CapturedCudnn(Cudnn):
@@ -192,7 +228,13 @@ class CapturedNccl(Nccl):
             assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, (
                 "a branch of the graph is not joined"
             )
-            self.cuda.queue(partial(self._run, [(comm, call)]))
+            calls = self.mpi.allgather(("captured", *call[3:5], call.op, call.root))
+            if len(set(calls)) > 1:
+                raise OrderError(f"ranks capture different collectives, or not together: {calls}")
+            size = call.elements * np.dtype(DTYPES[call.datatype]).itemsize
+            memory = [range(pointer, pointer + size) for pointer in (call.sendbuf, call.recvbuf)]
+            with stream:
+                self.cuda.queue(partial(self._run, [(comm, call)]), memory[:1], memory[1:])
             self.cuda.holds_collectives = True
 
 
@@ -207,7 +249,8 @@ class _Module:
 
         def launch(grid: tuple, block: tuple, arguments: tuple) -> None:
             self.launched.append(name)
-            self.cuda.queue(partial(function, grid, block, arguments))
+            reads, writes = function.memory(arguments)
+            self.cuda.queue(partial(function, grid, block, arguments), reads, writes)
 
         return launch
 

@@ -109,7 +109,7 @@ class _Stream:
     work: list[Callable[[], None]]
     ran = seen = 0
 
-    def __new__(cls, null: bool = False, non_blocking: bool = False) -> _Stream:
+    def __new__(cls, null: bool = False, non_blocking: bool = False, priority: int | None = None) -> _Stream:
         if null and cls.null:
             return cls.null
         self = super().__new__(cls)
@@ -264,13 +264,17 @@ class _NcclCommunicator:
             raise TypeError(f"Argument 'commId' has incorrect type (expected bytes, got {type(commId)})")
         if len(commId) != 128:
             raise ValueError(f"commId length {len(commId)} != 128.")
+        gpu = self.nccl.gpu or (mpi.rank, device)
         ranks = mpi.allgather((commId, (ndev, rank) == (mpi.size, mpi.rank), device is not None))
+        shared = len(set(mpi.allgather(gpu))) < mpi.size
         if not all(chosen for _, _, chosen in ranks):
             raise OrderError("a communicator was made before a device was chosen")
         if not all(fits for _, fits, _ in ranks):
             raise NcclError(INVALID_ARGUMENT, f"rank {rank} of {ndev}; in MPI {mpi.rank} of {mpi.size}")
         if len({unique_id for unique_id, _, _ in ranks}) > 1:
             raise NcclError(INVALID_USAGE, "the unique id differs between ranks")
+        if shared and (self.nccl.version < 23000 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"):
+            raise NcclError(INVALID_USAGE, "Duplicate GPU detected")
         self._rank, self._size, self._device, self._live = rank, ndev, device, True
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
@@ -363,7 +367,7 @@ class _NcclCommunicator:
         if call.name in ("send", "recv"):
             data = host_view(call.sendbuf or call.recvbuf, call.elements, call.datatype).view(np.uint8)
             return [(mpi.Isend if call.name == "send" else mpi.Irecv)(data, call.root)]
-        calls = mpi.allgather((call.name, call.elements, call.datatype, call.op, call.root))
+        calls = mpi.allgather((call.name, *call[3:5], call.op, call.root))
         if len(set(calls)) > 1:
             raise OrderError(f"ranks run different collectives (name, count, datatype, op, root): {calls}")
         result = self._result(call) if call.elements else np.empty(0)
@@ -419,12 +423,13 @@ class Nccl:
 
     def __init__(self, mpi_comm: MPI.Intracomm, cuda: Cuda, log: list) -> None:
         self.mpi, self.cuda, self.log = mpi_comm.Dup(), cuda, log
-        self.async_status, self.depth = 0, 0
+        self.async_status, self.depth, self.version = 0, 0, 22501
+        self.gpu: str | None = None  # which one a rank has; None: one of its own
         self._group: list[tuple[_NcclCommunicator, Call]] = []
         self.NcclCommunicator = _bound(_NcclCommunicator, nccl=self)
 
     def get_version(self) -> int:
-        return 22501
+        return self.version
 
     def get_unique_id(self) -> bytes:
         self.log.append(("get_unique_id",))

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.metadata
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+PACKAGES = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
+FLAGS = (
+    b"--std=c++17",
+    b"-ftz=true",
+    b"--device-as-default-execution-space",
+    b"--ptxas-options=-v",
+)
+"""What `cupy.RawModule` and `nn.cuda.backend` give, and a report of registers."""
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200; the last needs NVRTC 12.8
 
@@ -18,23 +31,34 @@ class Usage(NamedTuple):
     spill_loads: int = 0
 
 
-def compile_cuda(code: str, architecture: str) -> dict[str, Usage]:
-    """Usage of each kernel of a CUDA text; RuntimeError with the compiler's log where it fails."""
-    from cupy.cuda import nvrtc
+@functools.cache
+def library(version: int) -> ctypes.CDLL:
+    """NVRTC of CUDA `version`, as pip installs it."""
+    package = importlib.metadata.distribution(PACKAGES[version])
+    paths = [Path(str(file.locate())) for file in package.files or () if ".so" in file.name]
+    for path in sorted(paths, key=lambda path: "builtins" not in path.name):  # NVRTC finds them loaded
+        found = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if "builtins" in path.name else ctypes.RTLD_LOCAL)
+    return found
 
-    program = nvrtc.createProgram(code, "kernels.cu", (), ())
+
+def compile_cuda(code: str, architecture: str, version: int = 12) -> dict[str, Usage]:
+    """Usage of each kernel of a CUDA text, compiled as CuPy does; RuntimeError with the compiler's log."""
+    nvrtc, program = library(version), ctypes.c_void_p()
+    flags = [f"-arch={architecture}".encode(), *FLAGS]
+    arguments = code.encode(), b"kernels.cu", 0, None, None
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), *arguments) == 0
     try:
-        nvrtc.compileProgram(
-            program, (f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v")
-        )
-        log = nvrtc.getProgramLog(program)
-        if not nvrtc.getCUBIN(program):
-            raise RuntimeError(f"{architecture}: no cubin\n{log}")
-    except nvrtc.NVRTCError as error:
-        raise RuntimeError(f"{architecture}: {error}\n{nvrtc.getProgramLog(program)}") from None
+        failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        text = log.value.decode()
+        if failed or nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)) or not size.value:
+            raise RuntimeError(f"{architecture}: NVRTC {version} gives no cubin\n{text}")
     finally:
-        nvrtc.destroyProgram(program)
-    return parse(log)
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return parse(text)
 
 
 def parse(log: str) -> dict[str, Usage]:

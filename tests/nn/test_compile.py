@@ -8,7 +8,7 @@ from nvrtc import ARCHITECTURES, compile_cuda
 
 from nn.cuda import kernels
 
-pytestmark = pytest.mark.needs("cupy")
+pytestmark = pytest.mark.needs("nvrtc")
 
 ELEMENTS = ("float32", "float64", "bfloat16")
 PRESSED = r"""
@@ -32,11 +32,13 @@ extern "C" __global__ void __launch_bounds__(1024) pressed(float* x, int n) {
 
 
 @pytest.mark.needs("g++")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("version", "architecture"), [*((12, each) for each in ARCHITECTURES), (13, "sm_90"), (13, "sm_100")]
+)
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_kernels_compile_without_spills(element: str, architecture: str) -> None:
+def test_kernels_compile_without_spills(element: str, version: int, architecture: str) -> None:
     code = kernels.source(element)
-    usage = compile_cuda(code, architecture)
+    usage = compile_cuda(code, architecture, version)
     assert set(signatures(code)) <= set(usage)
     spilling = {name: taken for name, taken in usage.items() if taken.spill_stores or taken.spill_loads}
     assert not spilling
