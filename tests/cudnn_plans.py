@@ -1,7 +1,7 @@
 """The plans that the real cuDNN builds for a GPU that is only described to it: `make cudnn-plans`.
 
 For every convolution of ResNet-9, by batch size and precision: how many plans cuDNN offers, how many
-of the first CANDIDATES that may be used build, the engine and workspace of the first, the largest workspace.
+of those that are tried build, the engine and workspace of the first, the largest workspace.
 Prints a table in Markdown; exit code 1 if an operation has no plan. Nothing runs: the fastest, a GPU tells.
 """
 
@@ -11,9 +11,8 @@ import json
 import sys
 from collections.abc import Iterator
 from importlib import import_module, metadata
-from typing import Any
 
-from nn.cuda.cudnn import CANDIDATES, KINDS, Convolutions, NoPlan, Operation
+from nn.cuda.plans import KINDS, NoPlan, Operation, Planner
 from nn.resnet9 import ResNet9
 
 H100 = {
@@ -48,24 +47,12 @@ H100 = {
 BATCHES, PRECISIONS = (8, 64, 512, 2048), ("tf32", "float32", "bf16")
 
 
-class Described(Convolutions):
-    """Convolutions planned for a device that is not there."""
-
-    def __init__(self, cudnn: Any, precision: str) -> None:
-        super().__init__(cudnn, None, precision, from_bf16=print)
-        self._device = cudnn.create_device_properties(json.dumps(H100))
-
-    def _target(self) -> dict[str, Any]:
-        return {"device_property": self._device}
-
-    def found(self, operation: Operation) -> tuple[int, list[tuple[str, int]]]:
-        """(plans offered, (name, bytes of workspace) of the first CANDIDATES that build)."""
-        graph = self._graph(operation)
-        plans = self._buildable(graph)
-        built = [
-            (name, graph.get_workspace_size()) for name, _ in zip(plans, range(CANDIDATES), strict=False)
-        ]
-        return graph.get_execution_plan_count(), built
+def found(planner: Planner, operation: Operation) -> tuple[int, list[tuple[str, int]]]:
+    """(plans offered, (name, bytes of workspace) of those that a GPU would time)."""
+    graph, names = planner.candidates(operation)
+    return planner.graph(operation).get_execution_plan_count(), [
+        (name, graph.get_workspace_size()) for name in names
+    ]
 
 
 def operations(n: int) -> Iterator[Operation]:
@@ -86,13 +73,13 @@ def main() -> int:
     print(f"cuDNN {cudnn.backend_version_string()}, frontend {frontend}, {H100['deviceName']} as described\n")
     print("| batch | precision | operation | offered | built | first | its MiB | most MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    missing = 0
+    missing, target = 0, {"device_property": cudnn.create_device_properties(json.dumps(H100))}
     for precision in PRECISIONS:
-        described = Described(cudnn, precision)
+        planner = Planner(cudnn, precision, lambda: target)
         for n in BATCHES:
             for operation in operations(n):
                 try:
-                    offered, built = described.found(operation)
+                    offered, built = found(planner, operation)
                 except NoPlan as error:
                     offered, built = 0, []
                     print(error, file=sys.stderr)

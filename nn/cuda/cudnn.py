@@ -16,68 +16,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from statistics import median
 from typing import Any, NamedTuple
 
 from nn.array import Array
 from nn.buffers import Buffers
+from nn.cuda.plans import KINDS, WORKSPACE_LIMIT, NoPlan, Operation, Planner, first_line, places
 from nn.device import SideStream, capture
 from nn.ops.conv import Geometry
-
-WORKSPACE_LIMIT = 2 << 30
-"""Bytes; plans that need more are not considered. On an H100, float32 without tensor cores needs 294 MiB at
-batch 512 and 1,176 MiB at 2048: below, the generic engine alone is left."""
-
-CANDIDATES = 24
-"""Plans that are timed. cuDNN lists 34 to 43, what it deems faster first; the fastest is not always among the
-first eight."""
 
 WARM_UP_SECONDS = 0.2
 """Of work before the first plan is timed: an idle chip runs at a fraction of its clock."""
 
 ROUNDS, LAUNCHES = 5, 8
 """A plan's time is the median of ROUNDS measurements of LAUNCHES executions each."""
-
-NOTES = {
-    "float32": ("NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION", "DOWN_CONVERT_INPUTS", "TENSOR_CORE"),
-    "tf32": ("NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION", "DOWN_CONVERT_INPUTS"),
-    "bf16": ("NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION"),
-}
-"""By precision: cuDNN's notes on engines that must not be used. Tensor cores round float32 inputs to TF32."""
-
-KINDS = {
-    "forward": ("conv_fprop", {"image": "x", "weight": "w"}, "y"),
-    "input gradient": ("conv_dgrad", {"loss": "y", "filter": "w"}, "x"),
-    "weight gradient": ("conv_wgrad", {"image": "x", "loss": "y"}, "w"),
-}
-"""By operation: cuDNN's node, its arguments and its output by the tensor whose shape they have."""
-
-
-class NoPlan(RuntimeError):
-    """cuDNN cannot do the operation under the conditions that NOTES and WORKSPACE_LIMIT set."""
-
-
-class Operation(NamedTuple):
-    """One of KINDS for input (N, H, W, C) and weights (kh, kw, C, O)."""
-
-    kind: str
-    x_shape: tuple[int, ...]
-    w_shape: tuple[int, ...]
-    geometry: Geometry
-
-    def __str__(self) -> str:
-        x, w = ("x".join(map(str, shape)) for shape in (self.x_shape, self.w_shape))
-        g = self.geometry
-        return f"{self.kind} {x} {w} s{g.stride}p{g.padding}d{g.dilation}"
-
-    def layouts(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Dimensions and strides of x, w and y: cuDNN names axes N, C, H, W however they lie."""
-        y_shape = self.geometry.out_shape(self.x_shape, self.w_shape)
-        kh, kw, c_in, c_out = self.w_shape
-        shapes = {"x": self.x_shape, "w": (c_out, kh, kw, c_in), "y": y_shape}
-        return {name: ([n, c, h, w], [h * w * c, 1, w * c, c]) for name, (n, h, w, c) in shapes.items()}
 
 
 class Lane(NamedTuple):
@@ -116,17 +69,14 @@ class Convolutions:
         from_bf16: Callable[[Array, Array], Any] | None = None,
         side_stream: SideStream | None = None,
     ) -> None:
-        if precision not in NOTES:
-            raise ValueError(f"precision {precision!r} is none of {', '.join(NOTES)}")
+        self.planner = Planner(cudnn, precision, self._target)
         if precision == "bf16" and from_bf16 is None:
             raise ValueError("bf16 needs `from_bf16`, which turns bfloat16 bits into float32")
         self.cudnn, self.cuda, self.precision, self.side_stream = cudnn, cuda, precision, side_stream
         self.from_bf16 = from_bf16 if precision == "bf16" else None
-        self.version: str = cudnn.backend_version_string()
+        self.version = self.planner.version
         self.plans: dict[str, str] = {}
         self._dtype = "uint16" if precision == "bf16" else "float32"
-        self._type = cudnn.data_type.BFLOAT16 if precision == "bf16" else cudnn.data_type.FLOAT
-        self._refusals = (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError)
         self._lanes: dict[int, Lane] = {}
         self._built: dict[Operation, tuple[Any, int]] = {}
         self._supported: dict[Operation, bool] = {}
@@ -192,7 +142,8 @@ class Convolutions:
     def _has_plan(self, operation: Operation) -> bool:
         if operation not in self._supported:
             try:
-                self._supported[operation] = any(self._buildable(self._graph(operation)))
+                graph = self.planner.graph(operation)
+                self._supported[operation] = any(self.planner.buildable(graph, places(graph)))
             except NoPlan:
                 self._supported[operation] = False
         return self._supported[operation]
@@ -245,14 +196,15 @@ class Convolutions:
         if key not in self.plans:
             self.plans[key] = self._fastest(operation, pointers)
         # A graph keeps every plan that was built in it: the one that served to choose is dropped.
-        graph, why = self._graph(operation), "not offered"
-        for index in range(graph.get_execution_plan_count()):
+        graph, why = self.planner.graph(operation), "not offered"
+        self.planner.borrow(graph, operation)
+        for index in places(graph):
             if graph.get_plan_name_at_index(index) == self.plans[key]:
                 try:
                     graph.build_plan_at_index(index)
                     return graph, graph.get_workspace_size()
-                except self._refusals as error:
-                    why = _line(error)
+                except self.planner.refusals as error:
+                    why = first_line(error)
         raise ValueError(
             f"cuDNN {self.version} cannot use the plan {self.plans[key]!r} stored for {key!r} ({why}):"
             " remove plans.json"
@@ -262,54 +214,14 @@ class Convolutions:
         """What a graph is planned for: the device of the current stream's handle."""
         return {"handle": self._lane().handle}
 
-    def _graph(self, operation: Operation) -> Any:
-        """The operation as a graph with its list of plans, none of them built."""
-        cudnn, layouts, g = self.cudnn, operation.layouts(), operation.geometry
-        node, inputs, output = KINDS[operation.kind]
-        float32 = cudnn.data_type.FLOAT
-        try:
-            types = {"intermediate_data_type": float32, "compute_data_type": float32}
-            graph, tensors = cudnn.pygraph(io_data_type=self._type, **types, **self._target()), {}
-            for uid, (name, like) in enumerate(inputs.items(), 1):
-                dim, stride = layouts[like]
-                tensors[name] = graph.tensor(name=name, dim=dim, stride=stride, data_type=self._type, uid=uid)
-            window = {"padding": [g.padding] * 2, "stride": [g.stride] * 2, "dilation": [g.dilation] * 2}
-            result = getattr(graph, node)(**tensors, **window, compute_data_type=float32)
-            dim, stride = layouts[output]
-            result.set_output(True).set_data_type(self._type).set_dim(dim).set_stride(stride).set_uid(3)
-            graph.validate()
-            graph.build_operation_graph()
-            # Under "float32" mode A often lists nothing but tensor cores: the fallbacks behind it are what is
-            # left.
-            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            graph.deselect_numeric_notes(
-                [getattr(cudnn.numerical_note, note) for note in NOTES[self.precision]]
-            )
-            graph.deselect_workspace_greater_than(WORKSPACE_LIMIT)
-        except cudnn.cudnnGraphNotSupportedError as error:
-            raise NoPlan(
-                f"cuDNN {self.version} has no plan for {operation} {self.precision}: {_line(error)}"
-            ) from error
-        except (RuntimeError, ValueError) as error:
-            raise RuntimeError(
-                f"cuDNN {self.version}, {operation} {self.precision}: {_line(error)}"
-            ) from error
-        return graph
-
-    def _buildable(self, graph: Any) -> Iterator[str]:
-        """Yields the names of the plans that can be built, each while it is the one that `graph` executes."""
-        for index in range(graph.get_execution_plan_count()):
-            try:
-                graph.build_plan_at_index(index)
-            except self._refusals:
-                continue  # deselected, too large, or in need of a compiler that is missing
-            yield graph.get_plan_name_at_index(index)
-
     def _fastest(self, operation: Operation, pointers: tuple[int, ...]) -> str:
-        """The fastest of the first CANDIDATES plans that can be built; the output is overwritten."""
-        graph = self._graph(operation)
+        """The fastest of the first CANDIDATES plans that can be built, and of those that are borrowed.
+
+        The output is overwritten.
+        """
+        graph, names = self.planner.candidates(operation)
         times: dict[str, float] = {}
-        for name in islice(self._buildable(graph), CANDIDATES):
+        for name in names:
             with contextlib.suppress(RuntimeError):  # a plan that cannot run, or not in a CUDA graph, is none
                 times[name] = min(self._time(graph, pointers), times.get(name, float("inf")))
         if not times:
@@ -348,11 +260,6 @@ class Convolutions:
         return median(times)
 
 
-def _line(error: Exception) -> str:
-    """The first line of cuDNN's message: the rest dumps whole descriptors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def load(
     cuda: Any,
     precision: str,
@@ -369,10 +276,12 @@ def load(
         importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib("cudart")
         cudnn = importlib.import_module("cudnn")
     except (ImportError, OSError, RuntimeError) as error:
-        raise RuntimeError(f"cuDNN's Python frontend cannot be imported ({_line(error)}): {remedy}") from None
+        raise RuntimeError(
+            f"cuDNN's Python frontend cannot be imported ({first_line(error)}): {remedy}"
+        ) from None
     try:
         convolutions = Convolutions(cudnn, cuda, precision, from_bf16, side_stream)
         convolutions._lane()
     except RuntimeError as error:
-        raise RuntimeError(f"cuDNN cannot be used ({_line(error)}): {remedy}") from None
+        raise RuntimeError(f"cuDNN cannot be used ({first_line(error)}): {remedy}") from None
     return convolutions

@@ -27,7 +27,7 @@ from distrib.run.folder import Run
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn import layers
-from nn.cuda.cudnn import KINDS, Operation
+from nn.cuda.plans import KINDS, Operation
 from nn.device import NUMPY, Backend
 from nn.resnet9 import VARIANTS
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,8 @@ pygraph.deselect_numeric_notes notes
 pygraph.deselect_workspace_greater_than workspace_limit
 pygraph.get_execution_plan_count
 pygraph.get_plan_name_at_index index
+pygraph.get_engine_and_knobs_at_index index
+pygraph.create_execution_plan engine_id knobs
 pygraph.build_plan_at_index index
 pygraph.get_workspace_size
 pygraph.execute tensor_dict workspace handle
@@ -99,6 +102,7 @@ class Offer:
     mode: str = "A"
     builds: bool = True
     nodes: tuple[str, ...] = ("conv_fprop", "conv_dgrad", "conv_wgrad")
+    for_wider: bool = False  # listed only where more channels come out than went in
 
 
 class Handle:
@@ -228,6 +232,7 @@ class _pygraph:
             for mode in heuristics
             for o in self.cudnn.offers
             if o.mode == mode.name and self.node in o.nodes
+            if not o.for_wider or self.roles()[1].dim[0] > self.roles()[1].dim[1]
         ]
         if not self.offers:
             raise NotSupported("No valid engine configs\n{…}")
@@ -251,6 +256,15 @@ class _pygraph:
         if not 0 <= index < len(self.offers):
             raise IndexError(f"plan index {index} out of range for {len(self.offers)} plan(s)")
         return self.offers[index]
+
+    def get_engine_and_knobs_at_index(self, index: int) -> tuple[int, dict[str, Offer]]:
+        offer = self._offer(index)
+        return zlib.crc32(offer.name.split("_")[0].encode()), {"double": offer}
+
+    def create_execution_plan(self, engine_id: int, knobs: dict[str, Offer]) -> None:
+        """Append a plan that another graph listed."""
+        self.require("planned")
+        self.offers.append(knobs["double"])
 
     def get_plan_name_at_index(self, index: int) -> str:
         return self._offer(index).name

@@ -20,9 +20,11 @@ from device_double import CapturedCudnn, Cuda
 from strict_array import StrictArray, strict
 
 import nn.cuda.cudnn
+import nn.cuda.plans
 from nn.array import register
 from nn.buffers import Buffers
-from nn.cuda.cudnn import KINDS, Convolutions, NoPlan, load
+from nn.cuda.cudnn import Convolutions, load
+from nn.cuda.plans import KINDS, NoPlan
 from nn.device import Backend
 from nn.ops.conv import Geometry, conv_backward, conv_forward
 
@@ -166,12 +168,30 @@ def test_fastest_plan_is_taken_and_named() -> None:
 
 
 def test_only_the_first_plans_that_build_are_timed() -> None:
-    last = 2 * nn.cuda.cudnn.CANDIDATES - 2
+    last = 2 * nn.cuda.plans.CANDIDATES - 2
     many = [Offer(f"eng{i}", milliseconds=99 - i, builds=i % 2 == 0) for i in range(last + 4)]
     algorithm, cudnn, _ = a_form(*many)
     case = Case(X, W, G, "float32")
     algorithm.forward(case.x, case.w, G, case.y, case.buffers, False)
     assert builds(cudnn) == [f"eng{i}" for i in range(0, last + 1, 2)] + [f"eng{last}"]
+
+
+SQUARE = (3, 3, 4, 4)
+
+
+def test_engines_that_are_listed_for_more_channels_out_are_borrowed() -> None:
+    """Three plans of each, also beyond CANDIDATES; and found again by name when a run resumes."""
+    own = [Offer(f"eng{i}", milliseconds=9) for i in range(nn.cuda.plans.CANDIDATES + 5)]
+    native = [Offer(f"eng68_k={i}", milliseconds=5 - i, for_wider=True) for i in range(5)]
+    refused = Offer("eng40", builds=False, for_wider=True)
+    algorithm, cudnn, _ = a_form(*own, *native, refused, Offer("eng3_k=1", milliseconds=0, for_wider=True))
+    case = Case((2, 6, 5, 4), SQUARE, G, "float32")
+    case.run(algorithm)
+    assert set(algorithm.plans.values()) == {"eng68_k=2"}, "eng3 is its own; of eng68 three are tried"
+    again, cudnn, _ = a_form(*own, *native)
+    again.plans.update(algorithm.plans)
+    case.run(again)
+    assert builds(cudnn) == ["eng68_k=2"] * 3
 
 
 def test_an_idle_chip_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +262,7 @@ def test_what_each_precision_excludes(precision: str, chosen: str) -> None:
 def test_fallbacks_and_large_workspaces() -> None:
     algorithm, _, _ = a_form(
         Offer("tensor", ("TENSOR_CORE",)),
-        Offer("huge", workspace=nn.cuda.cudnn.WORKSPACE_LIMIT + 1),
+        Offer("huge", workspace=nn.cuda.plans.WORKSPACE_LIMIT + 1),
         Offer("fallback", milliseconds=9, mode="FALLBACK"),
     )
     Case(X, W, G, "float32").run(algorithm)
@@ -456,7 +476,7 @@ def test_listed_parameters_are_the_real_ones() -> None:
     for enum, members in {
         "data_type": ("FLOAT", "BFLOAT16"),
         "heur_mode": ("A", "FALLBACK"),
-        "numerical_note": sorted(set().union(*nn.cuda.cudnn.NOTES.values())),
+        "numerical_note": sorted(set().union(*nn.cuda.plans.NOTES.values())),
     }.items():
         assert all(hasattr(getattr(cudnn, enum), member) for member in members), enum
     assert issubclass(cudnn.cudnnGraphNotSupportedError, Exception)
