@@ -41,7 +41,7 @@ def a_trainer(comm, variant: str = "baseline", width: float = 0.125, **options) 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 28, 28), np.uint8), rng.integers(0, 10, 16, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"])
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), ["here"])
     trainer = Trainer(Config(batch_size=8, width=width, variant=variant, **options), world, data)
     return trainer
 

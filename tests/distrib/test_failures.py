@@ -466,15 +466,15 @@ print(is_dead(os.getpid()))
 
 
 def test_many_watchdogs_hold_one_reserve() -> None:
-    Watchdog(0, 60)
+    Watchdog(0, 600)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        Watchdog(0, 60)
+        Watchdog(0, 600)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_watchdog_publishes(tmp_path: Path) -> None:
-    watchdog = Watchdog(0, 60)
+    watchdog = Watchdog(0, 600)
     watchdog.heartbeats = Heartbeats(tmp_path, 0, 1)
     watchdog.step = 41
     with watchdog.waiting("a collective of the test"):

@@ -22,7 +22,7 @@ STEPS, WIDTH = 200, 0.125
 
 def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of the first steps with the default options, and the weights they began with."""
-    world = World(SingleCommunicator(), SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"])
+    world = World(SingleCommunicator(), SingleControl(), NUMPY, "test", Watchdog(0, 600), ["here"])
     trainer = Trainer(Config(width=WIDTH, precision=dtype), world, data)
     initial = trainer.model.state_dict()
     found = []

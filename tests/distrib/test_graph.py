@@ -53,7 +53,7 @@ DATA = random_data(20)
 
 def a_trainer(backend: Backend, images: int = 20, **options: Any) -> Trainer:
     data = random_data(images)
-    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
     return Trainer(Config(**{**OPTIONS, **options}), world, data)
 
 
@@ -236,7 +236,7 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             comm="none",
         )
         with device("float32") as backend:
-            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
             if name == "device":
                 monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
             assert distrib.loop.train(options) == 0
@@ -268,7 +268,7 @@ def test_checkpoints_on_a_device_come_by_time(
     monkeypatch.setattr(distrib.loop, "CHECKPOINT_SECONDS", seconds)
     options = {**OPTIONS, "epochs": 1, "limit_train": 40, "limit_test": 10, "keep": 9}
     with device("float32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
         monkeypatch.setattr(distrib.loop, "connect", lambda *_: world)
         assert distrib.loop.train(Config(**options, checkpoint_every=given, run_dir=str(tmp_path))) == 0
     saved = {path.name[5:13] for path in (tmp_path / "checkpoints").glob("step-*.safetensors")}
@@ -331,7 +331,7 @@ def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.
             comm="none",
         )
         with device("float32") as backend:
-            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
             if name == "device":
                 monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
             with pytest.raises(UserError, match=r"the loss is (nan|inf) at step") as raised:
@@ -409,7 +409,7 @@ from distrib.comm.reducer import Reducer
 from distrib.trainer import Trainer
 from distrib.comm.world import World
 from test_graph import *
-world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
 rng = np.random.default_rng(1)
 part = rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)
 data = make("random", part, part, least=10)
@@ -463,7 +463,7 @@ from device_double import CapturedNccl, device
 from distrib.comm.nccl import NcclCommunicator
 from nn.cuda.cudnn import Convolutions
 from test_graph import *
-world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
 with device("float32") as backend:
     comm = NcclCommunicator(world, backend.cuda, CapturedNccl(world, backend.cuda, []), 0, watchdog,
                             lambda: backend.xp.zeros(1, "float32"), backend.side_stream)
@@ -507,7 +507,7 @@ from mpi4py import MPI
 from device_double import device
 from distrib.comm.mpi import StagedCommunicator
 from test_graph import *
-world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 60)
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
 found = []
 for alone in (False, True):
     with device("float32") as backend:
@@ -543,7 +543,7 @@ def test_kernels_are_listed_and_timed(
     from launch.bench import kernels as bench_kernels
 
     with device("tf32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 60), ["here"])
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
         monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
         for name, value in {"COPIES": 2, "ROUNDS": 1}.items():
             monkeypatch.setattr(bench_kernels, name, value)

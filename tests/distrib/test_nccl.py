@@ -20,7 +20,7 @@ world = MPI.COMM_WORLD
 rank, size = world.Get_rank(), world.Get_size()
 cuda = Cuda(log)
 nccl = Nccl(world, cuda, log)
-watchdog = Watchdog(rank, 60)
+watchdog = Watchdog(rank, 600)
 comm = NcclCommunicator(world, cuda, nccl, 0, watchdog, lambda: strict.zeros(1, "float32"))
 """
 

@@ -251,7 +251,7 @@ def test_how_many_ranks_to_start(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(distrib.loop, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 60), ["here"] * ranks)
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), ["here"] * ranks)
     line = distrib.loop.suggest_ranks(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)

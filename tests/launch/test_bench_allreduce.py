@@ -406,7 +406,7 @@ from test_bench_allreduce import Graph, GraphCuda, strict_backend
 log, mpi = [], MPI.COMM_WORLD
 cuda = GraphCuda(log)
 cuda.nccl = Nccl(mpi, cuda, log)
-backend, watchdog = strict_backend(cuda), Watchdog(mpi.rank, 60)
+backend, watchdog = strict_backend(cuda), Watchdog(mpi.rank, 600)
 
 def nccl():
     return NcclCommunicator(mpi, cuda, cuda.nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"))
@@ -507,7 +507,7 @@ def test_mpi_through_the_host_has_no_graph(ranks: int) -> None:
 
 def test_one_process_on_a_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = strict_backend(GraphCuda([]))
-    world = World(SingleCommunicator(), SingleControl(), backend, "double", Watchdog(0, 60), ["here"])
+    world = World(SingleCommunicator(), SingleControl(), backend, "double", Watchdog(0, 600), ["here"])
     monkeypatch.setattr(bench_allreduce, "connect", lambda *_: world)
     bench_allreduce.allreduce(max_bytes=64, repeats=3, seconds=0.01, as_json=True)
     result = json.loads(capsys.readouterr().out)
