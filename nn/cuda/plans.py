@@ -19,7 +19,7 @@ CANDIDATES = 24
 first eight."""
 
 BORROWED = 3
-"""Plans of each engine that is not listed; see `_borrow`."""
+"""Plans of each engine that is not listed; see `Planner.borrow`."""
 
 NOTES = {
     "float32": ("NONDETERMINISTIC", "REDUCED_PRECISION_REDUCTION", "DOWN_CONVERT_INPUTS", "TENSOR_CORE"),

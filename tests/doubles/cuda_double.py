@@ -29,6 +29,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,31 +151,55 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, "-mfma") if fma else FLAGS
 
 
-def build(code: str, races: bool = False) -> Path:
-    """The shared library of a CUDA text, from the cache where it is there; processes do not collide."""
-    source = f"{HEADER.read_text()}\n{host_source(code)}"
-    flags = (*_flags(), f"-I{FOLDER}", *(INSTRUMENTED if races else ()))
-    read = [path.read_text() for path in (FOLDER / "cuda_races.h", RACES)]
-    key = hashlib.sha256("\0".join([source, *read, *flags, _compile("--version")]).encode()).hexdigest()[:32]
+def _cached(suffix: str, source: str, flags: tuple[str, ...], make: Callable[[Path, Path], None]) -> Path:
+    """What `make(made, scratch)` makes of the source, from the cache where it is there.
+
+    Processes do not collide.
+    """
+    read = (FOLDER / "cuda_races.h").read_text()
+    key = hashlib.sha256("\0".join([source, read, *flags, _version()]).encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir(), f"cuda_on_cpu-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
-    library = folder / f"{key}.so"
+    made = folder / f"{key}{suffix}"
     with open(folder / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if not made.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                object_file, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-                _compile(*flags, "-c", "-x", "c++", "-", "-o", object_file, text=source)
-                more = []
-                if races:
-                    more = [Path(scratch, "races.o")]
-                    _compile("-O2", "-fPIC", "-fvisibility=hidden", "-DRACES", "-c", RACES, "-o", more[0])
-                # without the sanitizers' libraries
-                _compile("-shared", "-Wl,-Bsymbolic", object_file, *more, "-o", linked)
-                linked.replace(library)
-    return library
+                make(Path(scratch, "made"), Path(scratch))
+                Path(scratch, "made").replace(made)
+    return made
+
+
+@functools.cache
+def _version() -> str:
+    return _compile("--version")
+
+
+def _detector() -> Path:
+    """The object file of cuda_races.cpp, which itself is not instrumented."""
+    flags = ("-O2", "-fPIC", "-fvisibility=hidden", "-DRACES")
+
+    def make(made: Path, scratch: Path) -> None:
+        _compile(*flags, "-c", RACES, "-o", made)
+
+    return _cached(".o", RACES.read_text(), flags, make)
+
+
+def build(code: str, races: bool = False) -> Path:
+    """The shared library of a CUDA text; with `races` its accesses are looked at."""
+    source = f"{HEADER.read_text()}\n{host_source(code)}"
+    flags = (*_flags(), *(INSTRUMENTED if races else ()))
+    more = [_detector()] if races else []
+
+    def make(made: Path, scratch: Path) -> None:
+        kernels = scratch / "kernels.o"
+        _compile(*flags, f"-I{FOLDER}", "-c", "-x", "c++", "-", "-o", kernels, text=source)
+        # without the sanitizers' libraries
+        _compile("-shared", "-Wl,-Bsymbolic", kernels, *more, "-o", made)
+
+    return _cached(".so", source + "".join(path.name for path in more), flags, make)
 
 
 def _triple(what: str, sizes: Any, limits: tuple[int, ...]) -> list[int]:

@@ -5,6 +5,8 @@ That our kernels as they are have none is shown by `tests/nn/test_kernels.py`, w
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from cuda_double import HostModule
@@ -13,14 +15,6 @@ from test_cuda_double import TOYS
 from nn.cuda import kernels
 
 pytestmark = pytest.mark.needs("g++")
-
-
-def total(code: str) -> float:
-    """The sum of 1,000 ones by four blocks, of which the last adds up what the others left."""
-    found, partial, arrived = np.zeros(1), np.zeros(4), np.zeros(1, np.uint32)
-    function = HostModule(code, races=True).get_function("total")
-    function((4,), (256,), (np.ones(1000, np.float32), np.int32(1000), partial, arrived, found))
-    return found[0]
 
 
 def changed(code: str, old: str, new: str) -> str:
@@ -32,40 +26,55 @@ FENCE = "        __threadfence();\n"
 COUNT = "        last = atomicAdd(arrived, 1u) == gridDim.x - 1;\n"
 
 
+FAULTS = [
+    (FENCE + COUNT, COUNT, "read after write of partial"),
+    (COUNT + FENCE, COUNT, "read after write of partial"),
+    (
+        "        partial[blockIdx.x] = v;\n" + FENCE,
+        FENCE + "        partial[blockIdx.x] = v;\n",
+        "of partial",
+    ),
+    ("atomicAdd(arrived, 1u)", "(*arrived)++", "read after write of arrived"),
+    ("    __syncthreads();\n    v = 0;", "    v = 0;", "race: .* of shared memory"),
+    ("if (threadIdx.x == 0) *y = v", "if (threadIdx.x < 2) *y = v", "write after write of y"),
+    ("i < n; i +=", "i <= n; i +=", "read of 4 bytes outside every argument; the nearest is x"),
+    ("v += x[i]", "v += x[i - 1]", "the nearest is x, which it is 4 bytes before"),
+    (
+        "*y = v, *arrived",
+        "y[1] = v, *arrived",
+        "write of 8 bytes outside every argument; the nearest is y",
+    ),
+]
+START = TOYS.index("template <int WARPS, class T>")
+SUM = TOYS[START : TOYS.index('extern "C" __launch_bounds__(128, 2)')]
+VARIANTS = [SUM, *(changed(SUM, old, new) for old, new, _ in FAULTS)]
+TOTALS = TOYS[:START] + "".join(
+    re.sub(r"\b(block_sum|total)\b", rf"\1_{number}", text) for number, text in enumerate(VARIANTS)
+)
+"""The kernel `total` as it is and with each of the faults, in one text: total_0, total_1, …"""
+
+
+def total(number: int) -> float:
+    """The sum of 1,000 ones by four blocks, of which the last adds up what the others left."""
+    found, partial, arrived = np.zeros(1), np.zeros(4), np.zeros(1, np.uint32)
+    function = HostModule(TOTALS, races=True).get_function(f"total_{number}")
+    function((4,), (256,), (np.ones(1000, np.float32), np.int32(1000), partial, arrived, found))
+    return found[0]
+
+
+@pytest.mark.parametrize("number", range(1, len(VARIANTS)))
+def test_what_is_planted_is_found(number: int) -> None:
+    with pytest.raises(RuntimeError, match=FAULTS[number - 1][2]):
+        total(number)
+
+
 def test_a_sum_over_blocks_is_clean_and_looked_at() -> None:
-    assert total(TOYS) == 1000
+    assert total(0) == 1000
     module = HostModule(TOYS, races=True)
     x, y = np.arange(128, dtype=np.float32), np.zeros(128, np.float32)
     module.get_function("rotate")((1,), (128,), (x, y, np.int32(1)))
     assert (y == np.roll(x, -1)).all()
     assert module.accesses >= 4 * 128, "x, y, and shared memory twice"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        (FENCE + COUNT, COUNT, "read after write of partial"),
-        (COUNT + FENCE, COUNT, "read after write of partial"),
-        (
-            "        partial[blockIdx.x] = v;\n" + FENCE,
-            FENCE + "        partial[blockIdx.x] = v;\n",
-            "of partial",
-        ),
-        ("atomicAdd(arrived, 1u)", "(*arrived)++", "read after write of arrived"),
-        ("    __syncthreads();\n    v = 0;", "    v = 0;", "race: .* of shared memory"),
-        ("if (threadIdx.x == 0) *y = v", "if (threadIdx.x < 2) *y = v", "write after write of y"),
-        ("i < n; i +=", "i <= n; i +=", "read of 4 bytes outside every argument; the nearest is x"),
-        ("v += x[i]", "v += x[i - 1]", "the nearest is x, which it is 4 bytes before"),
-        (
-            "*y = v, *arrived",
-            "y[1] = v, *arrived",
-            "write of 8 bytes outside every argument; the nearest is y",
-        ),
-    ],
-)
-def test_what_is_planted_is_found(old: str, new: str, words: str) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        total(changed(TOYS, old, new))
 
 
 CELLS = """
