@@ -60,11 +60,16 @@ class Plain:
         return part
 
 
+CHUNK = 1 << 16
+"""Bytes of a file given to zlib at once: it copies what is left over."""
+
+
 class Gzip:
     """The contents of a gzipped file, inflated as they are read; `most` bounds their number."""
 
     def __init__(self, raw: bytes) -> None:
-        self.most, self._rest, self._stream = RATIO * len(raw), raw, zlib.decompressobj(31)
+        self.most, self._raw, self._at = RATIO * len(raw), memoryview(raw), 0
+        self._stream = zlib.decompressobj(31)
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes, fewer at the end, where gzip's checksum is checked.
@@ -73,18 +78,28 @@ class Gzip:
         """
         parts: list[bytes] = []
         while count:
-            part = self._stream.decompress(self._rest, count)
-            self._rest = self._stream.unconsumed_tail
+            given, stream = self._raw[self._at : self._at + CHUNK], self._stream
+            part = stream.decompress(given, count)
+            self._at += len(given) - len(stream.unused_data if stream.eof else stream.unconsumed_tail)
             parts.append(part)
             count -= len(part)
-            if self._stream.eof:  # the end of a member; another may follow
-                self._rest = self._stream.unused_data.lstrip(b"\0")
-                if not self._rest:
+            if stream.eof:  # the end of a member; another may follow
+                if not self._skip_zeros():
                     break
                 self._stream = zlib.decompressobj(31)
-            elif count and not part and not self._rest:
+            elif count and not part and not given:
                 raise EOFError
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _skip_zeros(self) -> bool:
+        """Go on behind a member's padding; False at the end of the file."""
+        while self._at < len(self._raw):
+            given = bytes(self._raw[self._at : self._at + CHUNK])
+            rest = given.lstrip(b"\0")
+            self._at += len(given) - len(rest)
+            if rest:
+                return True
+        return False
 
 
 def memory() -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import write_idx
 
-from distrib.data import formats
+from distrib.data import formats, sniff
 from distrib.data import idx as mnist
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
@@ -237,6 +237,26 @@ def test_more_than_the_machine_holds(small_data: Path, monkeypatch: pytest.Monke
     put(small_data / IMAGES, head + bytes(2048 * 784))
     with pytest.raises(UserError, match=r"of images, and this machine has .* of memory: give a smaller set"):
         formats.load(str(small_data))
+
+
+@pytest.mark.parametrize("size", [0, 5, 200_000])
+def test_gzip_in_any_pieces(size: int) -> None:
+    """One member, two, padded, with padding between them; and none of it cut off without a word."""
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
+    member, padding = gzip.compress(data), bytes(sniff.CHUNK + 7)
+    for text in (member, member * 2, member + padding, member + padding + member):
+        pieces, stream = [], sniff.Gzip(text)
+        while len(pieces) < 2 or len(pieces[-1]) == 777:
+            pieces.append(stream.take(777))
+        assert b"".join(pieces) == gzip.decompress(text)
+    for missing in (1, 8, len(member) // 2):
+        with pytest.raises(EOFError):
+            sniff.Gzip(member[:-missing]).take(size + 1)
+
+
+def test_many_empty_members_are_passed_at_once() -> None:
+    """Each step copies a piece of the file: were it the whole rest, this would take hours."""
+    assert sniff.Gzip(gzip.compress(b"") * 200_000 + gzip.compress(b"x")).take(9) == b"x"
 
 
 def test_gzip_of_several_members(small_data: Path) -> None:
