@@ -136,12 +136,12 @@ def wait_for(run: Follower, console: Console, patience: float) -> None:
     if run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"{run.folder}: is a file: give a run's folder")
     run.look()
-    if not run.config and patience:
+    if not run.config and not run.fault and patience:
         console.out(f"waiting up to {patience:g} s for {shown_path(run)}", highlight=False)
     while not run.config:
+        if run.fault:  # config.json comes whole: waiting mends nothing
+            raise UserError(run.fault)
         if time.monotonic() - begin >= patience:
-            if run.fault:
-                raise UserError(run.fault)
             state = "holds no run (config.json)" if run.folder.is_dir() else "no such folder"
             after = f" after {patience:g} s" if patience else ""
             raise UserError(f"{run.folder}: {state}{after}: give a run's folder")

@@ -309,6 +309,13 @@ def test_nothing_to_watch(call, tmp_path: Path) -> None:
         assert call(tmp_path / "empty", option, 0)[0] == 2
 
 
+def test_a_damaged_run_is_not_waited_for(call, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    code, out, err = call(tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "config.json: cannot be read as JSON" in err
+
+
 def test_half_written_and_rewritten_lines(tmp_path: Path) -> None:
     """A line counts when it is whole; what is no line of a run is skipped; a rewritten file is read anew."""
     folder = make(tmp_path / "run")
