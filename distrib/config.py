@@ -18,7 +18,11 @@ from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
 
 CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 1000, 30
-"""Between checkpoints, where --checkpoint-every is not given: a GPU does the steps in less than a second."""
+"""Without --checkpoint-every, a run saves at the multiples of the first.
+
+A GPU does so many steps in less than a second: it leaves out those that come sooner than the second after the
+last save.
+"""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
@@ -194,8 +198,8 @@ class Config:
     log_every: int = option(50, "Steps between lines of metrics.jsonl.", ONE_OR_MORE, may_change=True)
     checkpoint_every: int | None = option(
         None,
-        f"Steps between checkpoints; each epoch ends with one, too. Without it, {CHECKPOINT_STEPS}, but on a"
-        f" GPU at least {CHECKPOINT_SECONDS} seconds.",
+        f"Steps between checkpoints; each epoch ends with one, too. Default: {CHECKPOINT_STEPS}; on a GPU"
+        f" only those of them {CHECKPOINT_SECONDS} s after the last.",
         ONE_OR_MORE,
         may_change=True,
     )

@@ -95,7 +95,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
 
 
 def checkpoint_due(trainer: Trainer) -> bool:
-    """Whether --checkpoint-every wants a checkpoint after this step; on a GPU rank 0's clock has a say."""
+    """Whether a checkpoint follows this step. Without --checkpoint-every, a GPU asks rank 0's clock too."""
     config, world = trainer.config, trainer.world
     if trainer.progress.step % (config.checkpoint_every or CHECKPOINT_STEPS):
         return False

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from distrib.comm.base import Handle
 from distrib.comm.reducer import Reducer
 from distrib.comm.world import World
 from distrib.config import Config
@@ -66,9 +67,9 @@ class Trainer:
         if config.gradients == "bf16" and world.size > 1 and not world.comm.sums_bf16:
             raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
         gradients = config.gradients if world.size > 1 else "float32"
-        self.reducer = Reducer(self.params, world.comm, gradients)
-        if world.size == 1 and backend.side_stream:
-            self.reducer.then = self._update
+        self.updates_early = world.size == 1 and backend.side_stream is not None
+        then = self._update if self.updates_early else None
+        self.reducer = Reducer(self.params, world.comm, gradients, then=then)
         # what steps read and count on the device; see `begin_epoch`
         xp, dtype = backend.xp, self.params.dtype
         self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
@@ -191,18 +192,19 @@ class Trainer:
         timer.lap("backward")
         self.reducer.wait()
         timer.lap("gradients")
-        if not self.reducer.then:
+        if not self.updates_early:
             self.optimizer.update(self.rates, self.step_in_epoch)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
         record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
         timer.lap("optimizer")
 
-    def _update(self, bucket: slice) -> None:
-        """Update a bucket's parameters beside the backward, whose layers behind it do not read them."""
+    def _update(self, bucket: slice, total: Handle) -> None:
+        """Update a bucket's parameters beside the backward, which does not read them any more."""
         side_stream = self.world.backend.side_stream
         assert side_stream is not None
         with side_stream.fork():
+            total.wait()
             part = slice(bucket.start, min(bucket.stop, self.params.values.size))
             self.optimizer.update(self.rates, self.step_in_epoch, part)
 

@@ -35,7 +35,7 @@ class SideStream:
     """A second stream beside the compute stream, for work whose result is not needed at once.
 
     It is forked from the compute stream and joined to it by events, so that a CUDA graph holds both as
-    parallel paths. Its priority is the lowest: what the next layer waits for goes first.
+    parallel paths.
     """
 
     def __init__(self, cuda: Any) -> None:

@@ -21,7 +21,7 @@ class Reducer:
     first includes the STEP_METRICS scalars. Every rank sends them in this order.
 
     With `dtype` "bf16", gradients are sent and summed as bfloat16, half as many bytes, and the scalars
-    separately. `then`, if set, hears of each bucket right after it was sent.
+    separately. `then` is called with each bucket once its sum has been started, and with the sum's handle.
     """
 
     def __init__(
@@ -30,7 +30,9 @@ class Reducer:
         comm: Communicator,
         dtype: str = "float32",
         bucket_bytes: int = BUCKET_BYTES,
+        then: Callable[[slice, Handle], None] | None = None,
     ) -> None:
+        self._then = then
         self._buffer, self._metrics, self._comm = params.comm_buffer, params.step_metrics, comm
         self._side_stream = params.backend.side_stream
         self._bf16 = params.backend.xp.zeros(params.grads.size, "uint16") if dtype == "bf16" else None
@@ -47,7 +49,6 @@ class Reducer:
                 stop, members = parameter.start, 0
         self._pending = self._members.copy()
         self._handles: list[Handle] = []
-        self.then: Callable[[slice], None] | None = None
 
     def ready(self, parameter: Parameter) -> None:
         """Note that the gradient of `parameter` is complete; send the buckets that now are, in order."""
@@ -55,8 +56,8 @@ class Reducer:
         while len(self._handles) < len(self.buckets) and self._pending[len(self._handles)] == 0:
             bucket = self.buckets[len(self._handles)]
             self._handles.append(self._comm.all_reduce(self._payload(bucket), overlap=True))
-            if self.then:
-                self.then(bucket)
+            if self._then:
+                self._then(bucket, self._handles[-1])
 
     def _payload(self, bucket: slice) -> Array:
         """The array to send for a bucket."""

@@ -72,7 +72,7 @@ def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
     cupy = import_cupy()
     runtime = cupy.cuda.runtime
     runtime.setDevice(local_rank % runtime.getDeviceCount())  # before anything lives on it
-    stream = cupy.cuda.Stream(non_blocking=True, priority=-1)  # above `SideStream`'s
+    stream = cupy.cuda.Stream(non_blocking=True)
     # not use(): after the next `with` on another stream CuPy would be back on the default one
     stream.__enter__()
     kernels = Kernels(lambda code: cupy.RawModule(code=code, options=("--std=c++17",)))

@@ -92,10 +92,7 @@ class Planner:
             # Under "float32" mode A often lists nothing but tensor cores: the fallbacks behind it are what is
             # left.
             graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-            graph.deselect_numeric_notes(
-                [getattr(cudnn.numerical_note, note) for note in NOTES[self.precision]]
-            )
-            graph.deselect_workspace_greater_than(WORKSPACE_LIMIT)
+            self._deselect(graph)
         except cudnn.cudnnGraphNotSupportedError as error:
             raise NoPlan(
                 f"cuDNN {self.version} has no plan for {operation} {self.precision}: {first_line(error)}"
@@ -106,6 +103,12 @@ class Planner:
             ) from error
         return graph
 
+    def _deselect(self, graph: Any) -> None:
+        """Bar the plans that NOTES and WORKSPACE_LIMIT forbid."""
+        notes = self.cudnn.numerical_note
+        graph.deselect_numeric_notes([getattr(notes, note) for note in NOTES[self.precision]])
+        graph.deselect_workspace_greater_than(WORKSPACE_LIMIT)
+
     def borrow(self, graph: Any, operation: Operation) -> None:
         """Append to the plans of `graph` some of engines that cuDNN does not list for this operation.
 
@@ -115,7 +118,7 @@ class Planner:
         kh, kw, c_in, c_out = operation.w_shape
         try:
             wider = self.graph(operation._replace(w_shape=(kh, kw, c_in, 2 * c_out)))
-        except NoPlan:
+        except self.refusals:
             return
         own, borrowed = {engine for engine, _ in engines(graph)}, Counter[int]()
         for engine, knobs in engines(wider):
@@ -123,6 +126,7 @@ class Planner:
                 borrowed[engine] += 1
                 with contextlib.suppress(*self.refusals):
                     graph.create_execution_plan(engine, knobs)
+        self._deselect(graph)
 
     def buildable(self, graph: Any, numbers: range) -> Iterator[str]:
         """Yields the names of the plans that can be built, each while it is the one that `graph` executes."""

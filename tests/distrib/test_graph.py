@@ -140,10 +140,10 @@ def test_updates_beside_the_backward_are_those_after_it(precision: str, optimize
     for bucket_bytes in (None, 1, 1 << 12, 1 << 30):
         with device(precision) as backend:
             trainer = a_trainer(backend, variant="conv-shortcut", precision=precision, **optimizer)
-            then = trainer.reducer.then
-            assert then
-            trainer.reducer = Reducer(trainer.params, trainer.world.comm, bucket_bytes=bucket_bytes or 1)
-            trainer.reducer.then = then if bucket_bytes else None
+            assert trainer.updates_early
+            trainer.updates_early = bucket_bytes is not None
+            then = {"bucket_bytes": bucket_bytes, "then": trainer._update} if bucket_bytes else {}
+            trainer.reducer = Reducer(trainer.params, trainer.world.comm, **then)
             found.append((steps(trainer, 5), backend.to_host(trainer.params.values).tobytes()))
     assert all(each == found[0] for each in found)
 
@@ -358,10 +358,13 @@ def test_no_order_of_threads_changes_a_bit(order: str) -> None:
 
 
 @double_only
-@pytest.mark.parametrize(("variant", "precision"), [("baseline", "float32"), ("three-blocks", "bf16")])
-def test_nothing_races_in_a_whole_step(variant: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "precision", "order"),
+    [("baseline", "float32", "forward"), ("three-blocks", "bf16", "reverse"), ("avgpool", "tf32", "reverse")],
+)
+def test_nothing_races_in_a_whole_step(variant: str, precision: str, order: str) -> None:
     """Nor reads or writes outside its arguments; with everything that a step can have."""
-    with device(precision, races=True) as backend:
+    with device(precision, races=True, order=order) as backend:
         trainer = a_trainer(backend, variant=variant, precision=precision, **AUGMENTED)
         steps(trainer, 1)
         trainer.test()
@@ -371,7 +374,7 @@ def test_nothing_races_in_a_whole_step(variant: str, precision: str) -> None:
 
 @double_only
 def test_what_a_step_takes() -> None:
-    """At batch 8 a step of the baseline is 53 launches; every convolution of cuDNN's counts as one here.
+    """At batch 8 a step of this narrow baseline is 53 launches, and each execution of cuDNN's counts as one.
 
     STEP_WIDTH=1 in the environment prints what it takes at the real width, where updates come in buckets,
     and what our own kernels bring from memory and back.
@@ -425,10 +428,9 @@ def train(alone, graph):
         options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
         all_ranks = World(comm, control, backend, "", watchdog, [""] * comm.size)
         trainer = Trainer(Config(**options, cuda_graph=graph), all_ranks, data)
-        then, trainer.reducer = trainer.reducer.then, Reducer(
-            trainer.params, comm, trainer.config.gradients, bucket_bytes=1 << 12
+        trainer.reducer = Reducer(
+            trainer.params, comm, trainer.config.gradients, 1 << 12, trainer.updates_early and trainer._update
         )
-        trainer.reducer.then = then
         plain = trainer.reducer.ready
         trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
         warm_up(trainer, None)
@@ -451,7 +453,9 @@ assert all(other == everyone[0] for other in everyone)
 
 
 @double_only
-@pytest.mark.parametrize(("ranks", "gradients", "bound"), [(2, "bf16", 5e-2), (4, "float32", 1e-3)])
+@pytest.mark.parametrize(
+    ("ranks", "gradients", "bound"), [(1, "float32", 0), (2, "bf16", 5e-2), (4, "float32", 1e-3)]
+)
 def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> None:
     """Collectives in the graph: as eager to the bit, on all ranks alike, and as one rank within rounding."""
     run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=HELPERS)

@@ -72,6 +72,7 @@ def stop_inside_a_save(folder: Path, saver: int, deadline: float) -> None:
         if list((folder / "checkpoints").glob(".*.tmp")):
             os.kill(saver, signal.SIGSTOP)
             while not stopped(saver):
+                assert time.monotonic() < deadline, "rank 0 did not stop"
                 time.sleep(0.001)
             if list((folder / "checkpoints").glob(".*.tmp")):
                 return
@@ -80,8 +81,11 @@ def stop_inside_a_save(folder: Path, saver: int, deadline: float) -> None:
 
 def stopped(pid: int) -> bool:
     """Whether each thread has stopped: one that is in the middle of a write does so after it."""
-    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+    states = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return set(states) == {"T"}
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

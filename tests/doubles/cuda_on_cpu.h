@@ -299,7 +299,12 @@ const char* launch(void (*kernel)(char*), const unsigned* shape, char* slots, Or
 /// Memory of one `__shared__` variable; each block finds it full of ones. `Where` is a type per variable.
 template <class T, class Where>
 struct Shared {
-    alignas(16) static inline T memory;
+    struct Place {
+        alignas(16) T memory;
+        char red_zone[cuda_races::RED_ZONE];  // what runs past the end lands here
+    };
+    static inline Place place;
+    static inline T& memory = place.memory;
     static inline unsigned long long filled = 0;
 
     __attribute__((always_inline)) static T& get() {

@@ -6,7 +6,8 @@
 // * of two threads of a block: a block barrier between them (that of a warp does not count);
 // * of two blocks: the first fences and then counts in an atomic; the second counts there, and then fences.
 //   A thread's fence covers its own accesses, and its block's before the last barrier.
-// Threads run one after another here. Whether anything orders two accesses does not depend on that.
+// Blocks run one after another, and a later one finds all earlier ones counted. So a kernel that believes to be
+// the last without having looked is found in another order of blocks: run it in more than one.
 #include "cuda_races.h"
 
 #include <stdlib.h>
@@ -81,7 +82,7 @@ bool ordered(const Access& before) {
 [[noreturn]] void report(const char* what, const Access& before, const Array& array, size_t index) {
     cuda_on_cpu::fail(std::string("race: ") + what + " " + array.span.name + ", element " +
                       std::to_string(index) + ", after that by thread " + std::to_string(before.thread) +
-                      " of block " + std::to_string(before.block - 1) + ", which nothing orders");
+                      " of the block that ran as number " + std::to_string(before.block) + ", which nothing orders");
 }
 
 void read(const Array& array, size_t index, bool atomic) {
@@ -110,7 +111,8 @@ void write(const Array& array, size_t index, bool atomic) {
 [[noreturn]] void report_outside(size_t at, size_t bytes, bool writes) {
     std::string nearest;
     size_t least = ~size_t(0);
-    for (const Array& array : arrays) {
+    for (const std::vector<Array>* each : {&arrays, &shared_arrays})
+    for (const Array& array : *each) {
         const bool before = at < array.span.from;
         const size_t apart = before ? array.span.from - at : at + bytes - array.span.to;
         if (apart >= least) continue;
@@ -133,6 +135,8 @@ void access(size_t at, size_t bytes, bool writes, bool atomic = false) {
                 (writes ? write : read)(array, i, atomic);
             return;
         }
+    for (const Array& array : shared_arrays)
+        if (at < array.span.to + cuda_races::RED_ZONE && at + bytes > array.span.to) report_outside(at, bytes, writes);
     for (const Memory& memory : own)
         if (at >= memory.from && at + bytes <= memory.to) return;
     report_outside(at, bytes, writes);

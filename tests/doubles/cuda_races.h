@@ -11,6 +11,7 @@ struct Span {
 };
 
 constexpr unsigned NOBODY = ~0u;
+constexpr size_t RED_ZONE = 1 << 16;  // bytes behind shared memory that nobody may touch
 
 /// Who runs.
 struct Now {

@@ -138,7 +138,7 @@ class Cuda(_Cuda):
         self.Event = type("Event", (_CapturingEvent, self.Event), {"cuda": self})
         self.Stream = _bound(_CapturingStream, cuda=self)
         self.current = self.compute = self.Stream.null = self.Stream(null=True)
-        self.stream = self.Stream(non_blocking=True, priority=-1)
+        self.stream = self.Stream(non_blocking=True)
         self.stream.__enter__()  # as `cupy_backend` does
         self.compute = self.stream
 
@@ -241,8 +241,8 @@ class CapturedNccl(Nccl):
 class _Module:
     """The kernels of one source; launches pass through `Cuda.queue`."""
 
-    def __init__(self, cuda: Cuda, code: str, launched: list[str], races: bool) -> None:
-        self.cuda, self.module, self.launched = cuda, HostModule(code, races=races), launched
+    def __init__(self, cuda: Cuda, module: HostModule, launched: list[str]) -> None:
+        self.cuda, self.module, self.launched = cuda, module, launched
 
     def get_function(self, name: str) -> Callable[..., None]:
         function = self.module.get_function(name)
@@ -280,9 +280,9 @@ class DoubleBackend(Backend):
 
 
 @contextlib.contextmanager
-def device(precision: str = "float64", races: bool = False) -> Iterator[Any]:
+def device(precision: str = "float64", races: bool = False, order: str = "forward") -> Iterator[Any]:
     """A backend whose arrays are StrictArrays, with kernels and, where the precision allows, cuDNN; or the
-    real GPU. With `races` the kernels raise at a race and outside their arguments."""
+    real GPU. `races` and `order` as in `HostModule`."""
     if REAL:
         backend = cupy_backend(precision)
         if (
@@ -295,7 +295,7 @@ def device(precision: str = "float64", races: bool = False) -> Iterator[Any]:
     monkeypatch.setattr(cudnn, "ROUNDS", 1)  # the double's clock does not vary
     monkeypatch.setattr(cudnn, "LAUNCHES", 1)
     cuda, launched = Cuda(), []  # type: ignore[var-annotated]
-    kernels = Kernels(lambda code: _Module(cuda, code, launched, races))
+    kernels = Kernels(lambda code: _Module(cuda, HostModule(code, order, races=races), launched))
     operations = CudaOps(kernels)
     register(StrictArray, strict, operations.by_name())
     side_stream = SideStream(cuda)

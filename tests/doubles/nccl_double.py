@@ -109,7 +109,7 @@ class _Stream:
     work: list[Callable[[], None]]
     ran = seen = 0
 
-    def __new__(cls, null: bool = False, non_blocking: bool = False, priority: int | None = None) -> _Stream:
+    def __new__(cls, null: bool = False, non_blocking: bool = False) -> _Stream:
         if null and cls.null:
             return cls.null
         self = super().__new__(cls)

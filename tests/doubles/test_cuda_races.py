@@ -64,7 +64,7 @@ def total(number: int) -> float:
 
 @pytest.mark.parametrize("number", range(1, len(VARIANTS)))
 def test_what_is_planted_is_found(number: int) -> None:
-    with pytest.raises(RuntimeError, match=FAULTS[number - 1][2]):
+    with pytest.raises(RuntimeError, match=rf"^total_{number}: .*{FAULTS[number - 1][2]}"):
         total(number)
 
 
@@ -114,45 +114,82 @@ def test_each_element_counts_whatever_reaches_it(what: int, words: str | None) -
     if words is None:
         run()
     else:
-        with pytest.raises(RuntimeError, match=words):
+        with pytest.raises(RuntimeError, match=f"^cells: race: {words}"):
             run()
 
 
-def stem_weight_gradient(code: str) -> np.ndarray:
+def stem_weight_gradient(module: HostModule) -> np.ndarray:
     """On two images of 5×5 with six channels, by three blocks."""
     n, h, w, c, blocks = 2, 5, 5, 6, 3
     rng = np.random.default_rng(0)
     x, dz = (rng.normal(size=shape).astype(np.float32) for shape in ((n, h, w), (n, h, w, c)))
     partial, arrived, dw = np.zeros((blocks, 9, c)), np.zeros(1, np.uint32), np.zeros((c, 3, 3), np.float32)
-    sizes = map(np.int32, (n, h, w, c))
-    function = HostModule(code, races=True).get_function("stem_weight_gradient")
-    function((blocks, 1), (8, 4), (x, dz, partial, arrived, dw, *sizes))
+    arrays = x, dz, partial, arrived, dw
+    module.get_function("stem_weight_gradient")((blocks, 1), (8, 32), (*arrays, *map(np.int32, (n, h, w, c))))
     return dw
 
 
-def stem_source(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(kernels, "FILES", ("common", "stem"))
-    return kernels.source("float32")
+def norm_gradient_sums(module: HostModule) -> np.ndarray:
+    n, h, w, c = 2, 8, 8, 16
+    z, dy, ones = np.ones((n, h, w, c), np.float32), np.ones((n, h, w, c), np.float32), np.ones(c, np.float32)
+    saved, partial, arrived = np.ones((2, c), np.float32), np.zeros((2, c, 2)), np.zeros(1, np.uint32)
+    sums, d_gamma, d_beta = np.zeros((2, c)), np.zeros(c, np.float32), np.zeros(c, np.float32)
+    arrays = dy, z, np.uint64(0), saved, ones, ones, partial, arrived, sums, d_gamma, d_beta
+    numbers = map(np.int32, (n, h, w, c, 0, 0))
+    module.get_function("norm_gradient_sums")((2, 1), (16, 16), (*arrays, *numbers))
+    return sums
+
+
+KERNELS = {"stem": stem_weight_gradient, "norm": norm_gradient_sums}
+
+
+def faulty(name: str, old: str, new: str, order: str, monkeypatch: pytest.MonkeyPatch) -> HostModule:
+    """Our kernels of one file with a fault."""
+    monkeypatch.setattr(kernels, "FILES", ("common", name))
+    return HostModule(changed(kernels.source("float32"), old, new), order, races=True)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("name", "old", "new", "words"),
     [
-        ("        __threadfence();\n        last =", "        last =", "read after write of partial"),
-        ("            __threadfence();\n", "", "read after write of partial|write after .* arrived"),
-        ("arrived) {\n    __syncthreads();", "arrived) {", "read after write of partial"),
-        ("at] = x[k];\n    __syncthreads();", "at] = x[k];", "race: .* of shared memory"),
-        ("y < h && x >= 0", "y <= h && x >= 0", "read of 4 bytes outside every argument; the nearest is x"),
-        ("bool here = first + run < rows", "bool here = true", "outside every argument"),
-        ("channel < c && threadIdx.y == 0) partial", "threadIdx.y == 0) partial", "partial"),
+        (
+            "stem",
+            "        __threadfence();\n        last =",
+            "        last =",
+            "race: read after write of partial",
+        ),
+        ("stem", "            __threadfence();\n", "", "race: "),
+        ("stem", "arrived) {\n    __syncthreads();", "arrived) {", "race: read after write of partial"),
+        ("stem", "at] = x[k];\n    __syncthreads();", "at] = x[k];", "race: .* of shared memory"),
+        ("stem", "y < h && x >= 0", "y <= h && x >= 0", "read of 4 bytes outside .* nearest is x"),
+        ("stem", "bool here = first + run < rows", "bool here = true", ".* outside every argument"),
+        ("stem", "channel < c && threadIdx.y == 0) partial", "threadIdx.y == 0) partial", ".* partial"),
+        ("stem", "shared[9 * THREADS]", "shared[8 * THREADS]", ".* outside .* nearest is shared memory"),
+        ("norm", "shared[2 * THREADS]", "shared[THREADS]", ".* outside .* nearest is shared memory"),
+        (
+            "norm",
+            "last = atomicAdd(arrived, 1u) ==",
+            "atomicAdd(arrived, 1u), last = blockIdx.x ==",
+            "race: ",
+        ),
     ],
 )
 def test_a_fault_planted_in_our_kernels_is_found(
-    old: str, new: str, words: str, monkeypatch: pytest.MonkeyPatch
+    name: str, old: str, new: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        stem_weight_gradient(changed(stem_source(monkeypatch), old, new))
+    """In one of two orders: a block that takes itself for the last is found out where it runs first."""
+    found = []
+    for order in ("forward", "reverse"):
+        module = faulty(name, old, new, order, monkeypatch)
+        try:
+            KERNELS[name](module)
+        except RuntimeError as error:
+            found.append(str(error))
+    assert found
+    assert all(re.match(rf"\w+: {words}", each) for each in found), found
 
 
-def test_our_kernel_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert np.isfinite(stem_weight_gradient(stem_source(monkeypatch))).all()
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_our_kernels_as_they_are(name: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert np.isfinite(KERNELS[name](faulty(name, "", "", order, monkeypatch))).all()

@@ -183,8 +183,14 @@ def test_engines_that_are_listed_for_more_channels_out_are_borrowed() -> None:
     """Three plans of each, also beyond CANDIDATES; and found again by name when a run resumes."""
     own = [Offer(f"eng{i}", milliseconds=9) for i in range(nn.cuda.plans.CANDIDATES + 5)]
     native = [Offer(f"eng68_k={i}", milliseconds=5 - i, for_wider=True) for i in range(5)]
-    refused = Offer("eng40", builds=False, for_wider=True)
-    algorithm, cudnn, _ = a_form(*own, *native, refused, Offer("eng3_k=1", milliseconds=0, for_wider=True))
+    fast: dict[str, Any] = {"milliseconds": 0, "for_wider": True}
+    unfit = [
+        Offer("eng40", builds=False, **fast),
+        Offer("eng3_k=1", **fast),
+        Offer("eng41", ("TENSOR_CORE",), **fast),
+        Offer("eng42", workspace=nn.cuda.plans.WORKSPACE_LIMIT + 1, **fast),
+    ]
+    algorithm, cudnn, _ = a_form(*own, *native, *unfit)
     case = Case((2, 6, 5, 4), SQUARE, G, "float32")
     case.run(algorithm)
     assert set(algorithm.plans.values()) == {"eng68_k=2"}, "eng3 is its own; of eng68 three are tried"
