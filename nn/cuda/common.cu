@@ -36,7 +36,7 @@ static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return
 // Sums over threadIdx.y of a block (blockDim.x, blockDim.y a power of two), of COUNT values at once; `shared`:
 // COUNT doubles a thread.
 template <int COUNT>
-static __device__ void sum_over_lanes(double (&x)[COUNT], double* shared) {
+static __device__ __forceinline__ void sum_over_lanes(double (&x)[COUNT], double* shared) {
     int threads = blockDim.x * blockDim.y, at = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
     for (int k = 0; k < COUNT; k++) shared[k * threads + at] = x[k];

@@ -195,7 +195,7 @@ static __device__ __forceinline__ ACC passed(
 
 // sums (2, C): Σg and Σg·x̂, for d_beta and d_gamma and, summed over ranks, for norm_input_gradient. With y,
 // g also replaces dy. partial (gridDim.x, C, 2), arrived (gridDim.y) zeros.
-extern "C" __global__ void __launch_bounds__(THREADS) norm_gradient_sums(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_gradient_sums(
     ELEM* dy, const ELEM* __restrict__ z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
     const REAL* __restrict__ gamma, const REAL* __restrict__ beta, double* partial, unsigned* arrived,
     double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) stem_forward(
 
 // dw (O, 3, 3) = Σ over pixels of dz · the nine pixels around. partial (gridDim.x, 9, C), arrived: zeros.
 // A thread takes RUN pixels in a row, so that it divides once for them and can load ahead.
-extern "C" __global__ void __launch_bounds__(THREADS) stem_weight_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) stem_weight_gradient(
     const ELEM* __restrict__ x, const ELEM* __restrict__ dz, double* partial, unsigned* arrived, REAL* dw,
     int n, int h, int w, int c) {
     __shared__ double shared[9 * THREADS];

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment, run, write_idx
+from conftest import LIMIT, ROOT, environment, run, wait_for, write_idx
 
 from distrib.data import idx as mnist
 from launch import checks, doctor, machine
@@ -159,11 +158,9 @@ def test_no_mpi(tmp_path: Path, package: str, module: str, words: str) -> None:
 
 
 def test_mpi_hangs(tmp_path: Path) -> None:
-    begin = time.monotonic()
-    found = diagnose("--timeout", 2, env=fake_mpi(tmp_path, "", "import time; time.sleep(1000)"), code=2)
-    assert time.monotonic() - begin < 20
+    found = diagnose("--timeout", 8, env=fake_mpi(tmp_path, "", "import time; time.sleep(1000)"), code=2)
     assert list(found) == [*NAMES[:7], "outcome"]
-    assert found["outcome"]["found"] == "the check of MPI library: no answer after 4 s"
+    assert found["outcome"]["found"] == "the check of MPI library: no answer after 16 s"
 
 
 @pytest.mark.parametrize(
@@ -192,14 +189,9 @@ def test_launcher_ends_the_job(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "--json"], env=env, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
-    for _ in range(600):
-        if (tmp_path / "here").exists():
-            break
-        time.sleep(0.1)
+    wait_for((tmp_path / "here").exists, "the check of MPI", process)
     process.send_signal(signal.SIGTERM)
-    begin = time.monotonic()
-    out, _ = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 5
+    out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 2
     assert "interrupted" in json.loads(out)[-1]["found"]
 
@@ -215,11 +207,9 @@ sys.path.remove({str(tmp_path)!r})
 del sys.modules["mpi4py"]
 import mpi4py
 """
-    begin = time.monotonic()
     done = run(
         "-c", PROGRAM, "--json", "--timeout", 10, ranks=2, env=fake_mpi(tmp_path, package), check=False
     )
-    assert time.monotonic() - begin < 60
     assert done.returncode != 0
     assert "rank 1 on" in done.stderr
     assert "mpi4py is not installed (none here)" in done.stderr

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import LIMIT, ROOT, environment
 
 from distrib.faults import heartbeat
 from distrib.faults.heartbeat import Heartbeat
@@ -80,10 +80,10 @@ def written(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition) -> None:
     begin = time.monotonic()
     while not condition():
-        assert time.monotonic() - begin < seconds
+        assert time.monotonic() - begin < LIMIT
         time.sleep(0.05)
 
 
