@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 WORKERS ?= 4
+REPLICA_PYTHON ?= python3.12
 
 QUARTER := --width 0.25 --batch-size 128 --schedule onecycle --optimizer sgd --momentum 0.9 --nesterov \
 	--weight-decay 0.005 --label-smoothing 0.1 --lr 0.2 --epochs 1
@@ -15,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 
-.PHONY: help demo test test-quick test-gpu lint bench soak cudnn-plans wheel clean
+.PHONY: help demo test test-quick test-gpu lint bench soak cudnn-plans gpu-kit replica wheel clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -79,8 +80,16 @@ cudnn-plans:  ## the plans that the real cuDNN (366 MB) builds for a described H
 	PYTHONPATH=. .venv-cudnn/bin/python tests/cudnn_plans.py > results/gpu/cudnn-plans.md
 	@cat results/gpu/cudnn-plans.md
 
+gpu-kit:  ## a folder with all that a GPU machine without a network lacks; its first.sh measures there
+	$(PYTHON) tests/gpu/kit.py gpu-kit
+
+replica: gpu-kit  ## the GPU path's tests that need no GPU, on the software of the first GPU machine: 5 GB
+	$(REPLICA_PYTHON) -m venv .venv-replica
+	.venv-replica/bin/pip install -q -r tests/gpu/replica.txt
+	PYTHON=.venv-replica/bin/python gpu-kit/first.sh --run python tests/gpu/replica.py $(CURDIR)/results/gpu/replica.md
+
 wheel: $(VENV)/.dev  ## a wheel in dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove what the targets made, runs/ apart
-	rm -rf $(VENV) .venv-cudnn build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-cudnn .venv-replica gpu-kit gpu-results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
