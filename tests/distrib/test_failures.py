@@ -185,7 +185,8 @@ UNLIKE = {  # what rank 1 has otherwise: (how, words of the message)
         "buckets for 7 steps, rank 0 float32",
     ),
     "buckets": (
-        "made = reducer.Reducer.__init__; made.__defaults__ = (*made.__defaults__[:-1], 5000)",
+        "from functools import partial; from distrib import trainer;"
+        " trainer.Reducer = partial(reducer.Reducer, bucket_bytes=5000)",
         "start all ranks with the same options",
     ),
 }
