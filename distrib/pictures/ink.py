@@ -88,11 +88,12 @@ def smooth_ground(sheet: np.ndarray) -> np.ndarray:
 
 def least_deviations(basis: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Coefficients (terms, C) with the least Σ|values − basis·coefficients|, by reweighted squares."""
-    weight = np.ones_like(values)
+    weight, terms = np.ones_like(values), basis.shape[1]
+    pairs = (basis[:, :, None] * basis[:, None]).reshape(len(basis), -1)
     for _ in range(20):
-        squares = np.einsum("ni,nc,nj->cij", basis, weight, basis, optimize=True)
+        squares = (weight.T @ pairs).reshape(-1, terms, terms)
         right = ((weight * values).T @ basis)[..., None]
-        fit = np.linalg.solve(squares + 1e-9 * np.eye(basis.shape[1]), right)[..., 0].T
+        fit = np.linalg.solve(squares + 1e-9 * np.eye(terms), right)[..., 0].T
         weight = 1 / np.maximum(np.abs(values - basis @ fit), 1e-3)
     return fit
 
