@@ -107,22 +107,28 @@ export TERM=dumb TTY_COMPATIBLE=0 # mpirun gives ranks a terminal: no progress b
 # Around each rank: USR1 must not end one that does not listen yet (stop() repeats it), TERM is the rank's own affair, and
 # one that is killed cannot say so. It is said in the first failure.json, by a shell that starts nothing: the launcher
 # is about to kill the others, and this shell too.
-around='trap "" USR1
+accuse='accuse() { # RANK HOST SIGNAL: in failure.json, unless there is one
+    local word pid=0 step=0
+    printf -v word "%s/ranks/%05d.json" "$run_dir" "$1"
+    [ ! -f "$word" ] || word=$(<"$word")
+    [[ ! $word =~ \"pid\":\ ([0-9]+) ]] || pid=${BASH_REMATCH[1]}
+    [[ ! $word =~ \"step\":\ ([0-9]+) ]] || step=${BASH_REMATCH[1]}
+    set -C
+    { printf "{\"rank\": %d, \"host\": \"%s\", \"pid\": %d, \"step\": %d, \"cause\": \"killed by signal %d\", \"time\": %s}\n" \
+        "$1" "$2" "$pid" "$step" "$3" "${EPOCHREALTIME/,/.}" >"$run_dir/failure.json"; } 2>/dev/null
+    set +C
+}'
+eval "$accuse"
+around=$accuse'
+trap "" USR1
 trap "told=yes" TERM INT
 run_dir=$1 told=
 shift
 "$@"
 code=$?
 if [ "$code" -gt 128 ] && [ -z "$told" ]; then
-    me=${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-$SLURM_PROCID}}} pid=0 step=0
     read -r host </proc/sys/kernel/hostname
-    printf -v word "%s/ranks/%05d.json" "$run_dir" "$me"
-    [ ! -f "$word" ] || word=$(<"$word")
-    [[ ! $word =~ \"pid\":\ ([0-9]+) ]] || pid=${BASH_REMATCH[1]}
-    [[ ! $word =~ \"step\":\ ([0-9]+) ]] || step=${BASH_REMATCH[1]}
-    set -C
-    { printf "{\"rank\": %d, \"host\": \"%s\", \"pid\": %d, \"step\": %d, \"cause\": \"killed by signal %d\", \"time\": %s}\n" \
-        "$me" "$host" "$pid" "$step" "$((code - 128))" "${EPOCHREALTIME/,/.}" >"$run_dir/failure.json"; } 2>/dev/null
+    accuse "${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-$SLURM_PROCID}}}" "$host" "$((code - 128))"
 fi
 exit "$code"'
 rank=(bash -c "$around" rank "$run_dir" "$python" -m distrib.train
@@ -225,7 +231,9 @@ elif [ -n "$cancelled" ]; then
     [ "$at" = 0 ] && at='before a checkpoint' || at="at step $at: sbatch it again with --run-dir $run_dir to go on"
     say "job $job: cancelled, stopped $at"
 else
-    verdict=''
+    verdict='' # where the shell around the killed rank was killed before it could speak, srun names the first
+    first=$(said '^srun: error: [^:]+: task [0-9]+: Killed' | head -n 1)
+    [[ ! $first =~ error:\ ([^:]+):\ task\ ([0-9]+): ]] || accuse "${BASH_REMATCH[2]}" "${BASH_REMATCH[1]}" 9
     [ "$code" = 2 ] || verdict=$("$python" -m launch.cli verdict --ended "$run_dir" 2>/dev/null)
     case $verdict in
         *" failed at step "*) ;;
