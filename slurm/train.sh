@@ -231,9 +231,10 @@ elif [ -n "$cancelled" ]; then
     [ "$at" = 0 ] && at='before a checkpoint' || at="at step $at: sbatch it again with --run-dir $run_dir to go on"
     say "job $job: cancelled, stopped $at"
 else
-    verdict='' # where the shell around the killed rank was killed before it could speak, srun names the first
-    first=$(said '^srun: error: [^:]+: task [0-9]+: Killed' | head -n 1)
-    [[ ! $first =~ error:\ ([^:]+):\ task\ ([0-9]+): ]] || accuse "${BASH_REMATCH[2]}" "${BASH_REMATCH[1]}" 9
+    verdict=''
+    # The shell around a killed rank may be killed before it can speak: srun still names first the rank that ended first.
+    first=$(said '^srun: error: [^:]+: tasks? [0-9]' | head -n 1)
+    [[ ! $first =~ error:\ ([^:]+):\ task\ ([0-9]+):\ Killed ]] || accuse "${BASH_REMATCH[2]}" "${BASH_REMATCH[1]}" 9
     [ "$code" = 2 ] || verdict=$("$python" -m launch.cli verdict --ended "$run_dir" 2>/dev/null)
     case $verdict in
         *" failed at step "*) ;;

@@ -31,6 +31,7 @@ QUESTIONS = ("ldconfig", "lscpu")  # what libraries ask about the machine as the
 NOT_STARTED = "The PMIx server's listener thread failed to start"
 """What mpirun said once before it had started anything."""
 
+# as the README sets it, but for the last
 MPI_ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT, ROOT, environment, summary
 
+from distrib.faults.heartbeat import Heartbeat
+
 SRUN = """#!/bin/bash
 [ "$1" != --mpi=list ] || { echo pmix; exit; }
 while [ "${1#--}" != "$1" ]; do shift; done
@@ -71,3 +73,37 @@ def test_a_home_folder_behind_an_equals_sign(
     done = submit(commands, tmp_path / "here", *options, "--run-dir=~nobodyatall/a")
     assert done.returncode == 2
     assert done.stderr == "train.sh: --run-dir ~nobodyatall/a: give the whole path\n"
+
+
+KILLED, KILLED_TOO = "srun: error: node2: task 1: Killed", "srun: error: node1: task 0: Killed"
+EXITED = "srun: error: node2: task 1: Exited with exit code 3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "accused"),
+    [
+        ([KILLED, KILLED_TOO], "rank 1 on node2 failed at step 5: killed by signal 9"),
+        ([EXITED, KILLED_TOO], "rank 0 on node1 failed at step 4: its process ended without an error"),
+        ([], "rank 0 on node1 failed at step 4: its process ended without an error"),
+    ],
+)
+def test_srun_names_a_killed_rank_whose_shell_could_not(
+    commands: dict[str, str], lines: list[str], accused: str, tmp_path: Path
+) -> None:
+    """The rank that ended first, and only where it was killed; else the last heartbeats tell."""
+    ranks, here = tmp_path / "ranks", tmp_path / "here"
+    ranks.mkdir()
+    for rank, step in ((0, 4), (1, 5)):
+        beat = Heartbeat(rank=rank, host=f"node{rank + 1}", pid=4000 + rank, step=step, time=1000.0 + rank)
+        (ranks / f"{rank:05}.json").write_text(json.dumps(vars(beat)))
+    said = "".join(f"echo '{line}' >>{tmp_path / 'log'}\n" for line in lines)
+    programs = {
+        "srun": f"[ $1 != --mpi=list ] || {{ echo pmix; exit; }}\ncp -r {ranks} run/ranks\n{said}exit 137\n",
+        "scontrol": f"echo StdOut={tmp_path / 'log'}\n",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\n" + text)
+    (tmp_path / "log").touch()
+    done = submit(commands, here, "--run-dir", "run")
+    assert f"failed with exit code 137: {accused}" in done.stdout + done.stderr
+    assert json.loads((here / "run" / "failure.json").read_text())["pid"] in (4000, 4001)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -32,8 +33,8 @@ ALONE = {
 }
 """Wheels taken without what they depend on, by the folder that they are unpacked into."""
 
-WITH_ALL = ("typer>=0.16", "rich>=13", "safetensors>=0.5", "threadpoolctl>=3.5", "pillow>=11")
-"""What the project imports, as in pyproject.toml, with what that depends on."""
+THERE = ("numpy", "mpi4py")
+"""What the project depends on and the machine has."""
 
 LEFT_OUT = ("results/", "docs/", "slurm/README.md")
 GLIBC = range(28, 4, -1)
@@ -46,6 +47,12 @@ def download(folder: Path, *wanted: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "-d", str(folder)]
     command += ["--python-version", PYTHON, "--implementation", "cp", *wanted]
     subprocess.run([*command, *(f"--platform={tag}" for tag in tags)], check=True)
+
+
+def lacking() -> list[str]:
+    """What the project depends on and the machine lacks."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return [each for each in about["project"]["dependencies"] if not each.startswith(THERE)]
 
 
 def unpack(wheel: Path, folder: Path) -> None:
@@ -69,7 +76,7 @@ def software(room: Path) -> None:
         wheels = room / f"wheels-{name}"
         download(wheels, "--no-deps", wanted)
         if name == "site":
-            download(wheels, *WITH_ALL)
+            download(wheels, *lacking())
         for wheel in sorted(wheels.glob("*.whl")):
             unpack(wheel, room / name)
         shutil.rmtree(wheels)
