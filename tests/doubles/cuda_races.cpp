@@ -112,14 +112,14 @@ void write(const Array& array, size_t index, bool atomic) {
     std::string nearest;
     size_t least = ~size_t(0);
     for (const std::vector<Array>* each : {&arrays, &shared_arrays})
-    for (const Array& array : *each) {
-        const bool before = at < array.span.from;
-        const size_t apart = before ? array.span.from - at : at + bytes - array.span.to;
-        if (apart >= least) continue;
-        least = apart;
-        nearest = std::string("; the nearest is ") + array.span.name + ", which it is " +
-                  std::to_string(apart) + " bytes " + (before ? "before" : "beyond");
-    }
+        for (const Array& array : *each) {
+            const bool before = at < array.span.from;
+            const size_t apart = before ? array.span.from - at : at + bytes - array.span.to;
+            if (apart >= least) continue;
+            least = apart;
+            nearest = std::string("; the nearest is ") + array.span.name + ", which it is " +
+                      std::to_string(apart) + " bytes " + (before ? "before" : "beyond");
+        }
     cuda_on_cpu::fail((writes ? "write" : "read") + std::string(" of ") + std::to_string(bytes) +
                       " bytes outside every argument" + nearest);
 }
@@ -136,7 +136,8 @@ void access(size_t at, size_t bytes, bool writes, bool atomic = false) {
             return;
         }
     for (const Array& array : shared_arrays)
-        if (at < array.span.to + cuda_races::RED_ZONE && at + bytes > array.span.to) report_outside(at, bytes, writes);
+        if (at < array.span.to + cuda_races::RED_ZONE && at + bytes > array.span.to)
+            report_outside(at, bytes, writes);
     for (const Memory& memory : own)
         if (at >= memory.from && at + bytes <= memory.to) return;
     report_outside(at, bytes, writes);
