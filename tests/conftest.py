@@ -45,6 +45,7 @@ MPI_ENVIRONMENT = {
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
     config.addinivalue_line("markers", "quick: starts no other process")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of starts would each compile the package
     beside = str(Path(sys.executable).parent)  # mpirun of the virtual environment, activated or not
     os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
     # a shell's background job ignores the first and nohup's the second, which some tests send

@@ -20,12 +20,11 @@ FORMATS: dict[str, ModuleType] = {
 
 def load(data: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
     """Load the first images of the data set that --data names; by default MNIST, which the package holds."""
-    return _whole(data).first(limit_train, limit_test)
+    found = idx.read(idx.SHIPPED, limit_train, limit_test) if data is None else _whole(data)
+    return found.first(limit_train, limit_test)
 
 
-def _whole(data: str | None) -> Dataset:
-    if data is None:
-        return idx.read(idx.SHIPPED)
+def _whole(data: str) -> Dataset:
     if synthetic.recognises(data):
         return synthetic.read(data)
     path = expanded(data, "--data")

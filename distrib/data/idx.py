@@ -34,20 +34,24 @@ NAMES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in (
 """Names of the four files, without .gz."""
 
 
-def read_idx(path: Path, magic: int) -> np.ndarray:
+def read_idx(path: Path, magic: int, limit: int | None = None) -> np.ndarray:
     """Read an IDX file: uint8 (N, H, W) for IMAGES, (N,) for LABELS.
 
-    Reads and inflates no more than the header says. UserError if the file is unreadable, differs from its
-    checksum (files of the package), is not IDX, exceeds the machine's memory, or is truncated or over-long.
+    Reads and inflates no more than the header says; of the package's files, which a checksum vouches for, no
+    more than `limit` items. UserError if the file is unreadable, differs from its checksum, is not IDX,
+    exceeds the machine's memory, or is truncated or over-long.
     """
     kind = "images" if magic == IMAGES else "labels"
     with _user_errors(path, kind):
-        raw = read_bytes(path, memory())
-        if path.parent == SHIPPED and hashlib.sha256(raw).hexdigest() != SHA256.get(path.name):
+        raw, is_shipped = read_bytes(path, memory()), path.parent == SHIPPED
+        if is_shipped and hashlib.sha256(raw).hexdigest() != SHA256.get(path.name):
             raise UserError(f"{path}: SHA-256 differs from the official file's: install the package again")
         source = Gzip(raw) if raw[:2] == GZIP else Plain(raw)
         head = source.take(4 + 4 * (magic & 0xFF))
         shape = _shape(path, magic, head, source)
+        if is_shipped and limit is not None and limit < shape[0]:
+            shape = limit, *shape[1:]
+            return np.frombuffer(source.take(prod(shape)), np.uint8).reshape(shape)
         expected = prod(shape)
         _require_fit(path, kind, expected, source.most)
         data = source.take(expected)
@@ -157,11 +161,11 @@ def _folder(path: Path) -> Path:
     return held[0] if held else path
 
 
-def _part(folder: Path, *names: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels from the files whose names start with one of `names`."""
+def _part(folder: Path, limit: int | None, *names: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels from the files whose names start with one of `names`; `limit` as in `read_idx`."""
     image_path = _find(folder, *(f"{name}-images-idx3-ubyte" for name in names))
     label_path = _find(folder, *(f"{name}-labels-idx1-ubyte" for name in names))
-    images, labels = read_idx(image_path, IMAGES), read_idx(label_path, LABELS)
+    images, labels = read_idx(image_path, IMAGES, limit), read_idx(label_path, LABELS, limit)
     if len(images) != len(labels):
         raise UserError(
             f"{image_path} has {len(images)} images, {label_path.name} {len(labels)} labels:"
@@ -177,8 +181,11 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and bool(_prefixes(_folder(path)))
 
 
-def read(path: Path) -> Dataset:
-    """Read the data set in a folder, with MNIST's four file names or EMNIST's with one prefix."""
+def read(path: Path, train: int | None = None, test: int | None = None) -> Dataset:
+    """Read the data set in a folder, with MNIST's four file names or EMNIST's with one prefix.
+
+    `train` and `test` are as many images as are wanted: of the package's own, the others are not inflated.
+    """
     held = _folder(path)
     prefixes = _prefixes(held) or [""]
     if len(prefixes) > 1:
@@ -187,7 +194,7 @@ def read(path: Path) -> Dataset:
     (prefix,) = prefixes
     return make(
         "MNIST (in the package)" if held == SHIPPED else str(held),
-        _part(held, f"{prefix}train"),
-        _part(held, f"{prefix}t10k", f"{prefix}test"),
+        _part(held, train, f"{prefix}train"),
+        _part(held, test, f"{prefix}t10k", f"{prefix}test"),
         least=LEAST_CLASSES,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -41,11 +42,22 @@ def place_cupy_cache() -> None:
     os.environ["CUPY_CACHE_DIR"] = own
 
 
+def has_driver() -> bool:
+    """Whether the library of NVIDIA's driver can be loaded: asked first, as CuPy takes a while to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 @functools.cache
 def import_cupy() -> ModuleType:
     """The `cupy` module; RuntimeError with what is missing where it or a GPU cannot be had."""
+    if (version := cupy_version()) and not has_driver():
+        raise RuntimeError(f"CuPy {version} sees no GPU (there is no NVIDIA driver: libcuda.so.1)")
     try:
-        if cupy_version():
+        if version:
             place_cupy_cache()
         import cupy
     except ImportError as error:
