@@ -29,7 +29,7 @@ from distrib.state import Progress
 from distrib.timing import StepTimer
 from nn.layer import StepContext
 from nn.network import Network
-from nn.ops.batch import LABELS, Source, gather_batch
+from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
 from nn.ops.loss import loss_and_gradient
 from nn.ops.update import average, record_step
 from nn.optim import OPTIMIZERS
@@ -78,6 +78,7 @@ class Trainer:
         self.warps = (
             xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
         )
+        self.keys = xp.zeros(len(data.train_images), np.uint32) if self.model.is_random() else None
         # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
@@ -125,6 +126,9 @@ class Trainer:
                 self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate
             )
             self.warps[...] = backend.asarray(warps)
+        if self.keys is not None:
+            keys = sampler.image_keys(self.config.seed, epoch, len(self.images))
+            self.keys[...] = backend.asarray(keys)
         self.step_in_epoch.fill(self.progress.step - first)
         self.epoch = epoch
 
@@ -165,14 +169,17 @@ class Trainer:
         All that changes from step to step is read from the device's memory, so that a CUDA graph can hold it.
         """
         config, model, buffers, timer = self.config, self.model, self.model.buffers, self.timer
+        keys = None if self.keys is None else buffers.persistent("keys", (n,), "uint32")
         if config.batch_norm == "sync":
-            context = StepContext(True, count, self.batch_norm_sum)
-        else:
-            context = StepContext(True, max(1, n))  # a rank without images must not compute 0/0
+            context = StepContext(True, count, self.batch_norm_sum, keys)
+        else:  # a rank without images must not compute 0/0
+            context = StepContext(True, max(1, n), keys=keys)
         timer.start()
         x, labels = buffers.image("input", (n, *model.shape)), buffers.persistent("labels", (n,), LABELS)
         source = Source(self.images, self.labels, self.order, self.warps)
         gather_batch(x, labels, source, self.step_in_epoch, config.batch_size, start)
+        if keys is not None:
+            gather_keys(keys, self.keys, self.order, self.step_in_epoch, config.batch_size, start)
         timer.lap("data")
         logits = model.forward(x, context)
         dlogits = buffers.persistent("dlogits", logits.shape, str(model.dtype))

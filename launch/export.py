@@ -20,7 +20,24 @@ from launch.report.plots import require, require_place, write
 from launch.report.records import shown
 from launch.report.runs import data_of, load_model
 from nn.layer import Layer
-from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, GlobalPool, Linear, Residual, Sequential
+from nn.layers import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvBN,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    GlobalPool,
+    LeakyReLU,
+    Linear,
+    MaxPool,
+    Pool,
+    ReLU,
+    Residual,
+    Sequential,
+)
 from nn.ops.norm import EPS
 
 if TYPE_CHECKING:
@@ -70,18 +87,41 @@ def sequential(graph: Graph, layer: Sequential, x: str) -> str:
     return x
 
 
-def conv_bn(graph: Graph, layer: ConvBN, x: str) -> str:
-    name, kernel, stride = layer.name, [layer.kernel] * 2, [layer.stride] * 2
-    sizes = {"kernel_shape": kernel, "strides": stride, "pads": [layer.geometry.padding] * 4}
-    y = graph.add("Conv", [x, graph.constant(f"{name}.0.weight")], f"{name}.conv", **sizes)
+def conv(graph: Graph, layer: Conv, x: str) -> str:
+    stride, padding, dilation = layer.geometry
+    sizes = {"kernel_shape": [layer.kernel] * 2, "strides": [stride] * 2, "dilations": [dilation] * 2}
+    weights = [graph.constant(spec.name) for spec in layer.specs()]
+    return graph.add("Conv", [x, *weights], f"{layer.name}.conv", pads=[padding] * 4, **sizes)
+
+
+def batch_norm(graph: Graph, layer: BatchNorm, x: str) -> str:
     parts = ("weight", "bias", "running_mean", "running_var")
-    norm = [graph.constant(f"{name}.1.{part}") for part in parts]
-    y = graph.add("BatchNormalization", [y, *norm], f"{name}.norm", epsilon=EPS)
-    if layer.relu:
-        y = graph.add("Relu", [y], f"{name}.relu")
-    if layer.pool:
-        y = graph.add("MaxPool", [y], f"{name}.pool", kernel_shape=[layer.pool] * 2, strides=[layer.pool] * 2)
-    return y
+    norm = [graph.constant(f"{layer.name}.{part}") for part in parts]
+    return graph.add("BatchNormalization", [x, *norm], f"{layer.name}.norm", epsilon=EPS)
+
+
+def relu(graph: Graph, layer: ReLU, x: str) -> str:
+    return graph.add("Relu", [x], f"{layer.name}.relu")
+
+
+def leaky_relu(graph: Graph, layer: LeakyReLU, x: str) -> str:
+    return graph.add("LeakyRelu", [x], f"{layer.name}.relu", alpha=layer.slope)
+
+
+def pool(graph: Graph, layer: Pool, x: str) -> str:
+    size, stride, padding = layer.over
+    sizes = {"kernel_shape": list(size), "strides": [stride] * 2, "pads": [padding] * 4}
+    if layer.average:
+        return graph.add("AveragePool", [x], f"{layer.name}.pool", count_include_pad=1, **sizes)
+    return graph.add("MaxPool", [x], f"{layer.name}.pool", **sizes)
+
+
+def flatten(graph: Graph, layer: Flatten, x: str) -> str:
+    return graph.add("Flatten", [x], f"{layer.name}.flat")
+
+
+def dropout(_: Graph, __: Dropout, x: str) -> str:
+    return x  # nothing happens in evaluation
 
 
 def residual(graph: Graph, layer: Residual, x: str) -> str:
@@ -103,7 +143,15 @@ def linear(graph: Graph, layer: Linear, x: str) -> str:
 
 NODES: dict[type[Layer], Callable[[Graph, Any, str], str]] = {
     Sequential: sequential,
-    ConvBN: conv_bn,
+    ConvBN: sequential,
+    Conv: conv,
+    BatchNorm: batch_norm,
+    ReLU: relu,
+    LeakyReLU: leaky_relu,
+    MaxPool: pool,
+    AvgPool: pool,
+    Flatten: flatten,
+    Dropout: dropout,
     Residual: residual,
     GlobalMaxPool: global_pool,
     GlobalAvgPool: global_pool,

@@ -73,6 +73,11 @@ def memory_axes(x: Array) -> tuple[int, ...]:
     return (1, 2, 0, 3)
 
 
+def in_memory(x: Array, like: Array) -> Array:
+    """View of activations (N, H, W, C), or (N, C), as (A, B, k, C) in the memory order of `like`."""
+    return x[:, None, None, :] if x.ndim == 2 else x.transpose(memory_axes(like))
+
+
 def pixels(x: Array) -> Array:
     """View of activations (N, H, W, C) as a matrix (N·H·W, C) in memory order."""
     return x.transpose(memory_axes(x)).reshape(-1, x.shape[-1])

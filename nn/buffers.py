@@ -31,6 +31,7 @@ class _Store:
     slab: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     generation: int = 0
     holders: dict[int, int] = field(default_factory=dict)  # how many hold a buffer of the pool, by its number
+    later: list[Array] = field(default_factory=list)  # held until the side stream is joined
     taken: int = 0  # in this pass
     number_of: dict[int, int] = field(
         default_factory=dict
@@ -159,6 +160,18 @@ class Buffers:
             if self.poison:
                 self._spoil(number)
 
+    def release_later(self, x: Array) -> None:
+        """Release x once the side stream, which reads it, is joined; at once where there is none."""
+        if self.backend.side_stream:
+            self._store.later.append(x)
+        else:
+            self.release(x)
+
+    def release_late(self) -> None:
+        """The side stream is joined."""
+        while self._store.later:
+            self.release(self._store.later.pop())
+
     def is_pooled(self, x: Array) -> bool:
         """Whether x is from the pool: whoever keeps it must hold it."""
         return id(x) in self._store.number_of
@@ -170,6 +183,7 @@ class Buffers:
     def release_all(self) -> None:
         """Nobody holds anything: a pass begins, and an earlier one may have been given up halfway."""
         self._store.holders.clear()
+        self._store.later.clear()
         self._store.taken = 0
 
     def output(self, shape: tuple[int, ...]) -> Array:

@@ -1,7 +1,8 @@
 """The protocol of layers.
 
-Activations pass from hand to hand: `forward` takes over x and `backward` takes over dy (each may release or
-overwrite it), and what either returns the caller holds. `Buffers.activation` gives the memory; in training,
+Activations pass from hand to hand: `forward` takes over x and `backward` takes over dy, and each releases it
+or returns it. `backward` may overwrite dy; `forward` must not write to x, which the layer before may need.
+What either returns the caller holds. `Buffers.activation` gives the memory; in training,
 `Buffers.output` for what forward returns and `Buffers.save` for what backward needs. Who needs an array twice
 retains it. Vectors (N, C) are persistent, their maker's own.
 """
@@ -31,12 +32,14 @@ class StepContext:
 
     `global_batch` is the number of images in the global batch, of which this rank computes a part;
     `all_reduce` sums batch norm's statistics over ranks (None: use this rank's part alone, and then
-    `global_batch` is its images).
+    `global_batch` is its images). `keys` (N,) uint32 has a random number for each image of the part, new in
+    each epoch, for layers that are `random`.
     """
 
     training: bool
     global_batch: int = 0
     all_reduce: AllReduce | None = None
+    keys: Array | None = None
 
 
 def text(shape: Shape) -> str:
@@ -52,6 +55,7 @@ class Layer(ABC):
     out_shape: Shape = ()
     need_dx = True  # whether the gradient of its input is wanted
     bf16 = False  # whether it takes activations that hold the bits of bfloat16, which CUDA kernels alone do
+    random = False  # whether it wants `StepContext.keys`
 
     def build(self, name: str, shape: Shape, need_dx: bool = True) -> Shape:
         """Take a place in a network; returns what comes out of `shape`. ValueError where it does not fit."""
@@ -101,6 +105,44 @@ class Layer(ABC):
     @abstractmethod
     def backward(self, dy: Array, step: StepContext, on_grad: OnGrad) -> Any:
         """dL/dx for dy = dL/dy, None unless `need_dx`; `on_grad` hears of each gradient as it is queued."""
+
+    # fusion: how one pass does the work of several layers
+
+    def absorb(self, layer: Layer) -> bool:
+        """Whether its own pass now does the work of `layer`, too, which follows it in a `Sequential`."""
+        return False
+
+    def hand_over(self) -> bool:
+        """Whether what it returns in training now belongs to the next layer, until that one's backward."""
+        return False
+
+    def can_add(self) -> bool:
+        """Whether `forward_added` and `backward_added` do a residual's addition in its pass."""
+        return False
+
+    def forward_added(self, x: Array, step: StepContext, residual: Array) -> Array:
+        """relu(forward(x) + residual)."""
+        raise NotImplementedError
+
+    def backward_added(self, dy: Array, step: StepContext, on_grad: OnGrad) -> tuple[Any, Array]:
+        """`backward` of `forward_added`: dL/dx, and the gradient of the residual."""
+        raise NotImplementedError
+
+    # memory
+
+    def output(self, n: int, step: StepContext) -> Array:
+        """Memory for what comes out of n images."""
+        shape = (n, *self.out_shape)
+        if len(shape) == 2:
+            return self.buffers.persistent("y", shape, self.dtype)
+        return self.buffers.output(shape) if step.training else self.buffers.activation(shape)
+
+    def gradient(self, n: int) -> Array:
+        """Memory for dL/dx of n images."""
+        shape = (n, *self.in_shape)
+        if len(shape) == 2:
+            return self.buffers.persistent("dx", shape, self.dtype)
+        return self.buffers.activation(shape)
 
     def _refuse(self, shape: Shape, why: str, remedy: str) -> ValueError:
         return ValueError(f"{self.name}: {type(self).__name__} gets {text(shape)}, {why}: {remedy}")

@@ -11,7 +11,7 @@ from nn.array import Array
 from nn.buffers import Buffers
 from nn.device import NUMPY, Backend
 from nn.layer import Layer, OnGrad, Shape, StepContext, text
-from nn.layers import ConvBN
+from nn.layers.convolution import Conv
 from nn.params import Parameters
 
 Model = Callable[..., Layer]
@@ -56,8 +56,9 @@ class Network:
         self.backend, self.dtype = backend, np.dtype(dtype)
         out = layers.build("", self.shape, need_dx=False)
         if out != (classes,):
+            last = (layers.children() or [layers])[-1]
             raise ValueError(
-                f"{list(layers.walk())[-1].name}: the network makes {text(out)} of images of {text(shape)},"
+                f"{last.name}: the network makes {text(out)} of images of {text(shape)},"
                 f" and there are {classes} classes: end it with GlobalMaxPool() and Linear(classes)"
             )
         plain = [layer for layer in layers.walk() if not layer.bf16]
@@ -79,9 +80,13 @@ class Network:
             layer.bind(self.params, self.running, self.buffers)
         self.params.initialise(np.random.default_rng(seed))
 
-    def convs(self) -> list[ConvBN]:
+    def convs(self) -> list[Conv]:
         """All convolutions, in the order of their parameters."""
-        return [layer for layer in self.layers.walk() if isinstance(layer, ConvBN)]
+        return [layer for layer in self.layers.walk() if isinstance(layer, Conv)]
+
+    def is_random(self) -> bool:
+        """Whether a step needs `StepContext.keys`."""
+        return any(layer.random for layer in self.layers.walk())
 
     def forward(self, x: Array, step: StepContext) -> Array:
         """Logits (N, classes) for images x (N, H, W, C) scaled to [0, 1]."""
@@ -100,9 +105,10 @@ class Network:
         On a GPU gradients of weights come from `backend.side_stream`, which is joined at the end.
         """
         self.layers.backward(dy, step, on_grad)
-        assert not self.buffers.held(), "a layer did not release what it was given"
         if self.backend.side_stream:
             self.backend.side_stream.join_all()
+        self.buffers.release_late()
+        assert not self.buffers.held(), "a layer did not release what it was given"
 
     def tune_convolutions(self, n: int, training: bool) -> None:
         """Run each convolution once for a batch of n, so that a device chooses its plans.

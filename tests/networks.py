@@ -5,7 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from nn.layer import Shape
-from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
+from nn.layers import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvBN,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    LeakyReLU,
+    Linear,
+    MaxPool,
+    ReLU,
+    Residual,
+    Sequential,
+)
 from nn.network import Network
 from nn.resnet9 import ResNet9
 
@@ -70,8 +84,41 @@ def no_residual(shape: Shape, classes: int) -> Sequential:
     )
 
 
+def every_layer(shape: Shape, classes: int) -> Sequential:
+    """Every layer there is, dropout apart, fused and not: strides, paddings and dilations of all kinds."""
+    return Sequential(
+        BatchNorm(),  # takes nothing over
+        Conv(5, kernel=4, stride=2, padding=1),
+        LeakyReLU(0.1),
+        MaxPool(3, stride=2, padding=1),
+        Residual(BatchNorm(), ReLU(), Conv(5, bias=False), BatchNorm()),
+        Residual(Conv(5), Conv(5, dilation=2)),
+        BatchNorm(),
+        LeakyReLU(),
+        AvgPool((2, 3), stride=1, padding=1),
+        Conv(6, kernel=2, bias=False),
+        BatchNorm(),
+        ReLU(),
+        MaxPool(2),
+        Conv(4, kernel=1),
+        ReLU(),
+        Flatten(),
+        Linear(12),
+        ReLU(),
+        Linear(classes),
+    )
+
+
+def pooled_first(shape: Shape, classes: int) -> Sequential:
+    """Nothing before the pooling asks for a gradient."""
+    return Sequential(AvgPool(2), ReLU(), MaxPool(2), Flatten(), Linear(9), LeakyReLU(0.2), Linear(classes))
+
+
 NETWORKS = {
     function.__name__: function
-    for function in (block_of_one, block_of_three, block_of_five, skip_around_two, no_residual)
+    for function in (
+        *(block_of_one, block_of_three, block_of_five, skip_around_two, no_residual),
+        *(every_layer, pooled_first),
+    )
 }
 """Models beside ResNet-9: functions of (shape, classes)."""

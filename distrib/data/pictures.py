@@ -6,12 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from distrib.data.dataset import Dataset, make
 from distrib.errors import UserError
 from distrib.files import printable
-from distrib.pictures.files import pixels_of, read_sheets
 
 PARTS = ("train", "test")
 
@@ -71,6 +69,10 @@ def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _picture(path: Path) -> np.ndarray:
     """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
+    from PIL import Image  # here, as it takes a while to import and few runs need it
+
+    from distrib.pictures.files import pixels_of, read_sheets
+
     mode = ""
     with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:  # errors are reported below
         mode = picture.mode

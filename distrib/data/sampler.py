@@ -21,6 +21,11 @@ def warps(seed: int, epoch: int, images: int, shift: float, rotate: float) -> np
     return np.stack([np.cos(angle), np.sin(angle), *(shift * drawn[:, 1:].T)], 1).astype(np.float32)
 
 
+def image_keys(seed: int, epoch: int, images: int) -> np.ndarray:
+    """(images,) uint32: a random number of each image in `epoch`, by which dropout draws."""
+    return np.random.default_rng((seed, epoch, 2)).integers(0, 1 << 32, images, np.uint32)
+
+
 def steps_per_epoch(images: int, batch: int) -> int:
     """Steps of an epoch; the last may have fewer than `batch` images."""
     return -(-images // batch)

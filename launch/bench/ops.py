@@ -18,7 +18,7 @@ from nn.array import Array
 from nn.buffers import Buffers
 from nn.device import NUMPY
 from nn.layer import StepContext
-from nn.layers import ConvBN, Residual
+from nn.layers import Conv, ConvBN, Residual
 from nn.network import Network
 from nn.ops import norm as F
 from nn.ops.conv import Geometry, choose_algorithm, conv_backward, conv_forward
@@ -38,9 +38,10 @@ def layers(model: Network) -> list[tuple[ConvBN, int, bool]]:
     """(layer, side of the image, whether a residual is added) of each that occurs, equal ones once."""
     adders = {layer.adder for layer in model.layers.walk() if isinstance(layer, Residual)}
     found: dict[tuple[Any, ...], tuple[ConvBN, int, bool]] = {}
-    for conv in model.convs():
-        side, added = conv.in_shape[0], conv in adders
-        found.setdefault((side, conv.c_in, conv.out, added), (conv, side, added))
+    for layer in model.layers.walk():
+        if isinstance(layer, ConvBN):
+            side, added = layer.in_shape[0], layer in adders
+            found.setdefault((side, layer.conv.c_in, layer.conv.out, added), (layer, side, added))
     return list(found.values())
 
 
@@ -62,7 +63,7 @@ def random_image(buffers: Buffers, name: str, shape: tuple[int, ...], rng: np.ra
     return image
 
 
-def convolution(side: int, conv: ConvBN, batch: int, repeats: int, torch: bool) -> dict[str, Any]:
+def convolution(side: int, conv: Conv, batch: int, repeats: int, torch: bool) -> dict[str, Any]:
     """Milliseconds forward and backward of each algorithm, the algorithm that is chosen, and its error."""
     rng = np.random.default_rng(0)
     x_shape, w_shape = (batch, side, side, conv.c_in), (3, 3, conv.c_in, conv.out)
@@ -147,16 +148,17 @@ def torch_convolution(x_shape: tuple[int, ...], w: Array, need_dx: bool) -> dict
     return {"torch forward": forward, "torch backward": backward}
 
 
-def batch_norm(side: int, conv: ConvBN, residual: bool, batch: int, repeats: int, torch: bool) -> Times:
+def batch_norm(side: int, block: ConvBN, residual: bool, batch: int, repeats: int, torch: bool) -> Times:
     """Batch norm (→ + residual) → ReLU (→ max-pool), forward and backward."""
     rng, buffers = np.random.default_rng(0), Buffers()
-    shape = (batch, side, side, conv.out)
-    out = (batch, side // 2, side // 2, conv.out) if conv.pool else shape
+    channels, pool = block.conv.out, block.norm.pool
+    shape = (batch, side, side, channels)
+    out = (batch, side // 2, side // 2, channels) if pool else shape
     z, dy = random_image(buffers, "z", shape, rng), random_image(buffers, "dy", out, rng)
-    y, one = buffers.image("y", out), np.ones(conv.out, np.float32)
+    y, one = buffers.image("y", out), np.ones(channels, np.float32)
     more = random_image(buffers, "more", shape, rng) if residual else None
     weights, over = F.Norm(one, one, one.copy(), one.copy()), F.Count(batch * side**2)
-    after, saved = F.After(pool=conv.pool > 0, residual=more), list[Any]()
+    after, saved = F.After(pool=pool, residual=more), list[Any]()
 
     def forward() -> None:
         saved[:] = [F.norm_forward(z, weights, y, after, over, buffers)]
@@ -166,7 +168,7 @@ def batch_norm(side: int, conv: ConvBN, residual: bool, batch: int, repeats: int
 
     jobs: dict[str, Callable[[], Any]] = {"distrib forward": forward, "distrib backward": backward}
     if torch:
-        jobs |= torch_batch_norm(shape, conv.pool > 0, residual)
+        jobs |= torch_batch_norm(shape, pool, residual)
     return take_turns(jobs, repeats)
 
 
@@ -269,15 +271,16 @@ def ops(
         f" {result['matrix_peak_gflops']:.0f} GFLOP/s; ms, forward + backward"
     )
     seen = set()
-    for conv, side, added in layers(model):
-        row: dict[str, Any] = {"name": conv.name, "side": side, "channels": [conv.c_in, conv.out]}
+    for block, side, added in layers(model):
+        conv = block.conv
+        row: dict[str, Any] = {"name": block.name, "side": side, "channels": [conv.c_in, conv.out]}
         row["residual"] = added
         if (shape := (side, conv.c_in, conv.out)) not in seen:
             seen.add(shape)
             row["convolution"] = convolution(side, conv, batch_size, repeats, torch)
-        row["batch_norm_ms"] = batch_norm(side, conv, added, batch_size, repeats, torch)
+        row["batch_norm_ms"] = batch_norm(side, block, added, batch_size, repeats, torch)
         result["layers"].append(row)
-        for line in layer_lines(row, conv):
+        for line in layer_lines(row, block.norm.pool):
             say(line)
     result["head_ms"] = head(model, batch_size, repeats, torch)
     result["adam_ms"] = optimizer(model, width, repeats, torch)
@@ -288,7 +291,7 @@ def ops(
         print(json.dumps(result, indent=2))
 
 
-def layer_lines(row: dict[str, Any], conv: ConvBN) -> Iterator[str]:
+def layer_lines(row: dict[str, Any], pool: bool) -> Iterator[str]:
     """The text of a row, for people."""
     side, (c_in, out) = row["side"], row["channels"]
     yield f"{row['name']}: {side}×{side}, {c_in}→{out}"
@@ -299,7 +302,7 @@ def layer_lines(row: dict[str, Any], conv: ConvBN) -> Iterator[str]:
         note = f", chosen, error {found['error']:.1e}" if algorithm == found["chosen"] else ""
         label = f"convolution, {algorithm}"
         yield f"    {label:44} {pair(found['ms'], algorithm)}   {rate:.0f} GFLOP/s{note}"
-    label = f"batch norm, {'residual, ' if row['residual'] else ''}ReLU, {'pool, ' if conv.pool else ''}"
+    label = f"batch norm, {'residual, ' if row['residual'] else ''}ReLU, {'pool, ' if pool else ''}"
     for name in sides(row["batch_norm_ms"]):
         yield f"    {label + name:44} {pair(row['batch_norm_ms'], name)}"
 

@@ -7,11 +7,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import max_pool2d
+from torch.nn import functional
 
 from distrib.errors import UserError
 from nn.layer import Layer, Shape
-from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
+from nn.layers import (
+    AvgPool,
+    BatchNorm,
+    Conv,
+    ConvBN,
+    Dropout,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    LeakyReLU,
+    Linear,
+    MaxPool,
+    Pool,
+    ReLU,
+    Residual,
+    Sequential,
+)
 from nn.resnet9 import ResNet9
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -66,15 +82,35 @@ def _sequential(network: TorchNetwork, layer: Sequential) -> Function:
     return run
 
 
-def _conv_bn(network: TorchNetwork, layer: ConvBN) -> Function:
-    sizes = layer.kernel, layer.stride, layer.geometry.padding
-    modules: list[nn.Module] = [
-        nn.Conv2d(layer.c_in, layer.out, *sizes, bias=False),
-        nn.BatchNorm2d(layer.out),
-    ]
-    modules += [nn.ReLU()] if layer.relu else []
-    modules += [nn.MaxPool2d(layer.pool)] if layer.pool else []
-    return network.place(layer.name, nn.Sequential(*modules))
+def _conv(network: TorchNetwork, layer: Conv) -> Function:
+    sizes = layer.kernel, *layer.geometry
+    return network.place(layer.name, nn.Conv2d(layer.c_in, layer.out, *sizes, bias=layer.bias))
+
+
+def _batch_norm(network: TorchNetwork, layer: BatchNorm) -> Function:
+    kind = nn.BatchNorm2d if len(layer.in_shape) == 3 else nn.BatchNorm1d
+    return network.place(layer.name, kind(layer.in_shape[-1]))
+
+
+def _relu(_: TorchNetwork, __: ReLU) -> Function:
+    return torch.relu
+
+
+def _leaky_relu(_: TorchNetwork, layer: LeakyReLU) -> Function:
+    return lambda x: functional.leaky_relu(x, layer.slope)
+
+
+def _pool(_: TorchNetwork, layer: Pool) -> Function:
+    pool = functional.avg_pool2d if layer.average else functional.max_pool2d
+    return lambda x: pool(x, *layer.over)
+
+
+def _flatten(_: TorchNetwork, __: Flatten) -> Function:
+    return lambda x: x.flatten(1)
+
+
+def _dropout(network: TorchNetwork, layer: Dropout) -> Function:
+    return network.place(layer.name, nn.Dropout(layer.rate))
 
 
 def _residual(network: TorchNetwork, layer: Residual) -> Function:
@@ -91,7 +127,9 @@ def _residual(network: TorchNetwork, layer: Residual) -> Function:
 
 
 def _max(_: TorchNetwork, __: GlobalMaxPool) -> Function:
-    return lambda x: max_pool2d(x, x.shape[2:]).flatten(1)  # the first of equal maxima gets the gradient
+    return lambda x: functional.max_pool2d(x, x.shape[2:]).flatten(
+        1
+    )  # the first of equal maxima gets the gradient
 
 
 def _mean(_: TorchNetwork, __: GlobalAvgPool) -> Function:
@@ -104,7 +142,15 @@ def _linear(network: TorchNetwork, layer: Linear) -> Function:
 
 CONVERTERS: dict[type[Layer], Callable[[TorchNetwork, Any], Function]] = {
     Sequential: _sequential,
-    ConvBN: _conv_bn,
+    ConvBN: _sequential,
+    Conv: _conv,
+    BatchNorm: _batch_norm,
+    ReLU: _relu,
+    LeakyReLU: _leaky_relu,
+    MaxPool: _pool,
+    AvgPool: _pool,
+    Flatten: _flatten,
+    Dropout: _dropout,
     Residual: _residual,
     GlobalMaxPool: _max,
     GlobalAvgPool: _mean,

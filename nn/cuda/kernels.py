@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from nn.ops.dropout import GOLDEN
 from nn.ops.norm import EPS, MOMENTUM
 from nn.ops.update import BETA1, BETA2, EPS_HAT
 
-FILES = ("common", "norm", "norm_small", "batch", "stem", "pool", "linear", "loss", "residual", "update")
+FILES = (
+    *("common", "norm", "norm_small", "activation", "batch", "stem", "pool", "flatten", "linear", "dropout"),
+    *("loss", "residual", "update"),
+)
 THREADS = 256
 """Of a block, unless said otherwise."""
 
@@ -71,6 +75,7 @@ def source(element: str) -> str:
         "SMALL_ROWS": SMALL_ROWS,
         "KEEP": KEEP[element],
         "RUN": RUN,
+        "GOLDEN": f"{GOLDEN}u",
     }
     if element == "bfloat16":
         constants["BFLOAT16"] = 1

@@ -13,7 +13,9 @@ from nn.array import Array
 from nn.buffers import Buffers
 from nn.cuda.kernels import ELEMENT_OF, KEEP, RUN, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
 from nn.ops.batch import Source
+from nn.ops.dropout import threshold
 from nn.ops.norm import After, Count, Norm
+from nn.ops.pool import Windows
 
 BLOCKS = 1024
 """Most blocks of a launch: several for each multiprocessor of the largest GPU."""
@@ -156,7 +158,28 @@ class CudaOps:
         known = norm.gamma, norm.beta, norm.running_mean, norm.running_var
         self._launch(z, "norm_apply", tiles, z, residual, None, *known, None, y, 1, *z.shape, pool, relu)
 
-    # residuals
+    # activations and residuals
+
+    def activation_forward(
+        self, x: Array, b: Array | None, y: Array, slope: float, buffers: Buffers, keep: bool = True
+    ) -> Array | None:
+        if x.size:
+            self._launch(x, "activation_forward", flat(x.size), x, b, y, slope, x.shape[-1], x.size)
+        return y if keep and slope < 1 else None
+
+    def activation_backward(
+        self, dy: Array, saved: Array | None, db: Array | None, slope: float, buffers: Buffers
+    ) -> None:
+        c = dy.shape[-1]
+        rows = dy.size // c
+        tiles = grid, _ = tiling(rows, c, 8)
+        partial = buffers.temporary("activation.partial", (grid[0], c), "float64")
+        into = partial, buffers.zeros("arrived", grid[1], "uint32"), db
+        self._launch(dy, "activation_backward", tiles, dy, saved, *into, slope, rows, c)
+
+    def copy(self, x: Array, y: Array) -> None:
+        if x.size:
+            self._launch(x, "copy", flat(x.size), x, y, x.size)
 
     def add_relu_forward(self, x: Array, residual: Array, y: Array, buffers: Buffers) -> Array:
         self._launch(x, "add_relu_forward", flat(x.size), x, residual, y, x.size)
@@ -167,6 +190,45 @@ class CudaOps:
 
     def add(self, x: Array, y: Array) -> None:
         self._launch(x, "add", flat(x.size), x, y, x.size)
+
+    # pooling, vectors
+
+    def pool_forward(
+        self, x: Array, y: Array, over: Windows, average: bool, buffers: Buffers, keep: bool = True
+    ) -> Array | None:
+        winners = buffers.image("winners", y.shape, "int32") if keep and not average else None
+        if y.size:
+            shape = *x.shape[1:3], *y.shape[1:3], *over.size, over.stride, over.padding, average
+            self._launch(x, "pool_forward", flat(y.size), x, y, winners, *shape, x.shape[3], y.size)
+        return winners
+
+    def pool_backward(self, dy: Array, winners: Array | None, over: Windows, dx: Array) -> None:
+        if dx.size:
+            shape = *dx.shape[1:3], *dy.shape[1:3], *over.size, over.stride, over.padding, winners is None
+            self._launch(dy, "pool_backward", flat(dx.size), dy, winners, dx, *shape, dx.shape[3], dx.size)
+
+    def flatten(self, x: Array, y: Array) -> None:
+        if x.size:
+            pixels = x.shape[1] * x.shape[2]
+            self._launch(x, "flatten", flat(x.size), x, y, pixels, x.shape[3], x.size)
+
+    def unflatten(self, dy: Array, dx: Array) -> None:
+        if dx.size:
+            pixels = dx.shape[1] * dx.shape[2]
+            self._launch(dx, "unflatten", flat(dx.size), dy, dx, pixels, dx.shape[3], dx.size)
+
+    def dropout(self, x: Array, y: Array, keys: Array, salt: int, rate: float, buffers: Buffers) -> None:
+        if x.size:
+            numbers = salt, threshold(rate), rate, x.size // len(x), x.size
+            self._launch(x, "dropout", flat(x.size), x, y, keys, *numbers)
+
+    def gather_keys(
+        self, keys: Array, source: Array, order: Array, at: Array, batch: int, start: int
+    ) -> None:
+        n = len(keys)
+        if n:
+            arguments = keys, source, order, at, batch, start, n
+            self.kernels.launch("float32", "gather_keys", *flat(n), *arguments)
 
     # the network's end
 

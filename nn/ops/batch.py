@@ -55,6 +55,12 @@ def gather_batch(x: Array, y: Array, source: Source, at: Array, batch: int, star
     y[...] = source.labels[indices]
 
 
+@op
+def gather_keys(keys: Array, source: Array, order: Array, at: Array, batch: int, start: int) -> None:
+    """keys (n,) = source[order[at·batch + start + i]] for i < n: of a number for each image, the batch's."""
+    keys[...] = source[order[at * batch + namespace(keys).arange(start, start + len(keys))]]
+
+
 def warp(images: Array, warps: Array, out: Array) -> None:
     """out (n, H, W, C) at (i, j): images (n, H, W, C) at (a·u − b·v + p, b·u + a·v + q) from their centre,
     for (u, v) = (i, j) from the centre and (a, b, p, q) the rows of `warps` (n, 4): turned and moved.

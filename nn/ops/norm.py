@@ -1,7 +1,7 @@
 """Batch norm and all that follows it in one pass: y = pool(relu(γ·x̂ + β + residual)), forward and backward.
 
 Sums over images that training depends on (the statistics here, the gradients in `distrib`) pass through
-`_add_lines` and an all-reduce, so there is one place each to make them reproducible.
+`channels.add_lines` and an all-reduce, so there is one place each to make them reproducible.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from nn.array import Array, blocks, memory_axes, namespace, op
 from nn.buffers import Buffers
+from nn.ops.channels import add_lines, per_channel, totals
 from nn.ops.pool import mark_winners, max_pool_forward, pool_views
 
 EPS, MOMENTUM = 1e-5, 0.1
@@ -132,53 +133,26 @@ def batch_norm_statistics(x: Array, count: Count, buffers: Buffers) -> tuple[Arr
     """
     x = x.transpose(memory_axes(x))
     groups = x.shape[2]
-    (total,) = _totals(1, x, buffers)
+    (total,) = totals(1, x, buffers)
     for block in blocks(x):
-        _add_lines(total, x[block], buffers)
+        add_lines(total, x[block], buffers)
     mean = total.reshape(groups, -1).sum(0)
     if count.all_reduce:
         count.all_reduce(mean)
     mean /= count.values
-    shift = _per_channel("shift", mean, x, buffers)
-    (total,) = _totals(1, x, buffers)
+    shift = per_channel("shift", mean, x, buffers)
+    (total,) = totals(1, x, buffers)
     for block in blocks(x):
         part = x[block]
         part -= shift
         square = buffers.temporary("block", part.shape)
         namespace(x).multiply(part, part, out=square)
-        _add_lines(total, square, buffers)
+        add_lines(total, square, buffers)
     variance = total.reshape(groups, -1).sum(0)
     if count.all_reduce:
         count.all_reduce(variance)
     variance /= count.values
     return mean, variance
-
-
-def _add_lines(total: Array, block: Array, buffers: Buffers) -> None:
-    """Add to `total` (k·C,), float64, the sum of a block (A, B, k, C) over A and B."""
-    a, b, k, c = block.shape
-    if block.flags.c_contiguous:
-        line = buffers.temporary("line", (k * c,))
-        total += namespace(block).matmul(buffers.ones(a * b), block.reshape(a * b, k * c), out=line)
-    else:
-        total += (buffers.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
-
-
-def _totals(count: int, x: Array, buffers: Buffers) -> Array:
-    """Zeros (count, k·C), float64, for the sums of x (A, B, k, C)."""
-    wide = buffers.temporary("totals", (count, x.shape[2] * x.shape[3]), "float64")
-    wide.fill(0)
-    return wide
-
-
-def _per_channel(name: str, v: Any, like: Array, buffers: Buffers) -> Array:
-    """The vector v (C,) in the dtype of `like` (A, B, k, C), repeated k times: the temporary `name`.
-
-    Against a (C,) with few channels NumPy's inner loops are C long, and three to four times slower.
-    """
-    wide = buffers.temporary(name, like.shape[2:], like.dtype)
-    wide[...] = v
-    return wide
 
 
 # forward
@@ -204,9 +178,9 @@ def activate(
         return
     xp = namespace(z)
     residual = None if after.residual is None else after.residual.transpose(axes)
-    scale = _per_channel("scale", inverse_std * norm.gamma, z, buffers)
-    shift = _per_channel("shift", norm.beta, z, buffers)
-    zero = _per_channel("zero", 0.0, y, buffers)  # against a scalar, NumPy's maximum is three times slower
+    scale = per_channel("scale", inverse_std * norm.gamma, z, buffers)
+    shift = per_channel("shift", norm.beta, z, buffers)
+    zero = per_channel("zero", 0.0, y, buffers)  # against a scalar, NumPy's maximum is three times slower
     for block in blocks(z):
         out = y[block]
         xp.multiply(z[block], scale, out=out)
@@ -234,10 +208,10 @@ def _activate_and_pool(
     |γ| and β do not change which element is largest, so they are applied after the pooling.
     """
     xp, gamma = namespace(z), norm.gamma
-    unit = _per_channel("scale", xp.copysign(inverse_std, gamma), z, buffers)
-    gain = _per_channel("gain", xp.abs(gamma), y, buffers)
-    shift = _per_channel("shift", norm.beta, y, buffers)
-    zero = _per_channel("zero", 0.0, y, buffers)
+    unit = per_channel("scale", xp.copysign(inverse_std, gamma), z, buffers)
+    gain = per_channel("gain", xp.abs(gamma), y, buffers)
+    shift = per_channel("shift", norm.beta, y, buffers)
+    zero = per_channel("zero", 0.0, y, buffers)
     for block in blocks(z, 2):
         small = _pooled(block, first)
         whole, out = buffers.temporary("block", z[block].shape), y[small]
@@ -301,15 +275,15 @@ def batch_norm_backward(
 def _gradient_sums(dy: Array, passed: Array | None, x: Array, buffers: Buffers) -> Array:
     """(2, C), float64: Σg and Σ(g·x) with g = dy where it `passed`, which dy becomes."""
     xp = namespace(dy)
-    wide = _totals(2, dy, buffers)
+    wide = totals(2, dy, buffers)
     for block in blocks(dy):
         part = dy[block]
         if passed is not None:
             xp.multiply(part, passed[block], out=part)
         product = buffers.temporary("block", part.shape)
         xp.multiply(part, x[block], out=product)
-        _add_lines(wide[0], part, buffers)
-        _add_lines(wide[1], product, buffers)
+        add_lines(wide[0], part, buffers)
+        add_lines(wide[1], product, buffers)
     return wide.reshape(2, dy.shape[2], -1).sum(1)
 
 
@@ -317,8 +291,7 @@ def _input_gradient(g: Array, x: Array, factors: tuple[Array, ...], dx: Array, b
     """dx = a·g + b·x + c; dx may be x or g."""
     xp = namespace(x)
     a, b, c = (
-        _per_channel(name, v, x, buffers)
-        for name, v in zip(("scale", "slope", "shift"), factors, strict=True)
+        per_channel(name, v, x, buffers) for name, v in zip(("scale", "slope", "shift"), factors, strict=True)
     )
     for block in blocks(x):
         part = dx[block]
@@ -334,10 +307,8 @@ def _input_gradient_through_pool(
 ) -> None:
     """dx = a·g + b·x + c with g (of each window) where `mask` is true; dx may be x."""
     xp = namespace(x)
-    g *= _per_channel("gain", factors[0], g, buffers)
-    b, c = (
-        _per_channel(name, v, x, buffers) for name, v in zip(("slope", "shift"), factors[1:], strict=True)
-    )
+    g *= per_channel("gain", factors[0], g, buffers)
+    b, c = (per_channel(name, v, x, buffers) for name, v in zip(("slope", "shift"), factors[1:], strict=True))
     for block in blocks(x, 2):
         part, source = dx[block], g[_pooled(block, first)]
         xp.multiply(x[block], b, out=part)

@@ -1,11 +1,71 @@
-"""Pooling of activations (N, H, W, C): over windows of (h, w) pixels side by side, and over whole images."""
+"""Pooling of activations (N, H, W, C): over windows, side by side or not, and over whole images."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import numpy as np
+
 from nn.array import Array, namespace, op
 from nn.buffers import Buffers
+from nn.ops.conv import Geometry, windows
 
 Window = tuple[int, int]
+
+
+class Windows(NamedTuple):
+    """What is pooled: windows of `size` (h, w) pixels, `stride` apart, in images framed by `padding`.
+
+    The frame never is a maximum, and counts as zeros in a mean.
+    """
+
+    size: Window
+    stride: int
+    padding: int = 0
+
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.padding)
+
+    def taps(self, x_shape: tuple[int, ...]) -> list[tuple[int, Any, Any]]:
+        """For each pixel of a window: its number, and the (output, input) slices that meet there."""
+        return windows(tuple(x_shape), (*self.size, x_shape[3], x_shape[3]), self.geometry())
+
+
+@op
+def pool_forward(
+    x: Array, y: Array, over: Windows, average: bool, buffers: Buffers, keep: bool = True
+) -> Array | None:
+    """y (N, P, Q, C): the largest value, or the mean, of each window of x (N, H, W, C).
+
+    Returns, where `keep` and for the backward of the maximum, the number of the first largest pixel of each
+    window, int32 as y.
+    """
+    xp = namespace(x)
+    if average:
+        y[...] = 0
+        for _, out, inside in over.taps(x.shape):
+            y[out] += x[inside]
+        y *= 1 / (over.size[0] * over.size[1])
+        return None
+    winners = buffers.image("winners", y.shape, "int32") if keep else None
+    y[...] = -np.inf
+    if winners is not None:
+        winners[...] = 0
+    for number, out, inside in over.taps(x.shape):
+        top, value = y[out], x[inside]
+        if winners is not None and number:
+            xp.maximum(winners[out], xp.greater(value, top) * np.int32(number), out=winners[out])
+        xp.maximum(top, value, out=top)
+    return winners
+
+
+@op
+def pool_backward(dy: Array, winners: Array | None, over: Windows, dx: Array) -> None:
+    """dx (N, H, W, C) for dy (N, P, Q, C): all to the pixel that `winners` names, shared where it is None."""
+    share = 1 / (over.size[0] * over.size[1])
+    dx[...] = 0
+    for number, out, inside in over.taps(dx.shape):
+        dx[inside] += dy[out] * (share if winners is None else winners[out] == number)
 
 
 @op

@@ -26,9 +26,9 @@ from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
-from nn import layers
 from nn.cuda.plans import KINDS, Operation
 from nn.device import NUMPY, Backend
+from nn.layers import containers
 from nn.resnet9 import VARIANTS
 
 pytestmark = needs_device
@@ -395,7 +395,7 @@ def test_what_a_step_takes() -> None:
 def test_an_operation_outside_the_kernels_cannot_hide_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     with device("float32") as backend:
         trainer = a_trainer(backend, images=64)
-        monkeypatch.setattr(layers, "add", layers.add.plain)
+        monkeypatch.setattr(containers, "add", containers.add.plain)
         with pytest.raises(CaptureError):
             trainer.step()  # eagerly, then captured
         assert backend.cuda.captured is None

@@ -16,6 +16,7 @@ from PIL import Image
 from distrib.data import formats
 from distrib.data import idx as mnist
 from launch import cli
+from nn.cuda.backend import cupy_version, has_driver
 
 SMALL = (
     "--epochs",
@@ -154,9 +155,10 @@ def test_ranks_that_do_not_find_each_other(tmp_path: Path) -> None:
 
 def test_what_is_asked_for_by_name(tmp_path: Path) -> None:
     env = blocked(tmp_path, "cupy", "raise ImportError('No module named cupy')")
+    missing = "CuPy is not installed" if has_driver() else f"CuPy {cupy_version()} sees no GPU (there is no"
     for options, words in (
-        (("--backend", "cupy"), "--backend cupy: CuPy is not installed"),
-        (("--comm", "nccl"), "--comm nccl needs a GPU: CuPy is not installed"),
+        (("--backend", "cupy"), f"--backend cupy: {missing}"),
+        (("--comm", "nccl"), f"--comm nccl needs a GPU: {missing}"),
         (("--precision", "tf32"), "--precision tf32 needs a GPU"),
     ):
         done = train(tmp_path / "run", *SMALL, *options, env=env, check=False)

@@ -24,7 +24,7 @@ from nn.ops import norm as F
 from nn.ops import pool as pools
 from nn.ops.conv import Geometry, conv_backward, conv_forward
 from nn.ops.norm import EPS
-from nn.params import Parameters
+from nn.params import Parameter, Parameters
 from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.quick
@@ -173,9 +173,11 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
     layer = ConvBN(3, kernel=kernel, relu=relu, pool=2 * pool)
     layer.build("layer", (7, 6, 2))
     if kernel == 3 and order == "HWNC":
-        layer.algorithm = "winograd"  # by shape, images this small would take patches
-    params, step = Parameters(layer.specs(), buffers.backend, "float64"), StepContext(True, 3)
-    layer.bind(params, {name: np.zeros(size) for name, size in layer.statistics().items()}, buffers)
+        layer.conv.algorithm = "winograd"  # by shape, images this small would take patches
+    specs = [spec for each in layer.walk() for spec in each.specs()]
+    params, step = Parameters(specs, buffers.backend, "float64"), StepContext(True, 3)
+    for each in layer.walk():
+        each.bind(params, {name: np.zeros(size) for name, size in each.statistics().items()}, buffers)
     x, more, flat = (rng.standard_normal(shape) for shape in ((3, 7, 6, 2), (3, 7, 6, 3), params.values.size))
     r = rng.standard_normal((3, 3, 3, 3) if pool else more.shape)
 
@@ -183,13 +185,21 @@ def test_conv_bn(relu: bool, pool: bool, residual: bool, kernel: int, order: str
         params.values[...] = flat
         image = activations(buffers, more, "more") if residual else None
         buffers.release_all()
-        return (layer.forward(activations(buffers, x, "x"), step, image) * r).sum()
+        x = activations(buffers, x, "x")
+        y = layer.forward_added(x, step, image) if residual else layer.forward(x, step)
+        return (y * r).sum()
 
     value(x, flat)
     told: list[str] = []
-    dx, d_residual = layer.backward_added(
-        activations(buffers, r, "dy"), step, lambda parameter: told.append(parameter.name)
-    )
+
+    def tell(parameter: Parameter) -> None:
+        told.append(parameter.name)
+
+    dy = activations(buffers, r, "dy")
+    if residual:
+        dx, d_residual = layer.backward_added(dy, step, tell)
+    else:
+        dx, d_residual = layer.backward(dy, step, tell), None
     assert sorted(told) == sorted(parameter.name for parameter in params)
     points, gradients = [x, flat], [dx.copy(), params.grads.copy()]
     assert (d_residual is not None) == residual

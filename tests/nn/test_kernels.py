@@ -22,10 +22,10 @@ from nn.buffers import Buffers
 from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
 from nn.cuda.ops import LOSS_NUMBERS, CudaOps, rows_of
 from nn.device import NUMPY
-from nn.ops import bf16, linear, pool, residual, update
+from nn.ops import activation, bf16, dropout, flatten, linear, pool, residual, update
 from nn.ops import loss as losses
 from nn.ops import norm as F
-from nn.ops.batch import LABELS, Source, gather_batch
+from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
 from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 pytestmark = needs_device
@@ -342,6 +342,127 @@ def test_gather_batch(both: Both, shape: tuple[int, ...], n: int, warped: bool) 
     both.check("x", bound=2e-5 if warped and both.element == "float32" else None)
     both.check("images", "labels", "order", "at", "y", bound=0)
     TESTED.add("gather_batch")
+
+
+def test_gather_keys(both: Both) -> None:
+    both.exact("source", both.rng.integers(0, 1 << 32, 20, np.uint32))
+    both.exact("order", both.rng.permutation(20).astype(np.int32))
+    both.exact("at", np.array([2]))
+    both.exact("keys", np.zeros(4, np.uint32))
+    for side, run in enumerate((gather_keys.plain, gather_keys)):
+        a = both[side]
+        run(a("keys"), a("source"), a("order"), a("at"), 5, 1)
+    both.check("keys", bound=0)
+    TESTED.add("gather_keys")
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (0, 2, 2, 3), (6, 40), LARGE])
+def test_activation(both: Both, shape: tuple[int, ...], bias: bool, slope: float) -> None:
+    if len(shape) == 2 and both.element == "bfloat16":
+        return  # vectors have the type of parameters
+    both.add("x", both.rng.normal(0, 1, shape))
+    both.add("dy", both.rng.normal(0, 1, shape))
+    both.add("y", np.full(shape, np.nan))
+    if bias:
+        both.add("b", both.rng.normal(0, 1, shape[-1]), real=True)
+        both.add("db", np.full(shape[-1], np.nan), real=True)
+    forward, backward = activation.activation_forward, activation.activation_backward
+    for side, (run, back) in enumerate(((forward.plain, backward.plain), (forward, backward))):
+        a = both[side]
+        saved = run(a("x"), a("b"), a("y"), slope, both.buffers[side])
+        assert (saved is None) == (slope == 1)
+        back(a("dy"), saved, a("db"), slope, both.buffers[side])
+    both.check("y", "dy", "x", *(("db", "b") if bias else ()))
+    TESTED.update({"activation_forward", "activation_backward"})
+
+
+def test_activation_in_place_and_nan(both: Both) -> None:
+    """Infinities and NaN too: a run that diverged must not look sound."""
+    x = np.array([-np.inf, -1.0, 0.0, 1.0, np.inf, np.nan]).reshape(1, 1, 2, 3)
+    for slope in (0.0, 0.5):
+        both.add("x", x)
+        for side, run in enumerate((activation.activation_forward.plain, activation.activation_forward)):
+            found = both[side]("x")
+            assert run(found, None, found, slope, both.buffers[side], keep=False) is None
+        low = [-np.inf, -slope] if slope else [0, 0]
+        expected = np.array([*low, 0, 1, np.inf, np.nan]).reshape(x.shape)
+        for values in (both.pairs["x"][0], both.found(both.pairs["x"][1])):
+            np.testing.assert_array_equal(values, expected)
+
+
+def test_copy(both: Both) -> None:
+    both.add("x", both.rng.normal(0, 1, (3, 5, 5, 7)))
+    both.add("y", np.full((3, 5, 5, 7), np.nan))
+    for side, run in enumerate((activation.copy.plain, activation.copy)):
+        run(both[side]("x"), both[side]("y"))
+    both.check("x", "y", bound=0)
+    TESTED.add("copy")
+
+
+WINDOWS = [
+    pool.Windows((2, 2), 2),
+    pool.Windows((3, 3), 2, 1),
+    pool.Windows((2, 3), 1, 1),
+    pool.Windows((1, 1), 3),
+    pool.Windows((4, 5), 3, 2),
+]
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("over", WINDOWS)
+@pytest.mark.parametrize("shape", [(2, 7, 8, 5), (3, 12, 9, 33), (0, 6, 6, 3)])
+def test_pool(both: Both, shape: tuple[int, ...], over: pool.Windows, average: bool) -> None:
+    n, h, w, c = shape
+    out = n, *(over.geometry().out_size(side, size) for side, size in zip((h, w), over.size)), c
+    both.add("x", both.rng.integers(-3, 3, shape))  # many equal maxima
+    both.add("dy", both.rng.normal(0, 1, out))
+    both.add("y", np.full(out, np.nan))
+    both.add("dx", np.full(shape, np.nan))
+    forward, backward = pool.pool_forward, pool.pool_backward
+    for side, (run, back) in enumerate(((forward.plain, backward.plain), (forward, backward))):
+        a = both[side]
+        winners = run(a("x"), a("y"), over, average, both.buffers[side])
+        back(a("dy"), winners, over, a("dx"))
+        assert run(a("x"), a("y"), over, average, both.buffers[side], keep=False) is None
+    both.check("y", "dx", "x", "dy")
+    TESTED.update({"pool_forward", "pool_backward"})
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (0, 2, 2, 3)])
+def test_flatten(both: Both, shape: tuple[int, ...]) -> None:
+    n, h, w, c = shape
+    both.add("x", both.rng.normal(0, 1, shape))
+    both.add("dx", np.full(shape, np.nan))
+    both.add("y", np.full((n, h * w * c), np.nan), real=True)
+    both.add("dy", both.rng.normal(0, 1, (n, h * w * c)), real=True)
+    for side, (run, back) in enumerate(
+        ((flatten.flatten.plain, flatten.unflatten.plain), (flatten.flatten, flatten.unflatten))
+    ):
+        a = both[side]
+        run(a("x"), a("y"))
+        back(a("dy"), a("dx"))
+    both.check("x", "y", "dy", bound=0)
+    both.check("dx")
+    TESTED.update({"flatten", "unflatten"})
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 7), (4, 50), (0, 2, 2, 3)])
+def test_dropout(both: Both, shape: tuple[int, ...], rate: float) -> None:
+    """The same elements on both sides."""
+    real = len(shape) == 2
+    both.add("x", both.rng.uniform(1, 2, shape), real=real)
+    both.add("y", np.full(shape, np.nan), real=real)
+    both.exact("keys", both.rng.integers(0, 1 << 32, shape[0], np.uint32))
+    for side, run in enumerate((dropout.dropout.plain, dropout.dropout)):
+        a = both[side]
+        run(a("x"), a("y"), a("keys"), 12345, rate, both.buffers[side])
+    both.check("x", "y")
+    expected, found = both.pairs["y"]
+    assert ((expected == 0) == (both.found(found) == 0)).all()
+    TESTED.add("dropout")
 
 
 def test_add(both: Both) -> None:
