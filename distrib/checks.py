@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import asdict
 
+from distrib import models
 from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data.dataset import Dataset
@@ -18,6 +19,7 @@ from distrib.trainer import Trainer
 def check_same_config(world: World, config: Config, data: Dataset) -> None:
     """UserError if a rank was started with other options, runs other code or reads other data than rank 0."""
     mine = {"options": asdict(config), "data": data.digest(), "code": code_digest()}
+    mine["model"] = models.digest(config.model)
     everyone = world.allgather(mine, "the comparison of configurations")
     first = everyone[0]
     for rank, theirs in enumerate(everyone):
@@ -31,6 +33,11 @@ def check_same_config(world: World, config: Config, data: Dataset) -> None:
             raise UserError(
                 f"rank {rank} on {world.hosts[rank]} runs other code than rank 0: install the same version"
                 " everywhere"
+            )
+        if theirs["model"] != first["model"]:
+            raise UserError(
+                f"rank {rank} on {world.hosts[rank]} has another {config.model} than rank 0: give all ranks"
+                " the same file"
             )
         if theirs["data"] != first["data"]:
             raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+from distrib import models
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.files import alternatives, expanded, fits, shown
@@ -162,7 +163,10 @@ class Config:
         ZERO_OR_MORE,
         BELOW_ONE,
     )
-    variant: str = option("baseline", "{}.", choices=VARIANTS)
+    model: str = option(
+        "resnet9", f"{', '.join(models.MODELS)}, or {models.FORM}: a function of your own, which is run."
+    )
+    variant: str = option("baseline", "Of resnet9: {}.", choices=VARIANTS)
     width: float = option(1.0, "Multiplier of all channel counts.", ABOVE_ZERO, at_most(64))
     batch_norm: str = option(
         "sync",
@@ -255,6 +259,7 @@ class Config:
             owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
             is_own = getattr(self, name) == getattr(Config, name) or self.optimizer in owners
             self._require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
+        models.require_form(self.model)
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
@@ -268,6 +273,11 @@ class Config:
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: {remedy}")
+
+    @property
+    def network(self) -> str:
+        """What to call the network: ResNet-9 by its variant, another by its name."""
+        return self.variant if self.model == "resnet9" else self.model.rpartition(":")[2]
 
     @property
     def dtype(self) -> str:

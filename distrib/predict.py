@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from distrib import models
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
+from distrib.files import shown
 from distrib.pictures.prepare import Pictures, read_pictures, read_scaled
 from distrib.run import checkpoint as ckpt
 from distrib.run.model_spec import network_arguments
@@ -44,6 +47,12 @@ class Loaded:
             )
 
     @property
+    def step(self) -> int:
+        """Training steps that it has had: by the name of its checkpoint, or as batch norm counts them."""
+        named = re.fullmatch(r"step-(\d+)\.safetensors", self.path.name)
+        return int(named[1]) if named else self.model.batches_tracked
+
+    @property
     def class_names(self) -> list[str]:
         return list(self.model_spec["class_names"])
 
@@ -53,8 +62,11 @@ class Loaded:
         return self.model.shape == (28, 28, 1) and self.class_names == DIGITS
 
 
-def load(path: Path) -> Loaded:
-    """Load the model from a checkpoint file, or from the newest valid checkpoint of a run's folder."""
+def load(path: Path, own: str | None = None) -> Loaded:
+    """Load the model from a checkpoint file, or from the newest valid checkpoint of a run's folder.
+
+    `own` is FILE.py:FUNCTION, which makes the layers of a network that does not ship; its user gave it.
+    """
     if path.is_dir():
         candidates = ckpt.list_checkpoints(path / "checkpoints") or ckpt.list_checkpoints(path)
         if not candidates:
@@ -67,8 +79,14 @@ def load(path: Path) -> Loaded:
         path, tensors, model_spec = found.path, found.model, found.model_spec
     else:
         tensors, model_spec = ckpt.load_model(path)
+    name = model_spec["model"]
+    if own is None and not models.ships(name):
+        raise UserError(f"{path}: its network is {shown(name, 200)}: give that with --model, if you trust it")
+    if own is not None and models.ships(name):
+        raise UserError(f"--model {shown(own, 200)}: {path} holds {name}: leave it out")
+    function = models.find(own) if own else None
     try:
-        model = Network(*network_arguments(model_spec), dtype=model_spec["dtype"])
+        model = Network(*network_arguments(model_spec, function), dtype=model_spec["dtype"])
         model.load_state_dict(tensors)
         return Loaded(path, model, model_spec)
     except (ValueError, KeyError) as error:

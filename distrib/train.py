@@ -53,7 +53,7 @@ def _signature() -> inspect.Signature:
         if base in (int, float):  # typer's message lacks the value
             extra = {"metavar": base.__name__.upper(), "parser": _parser(flag, base)}
         elif base is str:
-            extra = {"metavar": "NAME" if name in (*CHOICES, "recipe") else "PATH"}
+            extra = {"metavar": "NAME" if name in (*CHOICES, "recipe", "model") else "PATH"}
         annotation = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

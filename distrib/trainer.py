@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from distrib import models
 from distrib.comm.base import Handle
 from distrib.comm.reducer import Reducer
 from distrib.comm.world import World
@@ -50,14 +51,17 @@ class Trainer:
         self.model_spec = describe_model(config, data)
         try:
             self.model = Network(
-                *network_arguments(self.model_spec),
+                *network_arguments(self.model_spec, models.find(config.model)),
                 seed=config.seed,
                 backend=backend,
                 dtype=config.dtype,
                 activations="uint16" if config.precision == "bf16" else None,
             )
+        except UserError:
+            raise
         except ValueError as error:
-            raise UserError(f"--data {data.name}: {error}") from None
+            what = f"--data {data.name}" if models.ships(config.model) else f"--model {config.model}"
+            raise UserError(f"{what}: {error}") from None
         except MemoryError as error:
             raise UserError(f"--width {config.width}: the network needs too much memory ({error})") from None
         self.params = self.model.params
@@ -265,7 +269,9 @@ class Trainer:
 
     def environment(self) -> dict[str, Any]:
         """What must not change if a resumed run is to agree to the bit."""
-        return {**environment(blas_threads(), self.world.backend), **self.world.comm_version}
+        file = models.digest(self.config.model)
+        own = {"model file": file} if file else {}
+        return {**environment(blas_threads(), self.world.backend), **self.world.comm_version, **own}
 
     def images_per_rank(self) -> list[int]:
         """Training images that each rank computed, including before a resume. Collective."""

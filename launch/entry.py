@@ -18,6 +18,10 @@ from distrib.files import alternatives, expanded, parsed, printable, reason
 Model = Annotated[
     Path, typer.Argument(help="A checkpoint (step-….safetensors), or a run's folder: its newest.")
 ]
+OwnModel = Annotated[
+    str | None,
+    typer.Option("--model", help="FILE.py:FUNCTION of a network that does not ship; it is run."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -10,7 +10,7 @@ import typer
 from distrib.comm.base import SingleCommunicator
 from distrib.data import formats
 from distrib.evaluate import evaluate as run
-from launch.entry import AsJson, Model, number, one_process
+from launch.entry import AsJson, Model, OwnModel, number, one_process
 from launch.report.records import shown
 from launch.report.runs import data_of, load_model
 
@@ -22,13 +22,14 @@ def evaluate(
         str | None, typer.Option(help="The data set, as for train.", show_default="the run's own")
     ] = None,
     limit_test: Annotated[int | None, number("--limit-test", "Use only the first N test images.")] = None,
+    model: OwnModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy and loss of a checkpoint on the test set.
 
     Example: distrib evaluate runs/first --json
     """
-    found = load_model(checkpoint)
+    found = load_model(checkpoint, model)
     test = formats.load(data or data_of(checkpoint), limit_test=limit_test)
     found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())

@@ -15,7 +15,7 @@ from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
-from launch.entry import Model, number, one_process
+from launch.entry import Model, OwnModel, number, one_process
 from launch.report.plots import require, require_place, write
 from launch.report.records import shown
 from launch.report.runs import data_of, load_model
@@ -171,7 +171,9 @@ def build(loaded: Loaded) -> ModelProto:
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])
     after = "sigmoid" if loaded.loss == "bce" else "softmax"
     made = helper.make_model(
-        helper.make_graph(graph.nodes, "ResNet9", [images], [output], graph.constants),
+        helper.make_graph(
+            graph.nodes, shown(loaded.model_spec["model"]), [images], [output], graph.constants
+        ),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR,
         producer_name="distrib",
@@ -188,7 +190,7 @@ def description(loaded: Loaded) -> dict[str, str]:
     """What a file's metadata say of the model; `step` is the training steps that it has had."""
     return {
         **{name: str(value) for name, value in loaded.model_spec.items()},
-        "step": str(loaded.model.batches_tracked),
+        "step": str(loaded.step),
         "version": distrib.__version__,
     }
 
@@ -290,6 +292,7 @@ def export(
     limit_test: Annotated[
         int | None, number("--limit-test", "Check with the first N test images only.", show_default="all")
     ] = None,
+    model: OwnModel = None,
 ) -> None:
     """Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.
 
@@ -305,9 +308,10 @@ def export(
         require("onnx")
         if check:
             require("onnxruntime")
-    found = load_model(checkpoint)
+    found = load_model(checkpoint, model)
     require_free(out, found.path)
     spec, dtype, notes = found.model_spec, found.model_spec["dtype"], []
+    network = spec["variant"] if spec["model"] == "resnet9" else spec["model"]
     if kind == "safetensors":
         content = to_safetensors(found)
         notes.append(
@@ -331,8 +335,8 @@ def export(
     write(out, content)
     print(
         f"{shown(str(found.path))} → {shown(str(out))}: {kind}, {len(content) / 1e6:.2f} MB,"
-        f" {spec['variant']}, width {spec['width']}, {shown(found.loss)},"
-        f" step {found.model.batches_tracked}, {dtype}"
+        f" {shown(network)}, width {spec['width']}, {shown(found.loss)},"
+        f" step {found.step}, {dtype}"
     )
     for note in notes:
         print(note)

@@ -17,7 +17,7 @@ from rich.text import Text
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.run.console import on_terminal
-from launch.entry import Model, number, one_process
+from launch.entry import Model, OwnModel, number, one_process
 
 SHADES = " .:-=+*#%@"
 """Characters from dark to bright, for where there are no shades of grey."""
@@ -112,6 +112,7 @@ def predict(
             "--as-is", help="Take pictures as white on black and cut like MNIST's: only scale them."
         ),
     ] = False,
+    model: OwnModel = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with the probabilities of all classes.")
     ] = False,
@@ -128,25 +129,27 @@ def predict(
         raise UserError("--draw and --json: give one of them")
     try:
         if as_json:
-            print_json(checkpoint, images, as_is)
+            print_json(checkpoint, model, images, as_is)
         else:
-            print_lines(checkpoint, images, as_is, top, limit if draw else 0)
+            print_lines(checkpoint, model, images, as_is, top, limit if draw else 0)
     except UserError as error:
         raise UserError(printable(str(error), 2000)) from None
 
 
-def print_json(checkpoint: Path, images: list[Path], as_is: bool) -> None:
+def print_json(checkpoint: Path, model: str | None, images: list[Path], as_is: bool) -> None:
     """All results as one list."""
     from distrib.predict import load, predict_files
 
-    print(json.dumps(predict_files(load(checkpoint), images, as_is), indent=2))
+    print(json.dumps(predict_files(load(checkpoint, model), images, as_is), indent=2))
 
 
-def print_lines(checkpoint: Path, images: list[Path], as_is: bool, top: int, limit: int) -> None:
+def print_lines(
+    checkpoint: Path, model: str | None, images: list[Path], as_is: bool, top: int, limit: int
+) -> None:
     """A line for each image; with a limit each of the first `limit` is drawn, and the others are left out."""
     from distrib.predict import load, predict, read
 
-    found = load(checkpoint)
+    found = load(checkpoint, model)
     names = found.class_names
     files = [read(found, path, as_is) for path in images]  # a mistake is told before anything else
     pairs: Iterator[tuple[np.ndarray, dict[str, Any]]] = (

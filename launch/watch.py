@@ -94,7 +94,8 @@ def cropped(text: str, style: str = "") -> Text:
 def view(run: Follower, console: Console) -> Group:
     """The whole state, for a terminal or, once, for a file."""
     c, said, (share, epoch, step) = run.config, figures(run), run.progress()
-    names = [c.get("variant"), f"width {c.get('width')}", c.get("optimizer")]
+    network = c.get("variant") if c.get("model", "resnet9") == "resnet9" else c["model"]
+    names = [network, f"width {c.get('width')}", c.get("optimizer")]
     names += [f"batch {c['batch_size']}", c.get("precision")]
     losses = [line["loss"] for line in run.steps if math.isfinite(line["loss"])]
     losses = losses[-max(8, console.width - 60) :]

@@ -17,10 +17,9 @@ each residual's shortcut goes through a 1×1 convolution and batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from nn.layer import Layer, Shape, named
+from nn.layer import Shape, named
 from nn.layers import ConvBN, GlobalAvgPool, GlobalMaxPool, Linear, Residual, Sequential
 
 
@@ -72,7 +71,3 @@ def ResNet9(shape: Shape, classes: int, variant: str = "baseline", width: float 
         head=GlobalAvgPool() if of.average else GlobalMaxPool(),
         fc=Linear(classes),
     )
-
-
-MODELS: dict[str, Callable[..., Layer]] = {"resnet9": ResNet9}
-"""The networks that ship, by name: functions of (shape, classes, **options)."""

@@ -21,7 +21,7 @@ SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
 MOST_WORDS = 6000
 """Of all documents together, code blocks and figures apart."""
 
-OTHERS_FILES = {"sample.py", "nn.py"}
+OTHERS_FILES = {"sample.py", "nn.py", "net.py"}
 """Of the reader."""
 
 SLURM = (

@@ -50,7 +50,7 @@ LONGEST_LINE = 1 << 20
 def new_folder(config: Config) -> Path:
     """A new path runs/<time>-<name>."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = config.recipe or f"{config.variant}-{config.optimizer}"
+    name = config.recipe or f"{config.network}-{config.optimizer}"
     base = Path("runs") / f"{stamp}-{name}"
     path, number = base, 1
     while os.path.exists(path):

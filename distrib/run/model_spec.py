@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from distrib import models
 from distrib.config import Config
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.files import fits, parse_object, shown
-from nn.network import parameter_shapes
+from nn.network import Model, parameter_shapes
 from nn.ops.loss import LOSSES
-from nn.resnet9 import MODELS, VARIANTS
+from nn.resnet9 import VARIANTS
 
 Tensors = dict[str, np.ndarray]
 
@@ -42,7 +43,7 @@ SPEC_TYPES = {
 def describe_model(config: Config, data: Dataset) -> dict[str, Any]:
     """The model spec of a run: everything needed to build its network again."""
     return {
-        "model": "resnet9",
+        "model": config.model,
         "shape": list(data.shape),
         "class_names": list(data.class_names),
         "variant": config.variant,
@@ -52,21 +53,30 @@ def describe_model(config: Config, data: Dataset) -> dict[str, Any]:
     }
 
 
-def network_arguments(model_spec: dict[str, Any]) -> tuple[Any, tuple[int, int, int], int, dict[str, Any]]:
-    """The first arguments of `Network` for a model spec: builder, image shape, classes, options."""
+def network_arguments(
+    model_spec: dict[str, Any], function: Model | None = None
+) -> tuple[Any, tuple[int, int, int], int, dict[str, Any]]:
+    """The first arguments of `Network` for a model spec: builder, image shape, classes, options.
+
+    `function` makes the layers of a network that does not ship: what a spec names is never run.
+    """
     h, w, c = model_spec["shape"]
-    options = {"variant": model_spec["variant"], "width": model_spec["width"]}
-    return MODELS[model_spec["model"]], (h, w, c), len(model_spec["class_names"]), options
+    name = model_spec["model"]
+    if function is None:
+        function = models.MODELS[name]
+    wanted = {option: model_spec[option] for option in models.DEFAULTS}
+    options = models.options_of(function, wanted, name)
+    return function, (h, w, c), len(model_spec["class_names"]), options
 
 
 def check_model_spec(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
-    """The model spec in a file, checked: it must describe a known network with exactly these tensors.
+    """The model spec in a file, checked: it must describe a network with exactly these tensors.
 
-    Checks shapes without building the network, as a width from an untrusted file could ask for any memory.
+    Checks shapes without building the network, as a width from an untrusted file could ask for any memory;
+    those of a network that does not ship are checked by who has its function.
     """
     model_spec = {**DEFAULT_SPEC, **parse_metadata(path, "description", text, SPEC_TYPES)}
     choices: dict[str, Any] = {
-        "model": MODELS,
         "variant": VARIANTS,
         "loss": LOSSES,
         "dtype": ("float32", "float64"),
@@ -77,8 +87,11 @@ def check_model_spec(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
     if not SPEC_TYPES.keys() <= model_spec.keys():
         return model_spec  # not of a run: whoever builds the network reports the missing field
     try:
+        models.require_form(model_spec["model"])
         if len(model_spec["shape"]) != 3 or not 0 < model_spec["width"] <= MAX_WIDTH:
             raise ValueError(f"shape {shown(model_spec['shape'])}, width {shown(model_spec['width'])}")
+        if not models.ships(model_spec["model"]):
+            return model_spec
         wanted = parameter_shapes(*network_arguments(model_spec))
         for name, shape in wanted.items():
             if name not in tensors or tensors[name].shape != shape:

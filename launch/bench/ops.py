@@ -19,12 +19,12 @@ from nn.buffers import Buffers
 from nn.device import NUMPY
 from nn.layer import StepContext
 from nn.layers import Conv, ConvBN, Residual
+from nn.models import MODELS
 from nn.network import Network
 from nn.ops import norm as F
 from nn.ops.conv import Geometry, choose_algorithm, conv_backward, conv_forward
 from nn.ops.loss import softmax_cross_entropy
 from nn.optim import Adam
-from nn.resnet9 import MODELS
 
 SAME = Geometry(1, 1, 1)
 WAYS = ("forward", "backward")

@@ -37,6 +37,7 @@ from launch.bench.measure import (
 from launch.entry import AsJson, choice, number
 from launch.machine import machine, require_torch
 from launch.torch_peer.worker import Worker, kinds, require_plain
+from nn.models import MODELS
 
 AGAINST = (
     "torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU eagerly and"
@@ -50,8 +51,12 @@ Rows = dict[str, list[dict[str, Any]]]
 def step(
     batch_size: BatchSize = 64,
     width: Width = 1.0,
+    model: Annotated[str, choice("--model", "Network.", *MODELS)] = "resnet9",
     variant: Variant = "baseline",
     optimizer: Annotated[str, choice("--optimizer", "Optimizer.", *CHOICES["optimizer"])] = "adam",
+    data: Annotated[
+        str | None, typer.Option(help="The data set, as for train.", show_default="MNIST")
+    ] = None,
     precision: Precision = "float32",
     backend: BackendName = "auto",
     comm: Comm = "auto",
@@ -75,15 +80,16 @@ def step(
     if evaluate and against == "loop":
         raise UserError("--evaluate --against loop: the loop only trains: leave out --evaluate")
     given = {"batch_size": batch_size, "width": width, "variant": variant, "optimizer": optimizer}
-    given |= {"precision": precision, "backend": backend, "comm": comm, "cuda_graph": graph, "limit_test": 1}
+    given |= {"model": model, "data": data, "limit_test": 1, "precision": precision}
+    given |= {"backend": backend, "comm": comm, "cuda_graph": graph}
     config = build(given)
     if against == "torch":
         require_plain(config)
     world = connect(comm, backend, precision, timeout=600)
     with world.fail_together():
-        data = formats.load(None, None, 1)
-        config = config.resolve(world.size, data)
-    bench = Bench(config, world, data, steps, evaluate)
+        images = formats.load(data, None, 1)
+        config = config.resolve(world.size, images)
+    bench = Bench(config, world, images, steps, evaluate)
     if against == "loop":
         bench.add_plain_loop()
     if against == "torch":
@@ -200,7 +206,7 @@ class Bench:
             "graph": bool(trainer.graphs and trainer.graphs.replays),
             "batch_size": self.config.batch_size,
             "width": self.config.width,
-            "variant": self.config.variant,
+            "variant": self.config.network,
             "evaluate": self.evaluate,
             "steps": self.steps,
             "images_per_second": {

@@ -228,10 +228,10 @@ def training_images(data: str | None) -> int | None:
     return None
 
 
-def load_model(path: Path) -> Loaded:
+def load_model(path: Path, own: str | None = None) -> Loaded:
     """`distrib.predict.load`, where whatever a file says of its model is a UserError at worst."""
     try:
-        return predict.load(path)
+        return predict.load(path, own)
     except (
         ValueError,
         KeyError,
@@ -278,7 +278,7 @@ def logits_of_test_images(run: RunData, compute: bool = True) -> tuple[np.ndarra
         logits_of(model, images, start, min(start + HOST_BATCH, len(images)))
         for start in range(0, len(images), HOST_BATCH)
     ]
-    return np.concatenate(found), data, model.batches_tracked
+    return np.concatenate(found), data, loaded.step
 
 
 def kept_logits(run: RunData, images: int, classes: int) -> tuple[np.ndarray, int] | None:

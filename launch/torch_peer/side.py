@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from distrib import models
 from distrib.config import Config
 from distrib.data import formats, sampler
+from distrib.run.model_spec import describe_model, network_arguments
 from launch.bench.measure import peak_bytes
-from launch.torch_peer.network import TorchResNet9
+from launch.torch_peer.network import TorchNetwork
 
 
 class TorchSide:
@@ -29,7 +31,9 @@ class TorchSide:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         self.layout = torch.channels_last if layout == "channels-last" else torch.contiguous_format
         self.data = data = formats.load(config.data, config.limit_train, config.limit_test)
-        model = TorchResNet9(config.variant, config.width, data.shape, data.classes)
+        function = models.find(config.model)
+        *given, options = network_arguments(describe_model(config, data), function)
+        model = TorchNetwork(*given, **options)
         model = model.to(self.device, memory_format=self.layout)
         self.model: Any = model
         if mode == "compile":  # forward and backward as CUDA graphs

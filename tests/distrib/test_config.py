@@ -158,6 +158,7 @@ OTHER = {
     "loss": "bce",
     "label_smoothing": 0.1,
     "warmup_epochs": 1.0,
+    "model": "lenet",
     "variant": "avgpool",
     "width": 0.5,
     "batch_norm": "local",
@@ -181,7 +182,7 @@ def test_differences_name_the_option_and_both_values(name: str) -> None:
 
 def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
     stored = dataclasses.asdict(build({}))
-    for name in ("shift", "rotate", "average"):
+    for name in ("shift", "rotate", "average", "model"):
         del stored[name]
     assert build({}).differences(stored) == []
     assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]

@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import train
+from networks import NETWORKS
 from safetensors import safe_open
 
 from distrib import __version__
 from distrib.data import formats
 from distrib.predict import Loaded, load, logits
 from distrib.run import checkpoint as ckpt
+from distrib.run.model_spec import network_arguments
 from launch import export as module
-from launch.export import TOLERANCE, export
+from launch.export import TOLERANCE, build, compare, export
+from nn.layer import StepContext
 from nn.layers import Residual
+from nn.network import Model, Network
 from nn.resnet9 import VARIANTS
 
 pytestmark = pytest.mark.needs("onnx")
@@ -28,6 +32,9 @@ RUNS = {
     **{name: ("--variant", name) for name in VARIANTS},
     "bce": ("--loss", "bce", "--width", 0.1),
     "float64": ("--precision", "float64"),
+    "lenet": ("--model", "lenet"),
+    "mlp": ("--model", "mlp"),
+    "resnet20": ("--model", "resnet20", "--width", 0.25),
 }
 
 
@@ -76,6 +83,23 @@ def ours(loaded: Loaded) -> np.ndarray:
 
 def assert_near(theirs: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(theirs - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model", NETWORKS.values(), ids=NETWORKS)
+def test_every_layer_has_its_nodes(model: Model) -> None:
+    """Of networks that a person may write, with running statistics of a few steps."""
+    shape, classes = (17, 22, 2), 7
+    rng, network = np.random.default_rng(3), Network(model, shape, classes, seed=1)
+    x = network.buffers.image("input", (20, *shape))
+    for _ in range(3):
+        x[...] = rng.random(x.shape)
+        network.forward(x, StepContext(True, 20))
+    spec = {"model": "own", "loss": "ce", "class_names": list("abcdefg")}
+    loaded = Loaded(Path("own"), network, spec)
+    images = rng.integers(0, 256, (30, *shape), np.uint8)
+    difference, others = compare(build(loaded).SerializeToString(), loaded, images)
+    assert difference <= TOLERANCE
+    assert others == 0
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -131,7 +155,7 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
     import torch
     from safetensors.torch import load_file
 
-    from launch.torch_peer.network import TorchResNet9
+    from launch.torch_peer.network import TorchNetwork
 
     out = tmp_path / "model.safetensors"
     code, _, err = call(trained(name), out)
@@ -140,11 +164,8 @@ def test_pytorch_takes_the_tensors(name: str, trained, call, tmp_path: Path) -> 
     with safe_open(out, framework="numpy") as file:
         held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert ckpt.digest(held) == ckpt.digest(ckpt.load_model(loaded.path)[0])
-    model = (
-        TorchResNet9(loaded.model_spec["variant"], loaded.model_spec["width"])
-        .eval()
-        .to(getattr(torch, loaded.model_spec["dtype"]))
-    )
+    *given, options = network_arguments(loaded.model_spec)
+    model = TorchNetwork(*given, **options).eval().to(getattr(torch, loaded.model_spec["dtype"]))
     model.load_state_dict(load_file(out), strict=True)
     with torch.no_grad():
         x = torch.from_numpy(pixels().transpose(0, 3, 1, 2) / 255).to(

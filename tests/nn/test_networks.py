@@ -31,9 +31,10 @@ from nn.layers import (
     Residual,
     Sequential,
 )
+from nn.models import MODELS
 from nn.network import Network
 from nn.ops.loss import softmax_cross_entropy
-from nn.resnet9 import MODELS, ResNet9
+from nn.resnet9 import ResNet9
 
 Model = Callable[..., Layer]
 

@@ -1,0 +1,131 @@
+"""The network that --model names: one that ships, or a function in a file of your own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distrib.errors import UserError
+from distrib.files import alternatives, expanded, printable, reason
+from nn.layer import Layer
+from nn.models import MODELS
+from nn.network import Model
+
+FORM = "FILE.py:FUNCTION"
+
+
+def find(name: str) -> Model:
+    """The function of (shape, classes, **options) that makes the layers; UserError says what is wrong.
+
+    A file of your own is run: give this only a name that its user typed, never one that a file holds.
+    """
+    return MODELS[name] if name in MODELS else _own(name)
+
+
+def ships(name: str) -> bool:
+    return name in MODELS
+
+
+def require_form(name: str) -> None:
+    """UserError unless `name` can be a network's."""
+    if not ships(name):
+        _place(name)
+
+
+def options_of(function: Model, wanted: dict[str, Any], name: str) -> dict[str, Any]:
+    """Those of `wanted` that the function takes; UserError for one off its default that it does not take."""
+    takes = inspect.signature(function).parameters
+    for option, value in wanted.items():
+        if option not in takes and value != DEFAULTS[option]:
+            remedy = "leave it out" if ships(name) else "leave it out, or give its function that parameter"
+            raise UserError(f"--{option} {value}: {printable(name)} has no {option}: {remedy}")
+    return {option: value for option, value in wanted.items() if option in takes}
+
+
+DEFAULTS = {"variant": "baseline", "width": 1.0}
+"""What a network's function may take beside shape and classes, and is given by --variant and --width."""
+
+
+def digest(name: str) -> str:
+    """What identifies the file of a network that does not ship, or nothing."""
+    if ships(name):
+        return ""
+    try:
+        return hashlib.sha256(_place(name)[0].read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+def _place(name: str) -> tuple[Path, str]:
+    """File and function."""
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py") or not function.isidentifier():
+        known = alternatives([*MODELS, FORM])
+        raise UserError(f"--model {printable(name, 200)}: give {known}")
+    return expanded(path, "--model").absolute(), function
+
+
+def _own(name: str) -> Model:
+    path, wanted = _place(name)
+    if not path.is_file():
+        raise UserError(f"--model {printable(name, 200)}: there is no file {path}: give {FORM}")
+    function = getattr(_run(path, name), wanted, None)
+    if not callable(function):
+        raise UserError(f"--model {printable(name, 200)}: {path.name} has no function {wanted}: define it")
+
+    def model(shape: Any, classes: int, **options: Any) -> Layer:
+        made = _guarded(lambda: function(shape, classes, **options), path, name)
+        if not isinstance(made, Layer):
+            kind = type(made).__name__
+            raise UserError(f"--model {printable(name, 200)}: returns {kind}, no layer: return Sequential(…)")
+        return made
+
+    model.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return model
+
+
+def _run(path: Path, name: str) -> Any:
+    """The file as a module; what lies beside it can be imported by it."""
+    spec = importlib.util.spec_from_file_location(f"distrib_model_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.parent))
+    try:
+        _guarded(lambda: spec.loader.exec_module(module), path, name)  # type: ignore[union-attr]
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _guarded(call: Callable[[], Any], path: Path, name: str) -> Any:
+    """What `call`, which runs code of the file, returns; UserError with the line for whatever it raises."""
+    where = f"--model {printable(name, 200)}"
+    try:
+        return call()
+    except UserError:
+        raise
+    except OSError as error:
+        if error.filename == str(path):
+            raise UserError(f"{where}: cannot be read {reason(error, path)}") from None
+        raise UserError(f"{where}: {_line(error, path)}{_said(error)}: mend the file") from None
+    except SyntaxError as error:
+        raise UserError(f"{where}: line {error.lineno}: {printable(error.msg)}: mend the file") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where}: {_line(error, path)}{_said(error)}: mend the file") from None
+
+
+def _said(error: BaseException) -> str:
+    return printable(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
+
+
+def _line(error: BaseException, path: Path) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"line {frames[-1].lineno}: " if frames else ""
