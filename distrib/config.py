@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from distrib import models
 from distrib.data.dataset import Dataset
+from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
 from distrib.files import alternatives, expanded, fits, shown
+from distrib.recipes import DROPPED_OPTIONS, RECIPES
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
@@ -24,61 +26,6 @@ CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 1000, 30
 A GPU does so many steps in less than a second: it leaves out those that come sooner than the second after the
 last save.
 """
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "demo": {
-        "epochs": 1,
-        "limit_train": 26_112,  # whole batches: a small last one costs 0.1 % accuracy
-        "batch_size": 64,
-        "optimizer": "sgd",
-        "lr": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-3,
-        "label_smoothing": 0.1,
-        "schedule": "onecycle",
-        "width": 0.125,
-        "shift": 1.0,
-        "log_every": 20,
-    },
-    "fast99": {
-        "epochs": 1,
-        "limit_train": 30000,
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.2,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-3,
-        "label_smoothing": 0.1,
-        "schedule": "onecycle",
-        "width": 0.25,
-    },
-    "best": {
-        "epochs": 20,
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.2,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "schedule": "onecycle",
-        "variant": "avgpool",
-        "width": 0.5,
-        "shift": 2.0,
-        "rotate": 10.0,
-        "average": 0.998,
-    },
-    "reference": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "adam"},
-    "reference-sgd": {"epochs": 8, "batch_size": 8, "lr": 1e-3, "optimizer": "sgd"},
-}
-
-DROPPED_OPTIONS = (
-    ("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")),
-    ("loss", "ce", ("label_smoothing",)),
-)
-"""Recipe options to drop when the user picks another optimizer or loss."""
 
 
 class Cap(int):
@@ -156,6 +103,15 @@ class Config:
         "Rotate each training image randomly by up to this many degrees, anew in each epoch.",
         ZERO_OR_MORE,
         at_most(180),
+    )
+    flip: bool = option(False, "Mirror half of the training images, left to right, anew in each epoch.")
+    crop: int = option(
+        0,
+        "Move each training image randomly by up to this many whole pixels: pad, and cut to size.",
+        ZERO_OR_MORE,
+    )
+    cutout: int = option(
+        0, "Blank a square of this many pixels anywhere in each training image.", ZERO_OR_MORE
     )
     average: float = option(
         0.0,
@@ -280,6 +236,11 @@ class Config:
         return self.variant if self.model == "resnet9" else self.model.rpartition(":")[2]
 
     @property
+    def augmentation(self) -> Augmentation:
+        """How training images are changed at random."""
+        return Augmentation(**{name: getattr(self, name) for name in Augmentation._fields})
+
+    @property
     def dtype(self) -> str:
         """dtype of parameters and activations."""
         return "float64" if self.precision == "float64" else "float32"
@@ -296,7 +257,9 @@ class Config:
         """
         config, fewer = self, dict[str, Any]()
         side = min(data.shape[:2])
-        self._require("shift", self.shift < side, f"give less than the {side} pixels of an image")
+        for name in ("shift", "crop", "cutout"):
+            fits_in = getattr(self, name) < side
+            self._require(name, fits_in, f"give less than the {side} pixels of an image")
         for name, have in (("limit_train", len(data.train_images)), ("limit_test", len(data.test_images))):
             limit = getattr(self, name)
             if isinstance(limit, Cap):

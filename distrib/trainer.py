@@ -79,9 +79,8 @@ class Trainer:
         self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
         self.step_in_epoch = xp.zeros(1, np.int64)
         self.order = xp.zeros(len(data.train_images), np.int32)
-        self.warps = (
-            xp.zeros((len(data.train_images), 4), np.float32) if config.shift or config.rotate else None
-        )
+        changes = any(config.augmentation)
+        self.warps = xp.zeros((len(data.train_images), 8), np.float32) if changes else None
         self.keys = xp.zeros(len(data.train_images), np.uint32) if self.model.is_random() else None
         # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
@@ -126,9 +125,8 @@ class Trainer:
         self.order[...] = backend.asarray(order.astype(np.int32))
         self.rates[...] = backend.asarray(self.optimizer.rates(lrs, first))
         if self.warps is not None:
-            warps = sampler.warps(
-                self.config.seed, epoch, len(self.images), self.config.shift, self.config.rotate
-            )
+            shape = self.images.shape[:3]
+            warps = sampler.warps(self.config.seed, epoch, shape, self.config.augmentation)
             self.warps[...] = backend.asarray(warps)
         if self.keys is not None:
             keys = sampler.image_keys(self.config.seed, epoch, len(self.images))
@@ -180,7 +178,7 @@ class Trainer:
             context = StepContext(True, max(1, n), keys=keys)
         timer.start()
         x, labels = buffers.image("input", (n, *model.shape)), buffers.persistent("labels", (n,), LABELS)
-        source = Source(self.images, self.labels, self.order, self.warps)
+        source = Source(self.images, self.labels, self.order, self.warps, config.cutout)
         gather_batch(x, labels, source, self.step_in_epoch, config.batch_size, start)
         if keys is not None:
             gather_keys(keys, self.keys, self.order, self.step_in_epoch, config.batch_size, start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -10,15 +12,36 @@ def permutation(seed: int, epoch: int, images: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(images)
 
 
-def warps(seed: int, epoch: int, images: int, shift: float, rotate: float) -> np.ndarray:
-    """(images, 4) float32 for `nn.ops.batch.warp`: a random shift and rotation of each image in `epoch`.
+class Augmentation(NamedTuple):
+    """How each training image is changed at random, anew in each epoch; see the options of these names."""
 
-    Uniform, up to `shift` pixels each way and `rotate` degrees. The row of an image depends only on (seed,
-    epoch, its index).
+    shift: float = 0.0
+    rotate: float = 0.0
+    flip: bool = False
+    crop: int = 0
+    cutout: int = 0
+
+
+def warps(seed: int, epoch: int, shape: tuple[int, int, int], augment: Augmentation) -> np.ndarray:
+    """(images, 8) float32 for `nn.ops.batch.warp`; `shape` is (images, H, W).
+
+    Uniform: up to `shift` pixels each way and `rotate` degrees; mirrored or not; whole pixels up to `crop`
+    each way; the middle of the square that is cut out anywhere (DeVries and Taylor 2017). The row of an image
+    depends only on (seed, epoch, its index).
     """
+    images, h, w = shape
     drawn = np.random.default_rng((seed, epoch, 1)).uniform(-1, 1, (images, 3))
-    angle = np.radians(rotate) * drawn[:, 0]
-    return np.stack([np.cos(angle), np.sin(angle), *(shift * drawn[:, 1:].T)], 1).astype(np.float32)
+    angle = np.radians(augment.rotate) * drawn[:, 0]
+    across, sine, cosine = np.ones(images), np.sin(angle), np.cos(angle)
+    moved = augment.shift * drawn[:, 1:]
+    corner = np.zeros((images, 2))
+    if augment.flip or augment.crop or augment.cutout:
+        more = np.random.default_rng((seed, epoch, 3)).random((images, 5))
+        across[more[:, 0] < augment.flip / 2] = -1
+        moved = moved + np.floor((2 * augment.crop + 1) * more[:, 1:3]) - augment.crop
+        corner = np.floor(more[:, 3:] * (h, w)) - augment.cutout // 2
+    table = [cosine, -sine * across, sine, cosine * across, *moved.T, *corner.T]
+    return np.stack(table, 1).astype(np.float32)
 
 
 def image_keys(seed: int, epoch: int, images: int) -> np.ndarray:

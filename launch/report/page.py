@@ -16,6 +16,7 @@ from PIL import Image
 from rich.markup import escape
 from rich.progress import Progress
 
+from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
 from distrib.files import printable
 from distrib.predict import probabilities
@@ -37,7 +38,7 @@ WORST = 24
 COLUMNS, COMPUTED, LEGEND, BARS = 4, 8, 21, 30
 """Most runs with a column each; whose models are run for digits; with a line in a legend; with a bar."""
 
-UNLIKE = ("label_smoothing", "shift", "rotate", "average")
+UNLIKE = ("label_smoothing", *Augmentation._fields, "average")
 """Options with which training and test loss are not of the same kind."""
 
 SUMMARY = {

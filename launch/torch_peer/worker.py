@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distrib.config import Config
+from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
 from launch.machine import child_environment
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 PLAIN = {
     name: getattr(Config(), name)
-    for name in ("loss", "batch_norm", "shift", "rotate", "average", "resume", "max_steps")
+    for name in ("loss", "batch_norm", *Augmentation._fields, "average", "resume", "max_steps")
 }
 """Options that the PyTorch side has one value of."""
 

@@ -17,24 +17,25 @@ static __device__ ACC between(const unsigned char* image, ACC row, ACC column, i
 }
 
 // x[i] = images[order[at·batch + start + i]] / 255, and the labels alike: one block an image. With warps,
-// (a, b, p, q) for each image, (i, j) from the centre is taken from (a·i − b·j + p, b·i + a·j + q).
+// (a, b, c, d, p, q, top, left) for each image, (i, j) from the centre is taken from (a·i + b·j + p, c·i + d·j + q),
+// and a square of `cutout` pixels from (top, left) on is 0.
 extern "C" __global__ void __launch_bounds__(THREADS) gather_batch(
     const unsigned char* __restrict__ images, const int* __restrict__ labels, const int* __restrict__ order,
     const Step* __restrict__ at, int batch, int start, ELEM* x, int* y, const float* __restrict__ warps,
-    int h, int w, int channels) {
+    int cutout, int h, int w, int channels) {
     int values = h * w * channels, image = order[at[0] * batch + start + blockIdx.x];
     const unsigned char* from = images + (size_t)image * values;
-    ACC a = 1, b = 0, p = 0, q = 0, middle = (ACC)(h - 1) / 2, centre = (ACC)(w - 1) / 2;
-    if (warps) {
-        a = warps[4 * image], b = warps[4 * image + 1], p = warps[4 * image + 2], q = warps[4 * image + 3];
-    }
+    const float* m = warps + (size_t)8 * image;
+    ACC middle = (ACC)(h - 1) / 2, centre = (ACC)(w - 1) / 2;
     for (int i = threadIdx.x; i < values; i += blockDim.x) {
         int pixel = i / channels;
         ACC u = pixel / w - middle, v = pixel % w - centre;
         ACC level = from[i];
         if (warps) {
-            ACC row = a * u - b * v + p + middle, column = b * u + a * v + q + centre;
-            level = between(from + i % channels, row, column, h, w, channels);
+            ACC row = m[0] * u + m[1] * v + m[4] + middle, column = m[2] * u + m[3] * v + m[5] + centre;
+            ACC down = pixel / w - (ACC)m[6], across = pixel % w - (ACC)m[7];
+            bool cut = down >= 0 && down < cutout && across >= 0 && across < cutout;
+            level = cut ? (ACC)0 : between(from + i % channels, row, column, h, w, channels);
         }
         x[(size_t)blockIdx.x * values + i] = element(level / 255);
     }

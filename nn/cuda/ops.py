@@ -274,7 +274,7 @@ class CudaOps:
     def gather_batch(self, x: Array, y: Array, source: Source, at: Array, batch: int, start: int) -> None:
         if len(x):
             arrays = source.images, source.labels, source.order, at
-            arguments = *arrays, batch, start, x, y, source.warps, *x.shape[1:]
+            arguments = *arrays, batch, start, x, y, source.warps, source.cutout, *x.shape[1:]
             self._launch(x, "gather_batch", one_each(len(x)), *arguments)
 
     def record_step(self, history: Array, local_loss: Array, step_metrics: Array, at: Array) -> None:

@@ -169,6 +169,9 @@ OTHER = {
     "gradients": "bf16",
     "shift": 2.0,
     "rotate": 10.0,
+    "flip": True,
+    "crop": 3,
+    "cutout": 5,
     "average": 0.99,
 }
 
@@ -182,7 +185,7 @@ def test_differences_name_the_option_and_both_values(name: str) -> None:
 
 def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
     stored = dataclasses.asdict(build({}))
-    for name in ("shift", "rotate", "average", "model"):
+    for name in ("shift", "rotate", "flip", "crop", "cutout", "average", "model"):
         del stored[name]
     assert build({}).differences(stored) == []
     assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]

@@ -7,7 +7,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distrib.data.sampler import batch_indices, permutation, shard, steps_per_epoch, warps
+from distrib.data.sampler import (
+    Augmentation,
+    batch_indices,
+    image_keys,
+    permutation,
+    shard,
+    steps_per_epoch,
+    warps,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -63,15 +71,36 @@ def test_ranks_together_compute_the_single_process_batch(images: int, size: int)
 
 
 def test_warps_depend_on_seed_epoch_and_image_alone() -> None:
-    whole = warps(3, 2, 1000, 2, 15)
-    np.testing.assert_array_equal(warps(3, 2, 10, 2, 15), whole[:10])
-    assert len({warps(seed, epoch, 10, 2, 15).tobytes() for seed in range(3) for epoch in range(3)}) == 9
+    few, many, augment = (10, 28, 28), (1000, 28, 28), Augmentation(2, 15, True, 3, 4)
+    np.testing.assert_array_equal(warps(3, 2, few, augment), warps(3, 2, many, augment)[:10])
+    np.testing.assert_array_equal(image_keys(3, 2, 10), image_keys(3, 2, 1000)[:10])
+    for draw in (lambda seed, epoch: warps(seed, epoch, few, augment), lambda *at: image_keys(*at, 10)):
+        assert len({draw(seed, epoch).tobytes() for seed in range(3) for epoch in range(3)}) == 9
 
 
 def test_warps_are_within_their_limits() -> None:
-    a, b, p, q = warps(0, 0, 60000, 2, 15).astype("float64").T
-    np.testing.assert_allclose(a**2 + b**2, 1, atol=1e-6)
-    angle = np.degrees(np.arctan2(b, a))
+    a, b, c, d, p, q, top, left = warps(0, 0, (60000, 28, 20), Augmentation(2, 15)).astype("float64").T
+    np.testing.assert_array_equal((a, b), (d, -c))
+    np.testing.assert_allclose(a**2 + c**2, 1, atol=1e-6)
+    angle = np.degrees(np.arctan2(c, a))
     for drawn, limit in ((angle, 15), (p, 2), (q, 2)):
         assert abs(drawn.mean()) < 0.03 * limit
         assert 0.999 * limit < np.abs(drawn).max() <= limit * 1.000001
+    assert not top.any()
+    assert not left.any()
+
+
+def test_flip_crop_and_cutout_are_uniform() -> None:
+    augment = Augmentation(flip=True, crop=2, cutout=5)
+    table = warps(0, 0, (60000, 28, 20), augment).astype(int)
+    for column, values in (
+        (3, [-1, 1]),
+        (4, range(-2, 3)),
+        (5, range(-2, 3)),
+        (6, range(-2, 26)),
+        (7, range(-2, 18)),
+    ):
+        found, counts = np.unique(table[:, column], return_counts=True)
+        np.testing.assert_array_equal(found, list(values))
+        expected = len(table) / len(found)
+        assert np.abs(counts - expected).max() < 5 * expected**0.5

@@ -327,7 +327,8 @@ def test_loss(both: Both, loss: str, smoothing: float, n: int, k: int) -> None:
 @pytest.mark.parametrize("n", [3, 0])
 @pytest.mark.parametrize("shape", [(28, 28, 1), (12, 9, 3)])
 def test_gather_batch(both: Both, shape: tuple[int, ...], n: int, warped: bool) -> None:
-    warps = sampler.warps(1, 2, 20, 30, 180)  # some beyond the edges
+    augment = sampler.Augmentation(30, 180, flip=True, crop=2, cutout=4)  # some beyond the edges
+    warps = sampler.warps(1, 2, (20, *shape[:2]), augment)
     both.exact("images", both.rng.integers(0, 256, (20, *shape), np.uint8))
     both.exact("labels", both.rng.integers(0, 1000, 20, LABELS))
     both.exact("order", both.rng.permutation(20).astype(np.int32))
@@ -337,7 +338,7 @@ def test_gather_batch(both: Both, shape: tuple[int, ...], n: int, warped: bool) 
     both.exact("warps", warps)
     for side, run in enumerate((gather_batch.plain, gather_batch)):
         a = both[side]
-        source = Source(a("images"), a("labels"), a("order"), a("warps") if warped else None)
+        source = Source(a("images"), a("labels"), a("order"), a("warps") if warped else None, 4)
         run(a("x"), a("y"), source, a("at"), 5, 1)
     both.check("x", bound=2e-5 if warped and both.element == "float32" else None)
     both.check("images", "labels", "order", "at", "y", bound=0)
