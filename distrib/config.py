@@ -11,7 +11,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from distrib import models
-from distrib.data.dataset import Dataset
+from distrib.data.dataset import Dataset, Reading
 from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
 from distrib.files import alternatives, expanded, fits, shown
@@ -151,6 +151,11 @@ class Config:
         "A folder of IDX, CIFAR or picture files, an .npz file, or synthetic:NxHxWxC:K; without it, MNIST.",
         may_change=True,
     )
+    split: str | None = option(None, "Which of several IDX data sets in a folder: letters, balanced, …")
+    size: str | None = option(
+        None, "Scale pictures to this many pixels, as 32 or 32x48 (height, width), and cut off what juts out."
+    )
+    grey: bool = option(False, "Take pictures without their colours.")
     limit_train: int | None = option(None, "Use only the first N training images.", ONE_OR_MORE)
     limit_test: int | None = option(None, "Use only the first N test images.", ONE_OR_MORE)
     seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE, at_most(LARGEST_SEED))
@@ -239,6 +244,11 @@ class Config:
     def augmentation(self) -> Augmentation:
         """How training images are changed at random."""
         return Augmentation(**{name: getattr(self, name) for name in Augmentation._fields})
+
+    @property
+    def reading(self) -> Reading:
+        """How the data's files are read."""
+        return Reading(self.split, self.size, self.grey)
 
     @property
     def dtype(self) -> str:

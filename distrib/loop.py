@@ -216,7 +216,7 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
     """Load the data, open the run's folder and build the trainer, resumed from the folder's checkpoint."""
     stored, saved = None, None
     with world.fail_together():
-        data = formats.load(config.data, config.limit_train, config.limit_test)
+        data = formats.load(config.data, config.limit_train, config.limit_test, config.reading)
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
     with world.fail_together():

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from distrib.comm.base import SingleCommunicator
-from distrib.data import formats
 from distrib.evaluate import evaluate as run
 from launch.entry import AsJson, Model, OwnModel, number, one_process
 from launch.report.records import shown
-from launch.report.runs import data_of, load_model
+from launch.report.runs import load_data, load_model
 
 
 @one_process
@@ -30,7 +29,7 @@ def evaluate(
     Example: distrib evaluate runs/first --json
     """
     found = load_model(checkpoint, model)
-    test = formats.load(data or data_of(checkpoint), limit_test=limit_test)
+    test = load_data(checkpoint, data, limit_test)
     found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {

@@ -18,7 +18,7 @@ from distrib.run import checkpoint as ckpt
 from launch.entry import Model, OwnModel, number, one_process
 from launch.report.plots import require, require_place, write
 from launch.report.records import shown
-from launch.report.runs import data_of, load_model
+from launch.report.runs import load_data, load_model
 from nn.layer import Layer
 from nn.layers import (
     AvgPool,
@@ -224,9 +224,7 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
     """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
-    from distrib.data import formats
-
-    test = formats.load(data or data_of(loaded.path), limit_test=limit)
+    test = load_data(loaded.path, data, limit)
     loaded.require_fit(test)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
     if difference > TOLERANCE:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrib.data.dataset import Dataset, make
+from distrib.data.dataset import Dataset, Reading, make
 from distrib.data.sniff import memory
 from distrib.errors import UserError
 from distrib.files import printable, read_bytes, reason
@@ -22,6 +22,9 @@ LAYOUTS = {  # name: (training files, test file, names of the classes, labels of
 }
 
 
+READING = ()
+
+
 def recognises(path: Path) -> bool:
     """Whether a folder holds CIFAR files."""
     return path.is_dir() and _layout(path) is not None
@@ -31,7 +34,7 @@ def _layout(path: Path) -> str | None:
     return next((name for name, (train, *_) in LAYOUTS.items() if (path / train[0]).exists()), None)
 
 
-def read(path: Path) -> Dataset:
+def read(path: Path, _: Reading = Reading()) -> Dataset:  # noqa: B008  # it cannot change
     """Read the data set in a folder, with the names of its classes if their file is there."""
     name = _layout(path) or "CIFAR-10"
     train, test, names, labels = LAYOUTS[name]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from distrib.errors import UserError
 from distrib.files import printable
+
+
+class Reading(NamedTuple):
+    """How files are read, where their format leaves a choice; see the options of these names."""
+
+    split: str | None = None
+    size: str | None = None
+    grey: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from distrib.data import cifar, idx, npz, pictures, synthetic
-from distrib.data.dataset import Dataset
+from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
-from distrib.files import expanded, reason
+from distrib.files import alternatives, expanded, reason, shown
 
 FORMATS: dict[str, ModuleType] = {
     "a folder of IDX files (train-images-idx3-ubyte.gz and its three companions)": idx,
@@ -15,17 +15,38 @@ FORMATS: dict[str, ModuleType] = {
     "a folder of pictures by class (train/NAME/*, test/NAME/*)": pictures,
     "an .npz file with x_train, y_train, x_test, y_test": npz,
 }
-"""Formats that --data takes: modules with `recognises(path)` and `read(path)`."""
+"""Formats that --data takes: modules with `recognises(path)`, `read(path, reading)`, READING its options."""
 
 
-def load(data: str | None = None, limit_train: int | None = None, limit_test: int | None = None) -> Dataset:
+def load(
+    data: str | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    reading: Reading = Reading(),  # noqa: B008  # it cannot change
+) -> Dataset:
     """Load the first images of the data set that --data names; by default MNIST, which the package holds."""
-    found = idx.read(idx.SHIPPED, limit_train, limit_test) if data is None else _whole(data)
+    if data is None:
+        _require_taken(reading, ())
+        found = idx.read(idx.SHIPPED, reading, limit_train, limit_test)
+    else:
+        found = _whole(data, reading)
     return found.first(limit_train, limit_test)
 
 
-def _whole(data: str) -> Dataset:
+def _require_taken(reading: Reading, taken: tuple[str, ...]) -> None:
+    """UserError for an option that the format has no use for."""
+    for name, value in reading._asdict().items():
+        if value and name not in taken:
+            known = (form for form, module in FORMATS.items() if name in module.READING)
+            raise UserError(
+                f"--{name}{'' if value is True else f' {shown(value)}'}: is for {alternatives([*known])}:"
+                " leave it out"
+            )
+
+
+def _whole(data: str, reading: Reading) -> Dataset:
     if synthetic.recognises(data):
+        _require_taken(reading, ())
         return synthetic.read(data)
     path = expanded(data, "--data")
     try:
@@ -34,7 +55,9 @@ def _whole(data: str) -> Dataset:
         form = next((form for form in FORMATS.values() if form.recognises(path)), None)
         if form is None and path.is_file():
             raise UserError(f"--data {path}: is no data set: give {', or '.join(FORMATS)}")
-        found: Dataset = (form or idx).read(path)  # idx reports what the folder holds instead
+        form = form or idx  # which reports what the folder holds instead
+        _require_taken(reading, form.READING)
+        found: Dataset = form.read(path, reading)
         return found
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read {reason(error, path)}") from None

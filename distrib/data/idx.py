@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrib.data.dataset import Dataset, make
+from distrib.data.dataset import Dataset, Reading, make
 from distrib.data.sniff import GZIP, SNIFF, Gzip, Plain, memory, what_is
 from distrib.errors import UserError
 from distrib.files import printable, read_bytes, reason
@@ -29,6 +29,17 @@ SHA256 = {
     "train-images-idx3-ubyte.gz": "0b367032e93c5d0cea0925647cfdb18614af8ee15f83e6f2fc2ad904a6835971",
     "train-labels-idx1-ubyte.gz": "1787548bbe0bff1ec2ecdc0ef292b02df999e2d1a6002d27500982c652b17203",
 }
+
+READING = ("split",)
+
+MERGED = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"
+CLASSES = {
+    "letters": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "byclass": "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
+    "bymerge": MERGED,
+    "balanced": MERGED,
+}
+"""Of EMNIST's splits that are no digits, by label (Cohen et al. 2017, table 2); letters count from 1."""
 
 NAMES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 """Names of the four files, without .gz."""
@@ -181,20 +192,46 @@ def recognises(path: Path) -> bool:
     return path.is_dir() and bool(_prefixes(_folder(path)))
 
 
-def read(path: Path, train: int | None = None, test: int | None = None) -> Dataset:
+def read(
+    path: Path,
+    reading: Reading = Reading(),  # noqa: B008  # it cannot change
+    train: int | None = None,
+    test: int | None = None,
+) -> Dataset:
     """Read the data set in a folder, with MNIST's four file names or EMNIST's with one prefix.
 
     `train` and `test` are as many images as are wanted: of the package's own, the others are not inflated.
     """
     held = _folder(path)
-    prefixes = _prefixes(held) or [""]
+    prefix = _prefix(held, reading.split)
+    parts = _part(held, train, f"{prefix}train"), _part(held, test, f"{prefix}t10k", f"{prefix}test")
+    name = "MNIST (in the package)" if held == SHIPPED else str(held)
+    if not prefix.lower().startswith("emnist"):
+        return make(name, *parts, least=LEAST_CLASSES)
+    split = prefix.strip("-.").lower().partition("emnist-")[2]
+    return _emnist(f"{name} ({split})", split, parts)
+
+
+def _prefix(held: Path, split: str | None) -> str:
+    """What precedes the file names of the data set that is meant; UserError where several may be."""
+    prefixes = _prefixes(held)
+    if split is not None:
+        prefixes = [each for each in prefixes if each.strip("-.").lower().rpartition("-")[2] == split.lower()]
+    shown = ", ".join(printable(each.strip("-."), 40) or "MNIST's names" for each in _prefixes(held))
+    if split is not None and len(prefixes) != 1:
+        raise UserError(f"--split {printable(split, 40)}: {held} holds {shown or 'no IDX files'}: give one")
     if len(prefixes) > 1:
-        shown = ", ".join(printable(prefix.rstrip("-."), 40) or "MNIST's names" for prefix in prefixes)
-        raise UserError(f"--data {held}: holds several data sets ({shown}): give each a folder of its own")
-    (prefix,) = prefixes
-    return make(
-        "MNIST (in the package)" if held == SHIPPED else str(held),
-        _part(held, train, f"{prefix}train"),
-        _part(held, test, f"{prefix}t10k", f"{prefix}test"),
-        least=LEAST_CLASSES,
-    )
+        raise UserError(f"--data {held}: holds several data sets ({shown}): give one with --split")
+    return prefixes[0] if prefixes else ""
+
+
+def _emnist(name: str, split: str, parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> Dataset:
+    """EMNIST as people see it: its images lie transposed, and its letters are numbered from 1."""
+    names = CLASSES.get(split, "0123456789")
+    first = int(split == "letters")
+    upright = []
+    for images, labels in parts:
+        if first and not labels.all():
+            raise UserError(f"{name}: has a label 0, and EMNIST's letters start at 1: copy the files again")
+        upright.append((np.ascontiguousarray(images.swapaxes(1, 2)), labels - np.uint8(first)))
+    return make(name, upright[0], upright[1], tuple(names))

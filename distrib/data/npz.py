@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrib.data.dataset import Dataset, make
+from distrib.data.dataset import Dataset, Reading, make
 from distrib.data.sniff import memory
 from distrib.errors import UserError
 from distrib.files import printable, reason
@@ -16,12 +16,15 @@ from distrib.files import printable, reason
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 
 
+READING = ()
+
+
 def recognises(path: Path) -> bool:
     """Whether `path` is an .npz file, by its name."""
     return path.suffix == ".npz" and path.is_file()
 
 
-def read(path: Path) -> Dataset:
+def read(path: Path, _: Reading = Reading()) -> Dataset:  # noqa: B008  # it cannot change
     """Read the data set in `path`. Refuses arrays of Python objects, which could run code."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,17 +1,19 @@
-"""Reads a data set from pictures in folders by class, train/NAME/* and test/NAME/*, all of one size."""
+"""Reads a data set from pictures in folders by class: train/NAME/* and test/NAME/*."""
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from distrib.data.dataset import Dataset, make
+from distrib.data.dataset import Dataset, Reading, make
 from distrib.errors import UserError
 from distrib.files import printable
 
 PARTS = ("train", "test")
+READING = ("size", "grey")
 
 
 def recognises(path: Path) -> bool:
@@ -19,7 +21,7 @@ def recognises(path: Path) -> bool:
     return any((path / part).is_dir() for part in PARTS)
 
 
-def read(path: Path) -> Dataset:
+def read(path: Path, reading: Reading = Reading()) -> Dataset:  # noqa: B008  # it cannot change
     """Read the data set in a folder. Folders in train/ are classes; their sorted order gives the labels."""
     for part in PARTS:
         if not (path / part).is_dir():
@@ -30,7 +32,7 @@ def read(path: Path) -> Dataset:
     unknown = sorted(set(_classes(path / "test")) - set(names))
     if unknown:
         raise UserError(f"{path / 'test' / unknown[0]}: there is no such class in train/: add it there")
-    train, test = (_part(path / part, names) for part in ("train", "test"))
+    train, test = (_part(path / part, names, reading) for part in ("train", "test"))
     if train[0].shape[-1] != test[0].shape[-1]:  # one of them in colour
         train, test = ((np.repeat(x, 3, -1) if x.shape[-1] == 1 else x, y) for x, y in (train, test))
     return make(str(path), train, test, tuple(printable(name, 60) for name in names))
@@ -40,7 +42,7 @@ def _classes(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if each.is_dir() and each.name[0] != ".")
 
 
-def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, H, W, C) and labels (N,): grey if all are grey, else in colour."""
     files = [
         (file, label)
@@ -51,15 +53,20 @@ def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     ]
     if not files:
         raise UserError(f"{folder}: holds no pictures: put them into {folder / names[0]} and the like")
-    images: list[np.ndarray] = []
+    size = _size(reading.size)
+    images, broken = list[np.ndarray](), list[str]()
     for file, _ in files:
-        images.append(_picture(file))
-        h, w = images[0].shape[:2]
-        if images[-1].shape[:2] != (h, w):
-            raise UserError(
-                f"{file}: is {images[-1].shape[1]}×{images[-1].shape[0]} pixels, {files[0][0].name} {w}×{h}:"
-                " scale all pictures to one size"
-            )
+        try:
+            images.append(_picture(file, size, reading.grey))
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        raise UserError(_listed(folder, broken))
+    h, w = images[0].shape[:2]
+    for (file, _), image in zip(files, images, strict=True):
+        if image.shape[:2] != (h, w):
+            own, first = f"{image.shape[1]}×{image.shape[0]}", files[0][0].name
+            raise UserError(f"{file}: is {own} pixels, {first} {w}×{h}: give --size, or scale all to one")
     channels = max(image.shape[2] for image in images)
     whole = np.empty((len(images), *images[0].shape[:2], channels), np.uint8)
     for place, image in zip(whole, images, strict=True):
@@ -67,22 +74,61 @@ def _part(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return whole, np.array([label for _, label in files], np.int64)
 
 
-def _picture(path: Path) -> np.ndarray:
-    """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
-    from PIL import Image  # here, as it takes a while to import and few runs need it
+MOST_LISTED = 20
+"""Bad files that a message names."""
 
-    from distrib.pictures.files import pixels_of, read_sheets
+
+def _listed(folder: Path, broken: list[str]) -> str:
+    """All that is wrong with the pictures of a folder, in one line."""
+    if len(broken) == 1:
+        return broken[0]
+    shown = "; ".join(each.removeprefix(f"{folder}/") for each in broken[:MOST_LISTED])
+    more = f"; and {len(broken) - MOST_LISTED} more" if len(broken) > MOST_LISTED else ""
+    return f"{folder}: {len(broken)} pictures cannot be used: {shown}{more}"
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of --size."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:[x×]([1-9]\d{0,3}))?", text)
+    if not found:
+        raise UserError(f"--size {printable(text, 40)}: give pixels, as 32, or as 32x48 (height, width)")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _picture(path: Path, size: tuple[int, int] | None, grey: bool) -> np.ndarray:
+    """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
+    from distrib.pictures.files import pixels_of, read_sheets  # here, as Pillow takes a while to import
+    from distrib.pictures.prepare import fitted
+
+    deep = _deep(path)
+    if deep is None:
+        found = read_sheets(path, lambda sheet: (pixels_of(sheet, 1 if grey else None), sheet.size))
+        if found is None or len(found) > 1:
+            what = "no picture that is understood" if found is None else f"{len(found)} pages"
+            raise UserError(f"{path}: cannot be read ({what}): remove it")
+        pixels, (w, h) = found[0]
+    else:
+        pixels, (h, w) = deep, deep.shape[:2]
+    if size is not None:
+        pixels = fitted(pixels, size)
+    elif sorted(pixels.shape[:2]) != sorted((h, w)):
+        raise UserError(f"{path}: is {w}×{h} pixels, too large for a data set: give --size")
+    return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
+
+
+def _deep(path: Path) -> np.ndarray | None:
+    """The upper 8 of the 16 bits of a grey picture, (H, W, 1); None for others, bad ones too."""
+    from PIL import Image, ImageOps
+
+    from distrib.pictures.files import MOST_PIXELS
 
     mode = ""
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:  # errors are reported below
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:  # reported by who reads it
         mode = picture.mode
-    if mode.startswith(("I", "F")):
-        raise UserError(f"{path}: has more than 8 bits a channel: save it with 8, black 0 and white 255")
-    found = read_sheets(path, lambda sheet: (pixels_of(sheet), sheet.size))
-    if found is None or len(found) > 1:
-        what = "no picture that is understood" if found is None else f"{len(found)} pages"
-        raise UserError(f"{path}: cannot be read ({what}): remove it")
-    pixels, (w, h) = found[0]
-    if sorted(pixels.shape[:2]) != sorted((h, w)):
-        raise UserError(f"{path}: is {w}×{h} pixels, too large for a data set: scale all pictures down")
-    return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
+        if picture.mode.startswith("I;16") and picture.size[0] * picture.size[1] <= MOST_PIXELS:
+            return (np.asarray(ImageOps.exif_transpose(picture)) >> 8).astype(np.uint8)[..., None]
+    if mode in ("I", "F"):
+        raise UserError(f"{path}: has more than 16 bits a pixel: save it with 8, black 0 and white 255")
+    return None

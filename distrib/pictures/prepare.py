@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from distrib.data import idx
 from distrib.errors import UserError
@@ -54,11 +54,17 @@ def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
 
 
 def scaled(sheet: Sheet, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-    """(uint8 (H, W) or (H, W, 3), False): a picture scaled to `shape`, on black if transparent."""
-    h, w, c = shape
-    pixels = pixels_of(sheet, c)
-    picture = Image.fromarray(pixels[..., 0] if c == 1 else pixels)
-    return np.asarray(picture.resize((w, h), Image.Resampling.LANCZOS)), False
+    """(uint8 (H, W) or (H, W, 3), False): a picture fitted to `shape`, on black if transparent."""
+    found = fitted(pixels_of(sheet, shape[2]), shape[:2])
+    return found[..., 0] if shape[2] == 1 else found, False
+
+
+def fitted(pixels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """uint8 (h, w, C), C 1 or 3: pixels scaled to cover `size` (h, w), and cut to it in the middle."""
+    height, width = size
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    found = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
+    return found[..., None] if found.ndim == 2 else found
 
 
 def prepare(sheet: Sheet) -> tuple[np.ndarray, bool]:

@@ -95,7 +95,9 @@ def recipe(arguments: list[str], ranks: int, against: bool) -> Config:
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
-    config = config.resolve(ranks, formats.load(config.data, config.limit_train, config.limit_test))
+    config = config.resolve(
+        ranks, formats.load(config.data, config.limit_train, config.limit_test, config.reading)
+    )
     if against:
         require_torch("--against torch")
         require_plain(config)

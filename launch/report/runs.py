@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from distrib import predict
 from distrib.config import Config
 from distrib.data import formats, idx
-from distrib.data.dataset import Dataset
+from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
 from distrib.files import open_to_read, printable
@@ -209,13 +209,19 @@ def images_of(config: dict[str, Any], dataset: dict[str, Any]) -> int | None:
     return dataset.get("train_images") or config.get("limit_train") or training_images(config.get("data"))
 
 
-def data_of(checkpoint: Path) -> str | None:
-    """The data set of the run that a checkpoint, or a folder, is of; None where that is not known."""
+def load_data(checkpoint: Path, data: str | None, limit_test: int | None) -> Dataset:
+    """`data`, by default that of the run that a checkpoint, or a folder, is of, read as that run does."""
+    config: dict[str, Any] = {}
     for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         if (folder / "config.json").is_file():
-            found: str | None = read_config(folder / "config.json")[0].get("data")
-            return found
-    return None
+            config = read_config(folder / "config.json")[0]
+            break
+    return formats.load(data or config.get("data"), None, limit_test, reading_of(config))
+
+
+def reading_of(config: dict[str, Any]) -> Reading:
+    """How a stored run reads its data's files."""
+    return Reading(**{name: config[name] for name in Reading._fields if name in config})
 
 
 def training_images(data: str | None) -> int | None:
@@ -251,9 +257,9 @@ def load_model(path: Path, own: str | None = None) -> Loaded:
 
 
 @functools.lru_cache(maxsize=2)
-def all_test_images(data: str | None) -> Dataset:
+def all_test_images(data: str | None, reading: Reading) -> Dataset:
     """A data set with one training image, remembered for the next run of a report."""
-    return formats.load(data, limit_train=1)
+    return formats.load(data, limit_train=1, reading=reading)
 
 
 def logits_of_test_images(run: RunData, compute: bool = True) -> tuple[np.ndarray, Dataset, int]:
@@ -264,7 +270,7 @@ def logits_of_test_images(run: RunData, compute: bool = True) -> tuple[np.ndarra
     computed.
     """
     limit = run.config["limit_test"]
-    data = all_test_images(run.config["data"]).first(None, limit)
+    data = all_test_images(run.config["data"], reading_of(run.config)).first(None, limit)
     images = data.test_images
     kept = kept_logits(run, len(images), data.classes)
     if kept:

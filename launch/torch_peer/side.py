@@ -30,7 +30,7 @@ class TorchSide:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
         self.layout = torch.channels_last if layout == "channels-last" else torch.contiguous_format
-        self.data = data = formats.load(config.data, config.limit_train, config.limit_test)
+        self.data = data = formats.load(config.data, config.limit_train, config.limit_test, config.reading)
         function = models.find(config.model)
         *given, options = network_arguments(describe_model(config, data), function)
         model = TorchNetwork(*given, **options)

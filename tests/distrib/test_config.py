@@ -172,6 +172,9 @@ OTHER = {
     "flip": True,
     "crop": 3,
     "cutout": 5,
+    "split": "letters",
+    "size": "32",
+    "grey": True,
     "average": 0.99,
 }
 
@@ -185,7 +188,7 @@ def test_differences_name_the_option_and_both_values(name: str) -> None:
 
 def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
     stored = dataclasses.asdict(build({}))
-    for name in ("shift", "rotate", "flip", "crop", "cutout", "average", "model"):
+    for name in ("shift", "rotate", "flip", "crop", "cutout", "average", "model", "split", "size", "grey"):
         del stored[name]
     assert build({}).differences(stored) == []
     assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import run, summary, train, write_idx
 from PIL import Image
 
 from distrib.data import formats
-from distrib.data.dataset import make
+from distrib.data.dataset import Reading, make
 from distrib.errors import UserError
 
 RNG = np.random.default_rng(5)
@@ -153,7 +154,7 @@ def test_pictures_by_class(tmp_path: Path) -> None:
     Image.new("RGB", (8, 9), (255, 0, 0)).save(tmp_path / "train" / "cat" / "9.png")
     assert formats.load(str(tmp_path)).shape == (9, 8, 3)
     Image.new("L", (7, 9)).save(tmp_path / "test" / "dog" / "x.png")
-    with pytest.raises(UserError, match=r"x\.png: is 7×9 pixels, 0\.png 8×9: scale all"):
+    with pytest.raises(UserError, match=r"x\.png: is 7×9 pixels, 0\.png 8×9: give --size"):
         formats.load(str(tmp_path))
     (tmp_path / "test" / "dog" / "x.png").write_text("no picture")
     with pytest.raises(UserError, match=r"x\.png: cannot be read .no picture that"):
@@ -186,14 +187,108 @@ def test_pictures_are_read_as_predict_reads_them(tmp_path: Path, what: str) -> N
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_pictures_of_more_than_8_bits_are_refused(tmp_path: Path, kind: type) -> None:
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pictures_of_more_than_16_bits_are_refused(tmp_path: Path, kind: type) -> None:
     """How bright they are cannot be known."""
     for part in ("train", "test"):
         (tmp_path / part / "a").mkdir(parents=True)
         Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / part / "a" / "x.tif")
-    with pytest.raises(UserError, match=r"x\.tif: has more than 8 bits a channel"):
+    with pytest.raises(UserError, match=r"x\.tif: has more than 16 bits a pixel"):
         formats.load(str(tmp_path))
+
+
+def by_class(folder: Path, pictures: dict[str, Any], **more: Any) -> str:
+    """A data set of one class whose two parts hold these pictures, by file name."""
+    for part in ("train", "test"):
+        (folder / part / "a").mkdir(parents=True)
+        for name, picture in pictures.items():
+            picture.save(folder / part / "a" / name, **more)
+    return str(folder)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bits(tmp_path: Path, ending: str) -> None:
+    pixels = RNG.integers(0, 1 << 16, (8, 9), np.uint16)
+    data = formats.load(by_class(tmp_path, {f"x.{ending}": Image.fromarray(pixels)}))
+    np.testing.assert_array_equal(data.train_images[0, ..., 0], pixels >> 8)
+
+
+@pytest.mark.quick
+def test_pictures_of_any_size_in_any_colours(tmp_path: Path) -> None:
+    """--size covers and cuts in the middle; --grey weighs the colours as Pillow does."""
+    wide, palette = Image.new("RGB", (40, 10), (255, 0, 0)), Image.new("P", (7, 9), 1)
+    wide.paste((0, 0, 255), (15, 0, 25, 10))  # the middle
+    palette.putpalette([0, 0, 0, 0, 255, 0])
+    name = by_class(tmp_path, {"1.png": wide, "2.gif": palette, "3.png": Image.new("L", (100, 100), 7)})
+    data = formats.load(name, reading=Reading(size="10"))
+    assert data.shape == (10, 10, 3)
+    assert [image[5, 5].tolist() for image in data.train_images] == [[0, 0, 255], [0, 255, 0], [7, 7, 7]]
+    assert formats.load(name, reading=Reading(size="4x6")).shape == (4, 6, 3)
+    grey = formats.load(name, reading=Reading(size="10", grey=True))
+    assert grey.shape == (10, 10, 1)
+    assert [int(image[5, 5, 0]) for image in grey.train_images] == [29, 150, 7]
+    for bad in ("0", "4x", "x", "99999", "4x5x6"):
+        with pytest.raises(UserError, match=f"--size {bad}: give pixels, as 32, or as 32x48"):
+            formats.load(name, reading=Reading(size=bad))
+
+
+@pytest.mark.quick
+def test_all_broken_pictures_are_listed(tmp_path: Path) -> None:
+    name = by_class(tmp_path, {"1.png": Image.new("L", (8, 8))})
+    for i, text in enumerate((b"", b"text", b"\x89PNG\r\n\x1a\nbroken")):
+        (tmp_path / "train" / "a" / f"bad{i}.png").write_bytes(text)
+    with pytest.raises(UserError) as found:
+        formats.load(name)
+    message = str(found.value)
+    assert message.startswith(f"{tmp_path / 'train'}: 3 pictures cannot be used: a/bad0.png: ")
+    assert all(f"a/bad{i}.png" in message for i in range(3))
+    assert "\n" not in message
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("data", "reading", "words"),
+    [
+        (None, Reading(size="32"), "--size 32: is for a folder of pictures by class"),
+        (None, Reading(split="letters"), "--split letters: is for a folder of IDX files"),
+        ("synthetic:20x8x8x3:2", Reading(grey=True), "--grey: is for a folder of pictures by class"),
+    ],
+)
+def test_options_of_other_formats_are_refused(data: str | None, reading: Reading, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        formats.load(data, reading=reading)
+
+
+def emnist(folder: Path, split: str, labels: list[int]) -> np.ndarray:
+    """EMNIST's files of a split: images lie transposed."""
+    images = RNG.integers(0, 256, (len(labels), 28, 28), np.uint8)
+    for part in ("train", "test"):
+        write_idx(folder / f"emnist-{split}-{part}-images-idx3-ubyte.gz", images.swapaxes(1, 2))
+        write_idx(folder / f"emnist-{split}-{part}-labels-idx1-ubyte.gz", np.array(labels))
+    return images
+
+
+@pytest.mark.quick
+def test_emnist(tmp_path: Path) -> None:
+    """Upright, numbered from 0, by the letters' own names."""
+    letters = emnist(tmp_path, "letters", [1, 26, 3])
+    emnist(tmp_path, "balanced", [46, 10, 0])
+    data = formats.load(str(tmp_path), reading=Reading(split="letters"))
+    np.testing.assert_array_equal(data.train_images[..., 0], letters)
+    assert (data.train_labels.tolist(), data.classes) == ([0, 25, 2], 26)
+    assert [data.class_names[label] for label in data.test_labels] == ["A", "Z", "C"]
+    balanced = formats.load(str(tmp_path), reading=Reading(split="Balanced"))
+    assert [balanced.class_names[label] for label in balanced.train_labels] == ["t", "A", "0"]
+    assert balanced.classes == 47
+    with pytest.raises(UserError, match=r"several data sets \(emnist-balanced, emnist-letters\): give one"):
+        formats.load(str(tmp_path))
+    with pytest.raises(UserError, match=r"--split digits: .* holds emnist-balanced, emnist-letters"):
+        formats.load(str(tmp_path), reading=Reading(split="digits"))
+    (tmp_path / "odd").mkdir()
+    emnist(tmp_path / "odd", "letters", [0, 1])
+    with pytest.raises(UserError, match="has a label 0, and EMNIST's letters start at 1"):
+        formats.load(str(tmp_path / "odd"))
 
 
 @pytest.mark.quick
@@ -263,10 +358,11 @@ def test_any_data_through_every_command(tmp_path: Path) -> None:
     both = part(400, 100, 32, 32, 3), part(200, 100, 32, 32, 3)
     names = [f"kind {i}" for i in range(100)]
     data, whole, folder = tmp_path / "d.npz", tmp_path / "whole", tmp_path / "run"
+    options = (*OPTIONS, "--precision", "float64", "--data", data)
     np.savez(data, **arrays(*both), class_names=np.array(names))  # type: ignore[arg-type]
-    train(whole, *OPTIONS, "--data", data)
-    train(folder, *OPTIONS, "--data", data, "--max-steps", 7)
-    said = train(folder, *OPTIONS, "--data", data, "--shift", 0).stdout
+    train(whole, *options)
+    train(folder, *options, "--max-steps", 7)
+    said = train(folder, *options, "--shift", 0).stdout
     assert "32×32×3 pixels, 100 classes" in " ".join(said.split())
     assert summary(folder)["parameter_digest"] == summary(whole)["parameter_digest"]
     assert json.loads((folder / "config.json").read_text())["dataset"]["class_names"] == names
@@ -286,5 +382,5 @@ def test_any_data_through_every_command(tmp_path: Path) -> None:
     run("-m", "launch.cli", "report", folder)
     page = (folder / "report.html").read_text()
     assert "taken for" in page, "of a hundred classes, those mixed up most"
-    train(tmp_path / "two", *OPTIONS, "--data", data, ranks=2)
-    assert summary(tmp_path / "two")["test_loss"] == pytest.approx(summary(whole)["test_loss"], rel=1e-3)
+    train(tmp_path / "two", *options, ranks=2)
+    assert summary(tmp_path / "two")["test_loss"] == pytest.approx(summary(whole)["test_loss"], rel=1e-9)
