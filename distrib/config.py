@@ -158,6 +158,17 @@ class Config:
     grey: bool = option(False, "Take pictures without their colours.")
     limit_train: int | None = option(None, "Use only the first N training images.", ONE_OR_MORE)
     limit_test: int | None = option(None, "Use only the first N test images.", ONE_OR_MORE)
+    validation: float = option(
+        0.0,
+        "Share of the training images, of each class alike, to hold back: epochs report on these, and the"
+        " test set is used once, at the end.",
+        ZERO_OR_MORE,
+        BELOW_ONE,
+    )
+    keep_best: bool = option(False, "End with the model of the best epoch (needs --validation).")
+    patience: int | None = option(
+        None, "End after so many epochs without a better one (needs --validation).", ONE_OR_MORE
+    )
     seed: int = option(0, "Seed of weights and data order.", ZERO_OR_MORE, at_most(LARGEST_SEED))
     run_dir: str | None = option(None, "The run's folder; without it, runs/TIME-NAME.", may_change=True)
     log_every: int = option(50, "Steps between lines of metrics.jsonl.", ONE_OR_MORE, may_change=True)
@@ -222,6 +233,8 @@ class Config:
             self._require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
         models.require_form(self.model)
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
+        for name in ("keep_best", "patience"):
+            self._require(name, not getattr(self, name) or self.validation > 0, "needs --validation above 0")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
         exact = self.gradients == "float32" or self.precision != "float64"

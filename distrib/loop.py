@@ -46,7 +46,11 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
     screen.start(trainer.steps, progress.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
-        while progress.step < trainer.last_step and not trainer.results.stopped:
+        while (
+            progress.step < trainer.last_step
+            and not trainer.results.stopped
+            and not trainer.out_of_patience()
+        ):
             epoch = progress.step // trainer.steps_per_epoch
             train_epoch(trainer, epoch, run, screen)
             whole = progress.step % trainer.steps_per_epoch == 0
@@ -54,8 +58,13 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
             state.save(trainer, run)
     finally:
         screen.close()
-    if not result and not trainer.results.stopped:
-        result = {**progress.last_epoch, **trainer.test()}
+    result = result or dict(progress.last_epoch)
+    if trainer.validation and trainer.is_finished():
+        if trainer.config.keep_best:
+            state.take_best(trainer, run)
+        result |= trainer.test()
+    elif "test_loss" not in result and not trainer.validation and not trainer.results.stopped:
+        result |= trainer.test()
     return trainer.summary(result)
 
 
@@ -127,16 +136,33 @@ def log_line(run: Run | None, world: World, values: dict[str, Any], results: dic
 def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> dict[str, float]:
     """Evaluate, write the epoch's line, reset the running sums."""
     progress = trainer.progress
-    progress.last_epoch = trainer.train_metrics()
+    before, progress.last_epoch = progress.last_epoch, trainer.train_metrics()
     progress.loss_sum, progress.correct, progress.images = 0.0, 0.0, 0
-    result = {**progress.last_epoch, **trainer.test()}
+    what = "validation" if trainer.validation else "test"
+    if trainer.validation:
+        progress.last_epoch |= best_of(before, trainer.validate(), epoch + 1)
+        if trainer.config.keep_best and progress.last_epoch["best_epoch"] == epoch + 1:
+            state.keep_best(trainer, run)
+    result = {**progress.last_epoch, **({} if trainer.validation else trainer.test())}
     log_line(run, trainer.world, {"step": progress.step, "epoch": epoch + 1}, result)
+    best = "" if result.get("best_epoch") != epoch + 1 else ", the best so far"
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
-        f" {result['train_accuracy']:.2f} %; test loss {result['test_loss']:.4f}, accuracy"
-        f" {result['test_accuracy']:.2f} %"
+        f" {result['train_accuracy']:.2f} %; {what} loss {result[f'{what}_loss']:.4f}, accuracy"
+        f" {result[f'{what}_accuracy']:.2f} %{best}"
     )
     return result
+
+
+def best_of(before: dict[str, float], found: dict[str, float], epoch: int) -> dict[str, float]:
+    """What an epoch found, and which is the best: the most accurate, of equals that of the lowest loss."""
+    accuracy, loss = found["validation_accuracy"], found["validation_loss"]
+    if "best_epoch" in before:
+        known = before["best_validation_accuracy"], -before["best_validation_loss"]
+        if (accuracy, -loss) <= known:
+            return {**found, **{name: value for name, value in before.items() if name.startswith("best_")}}
+    best = {"best_epoch": epoch, "best_validation_accuracy": accuracy, "best_validation_loss": loss}
+    return {**found, **best}
 
 
 def suggest_ranks(world: World, config: Config) -> str | None:
@@ -220,6 +246,8 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
     with world.fail_together():
+        if config.validation:
+            data = data.hold_back(config.validation, config.seed)
         config = config.resolve(world.size, data, stored)
     check_same_config(world, config, data)
     with world.fail_together():

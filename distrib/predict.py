@@ -49,6 +49,8 @@ class Loaded:
     @property
     def step(self) -> int:
         """Training steps that it has had: by the name of its checkpoint, or as batch norm counts them."""
+        if "step" in self.model_spec:
+            return int(self.model_spec["step"])
         named = re.fullmatch(r"step-(\d+)\.safetensors", self.path.name)
         return int(named[1]) if named else self.model.batches_tracked
 
@@ -63,10 +65,12 @@ class Loaded:
 
 
 def load(path: Path, own: str | None = None) -> Loaded:
-    """Load the model from a checkpoint file, or from the newest valid checkpoint of a run's folder.
+    """Load the model from a checkpoint file, or of a run's folder: the best that it kept, else the newest.
 
     `own` is FILE.py:FUNCTION, which makes the layers of a network that does not ship; its user gave it.
     """
+    if path.is_dir() and (best := path / "checkpoints" / ckpt.BEST).exists():
+        path = best
     if path.is_dir():
         candidates = ckpt.list_checkpoints(path / "checkpoints") or ckpt.list_checkpoints(path)
         if not candidates:

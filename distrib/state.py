@@ -27,7 +27,7 @@ class Progress:
     images_per_rank: list[int] = field(default_factory=list)
     wall_seconds: float = 0.0
     train_seconds: float = 0.0
-    last_epoch: dict[str, float] = field(default_factory=dict)  # train_loss, train_accuracy
+    last_epoch: dict[str, float] = field(default_factory=dict)  # what it reported, and which was the best
 
 
 def save(trainer: Trainer, run: Run | None) -> None:
@@ -59,6 +59,26 @@ def save(trainer: Trainer, run: Run | None) -> None:
                 position,
                 config.keep,
             )
+
+
+def keep_best(trainer: Trainer, run: Run | None) -> None:
+    """Write the model as checkpoints/best.safetensors, in the place of the one before."""
+    model, spec = trainer.state_dict(), {**trainer.model_spec, "step": trainer.progress.step}
+    with trainer.world.fail_together(SLOW_IO_FACTOR):
+        if run:
+            ckpt.save_model(run.checkpoints / ckpt.BEST, model, spec)
+
+
+def take_best(trainer: Trainer, run: Run | None) -> None:
+    """Give all ranks the model of the best epoch, which may have been averaged already."""
+    model: ckpt.Tensors | None = None
+    with trainer.world.fail_together(SLOW_IO_FACTOR):
+        if run:
+            model, _ = ckpt.load_model(run.checkpoints / ckpt.BEST)
+    model = trainer.world.broadcast(model, "the best epoch's model")
+    assert model is not None
+    trainer.model.load_state_dict(model)
+    trainer.averages = []
 
 
 def _moments(trainer: Trainer) -> ckpt.Tensors:

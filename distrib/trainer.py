@@ -48,6 +48,10 @@ class Trainer:
         self.labels, self.test_labels = (
             backend.asarray(labels.astype(LABELS)) for labels in (data.train_labels, data.test_labels)
         )
+        self.validation: tuple[Any, Any] | None = None
+        if data.validation_images is not None and data.validation_labels is not None:
+            labels = backend.asarray(data.validation_labels.astype(LABELS))
+            self.validation = backend.asarray(data.validation_images), labels
         self.model_spec = describe_model(config, data)
         try:
             self.model = Network(
@@ -283,19 +287,38 @@ class Trainer:
 
     def test(self) -> dict[str, float]:
         """Evaluate: test_loss and test_accuracy (percent). After the last step, also keep the logits."""
+        self.logits = [] if self.progress.step >= self.last_step or self.out_of_patience() else None
+        return self._evaluate("test", self.test_images, self.test_labels, self.logits)
+
+    def validate(self) -> dict[str, float]:
+        """Evaluate on the images held back: validation_loss and validation_accuracy."""
+        assert self.validation is not None
+        return self._evaluate("validation", *self.validation)
+
+    def _evaluate(
+        self, what: str, images: Any, labels: Any, logits: list[np.ndarray] | None = None
+    ) -> dict[str, float]:
         self.share_statistics()
         with self.waiting("the evaluation"), self.averaged():
-            self.logits = [] if self.progress.step >= self.last_step else None
-            loss, accuracy = evaluate(
-                self.model, self.test_images, self.test_labels, self.config.loss, self.world.comm, self.logits
-            )
+            loss, accuracy = evaluate(self.model, images, labels, self.config.loss, self.world.comm, logits)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(
-                f"the test loss is {loss} after step {self.progress.step}: nothing of it was saved;"
+                f"the {what} loss is {loss} after step {self.progress.step}: nothing of it was saved;"
                 f" try a lower --lr than {self.config.lr}"
             )
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        return {f"{what}_loss": loss, f"{what}_accuracy": accuracy}
+
+    def out_of_patience(self) -> bool:
+        """Whether as many epochs as --patience allows have ended since the best one."""
+        patience, best = self.config.patience, self.progress.last_epoch.get("best_epoch")
+        if patience is None or best is None:
+            return False
+        return self.progress.step // self.steps_per_epoch - best >= patience
+
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.progress.step >= self.steps or self.out_of_patience()
 
     def train_metrics(self) -> dict[str, float]:
         """train_loss and train_accuracy (percent) of the epoch so far."""
@@ -312,11 +335,12 @@ class Trainer:
         digest = ckpt.digest(self.state_dict())
         images = self.images_per_rank()
         return {
-            "finished": progress.step >= self.steps,
+            "finished": self.is_finished(),
             "test_accuracy": result.get("test_accuracy"),
             "test_loss": result.get("test_loss"),
             "train_accuracy": result.get("train_accuracy"),
             "train_loss": result.get("train_loss"),
+            **{name: value for name, value in result.items() if name.startswith(("validation_", "best_"))},
             "epochs": progress.step // self.steps_per_epoch,
             "steps": progress.step,
             "world_size": world.size,

@@ -30,6 +30,8 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     class_names: tuple[str, ...]
+    validation_images: np.ndarray | None = None  # held back from the training set
+    validation_labels: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,10 +54,30 @@ class Dataset:
             test_labels=self.test_labels[:test],
         )
 
+    def hold_back(self, share: float, seed: int) -> Dataset:
+        """Move a `share` of the training images of each class, drawn by `seed`, into a validation set."""
+        rng, held = np.random.default_rng((seed, 4)), np.zeros(len(self.train_labels), bool)
+        for label in range(self.classes):
+            mine = np.flatnonzero(self.train_labels == label)
+            held[rng.permutation(mine)[: round(share * len(mine))]] = True
+        if held.all() or not held.any():
+            what = "all" if held.any() else "none"
+            raise UserError(f"--validation {share}: holds back {what} of {len(held)} training images")
+        return replace(
+            self,
+            train_images=self.train_images[~held],
+            train_labels=self.train_labels[~held],
+            validation_images=self.train_images[held],
+            validation_labels=self.train_labels[held],
+        )
+
     def digest(self) -> str:
         """SHA-256 of all arrays. Drops the axis of a single channel, so that runs of version 0.1 resume."""
         sha = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        arrays = [self.train_images, self.train_labels, self.test_images, self.test_labels]
+        if self.validation_images is not None and self.validation_labels is not None:
+            arrays += [self.validation_images, self.validation_labels]
+        for array in arrays:
             plain = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
             sha.update(f"{plain.shape}".encode())
             sha.update(array.tobytes())
@@ -69,6 +91,7 @@ class Dataset:
             "class_names": list(self.class_names),
             "train_images": len(self.train_images),
             "test_images": len(self.test_images),
+            **({} if self.validation_images is None else {"validation_images": len(self.validation_images)}),
         }
 
     def notes(self) -> list[str]:

@@ -30,6 +30,9 @@ from distrib.errors import UserError
 from distrib.files import reason, shown, write_atomically
 from distrib.run.model_spec import Tensors, check_model_spec, parse_metadata
 
+BEST = "best.safetensors"
+"""The model of the epoch that did best on the images held back."""
+
 MODEL_NAME = re.compile(r"step-\d+\.safetensors")
 POSITION_TYPES = {
     "step": "int",
@@ -93,9 +96,8 @@ def save_checkpoint(
     for name, tensor in (*model.items(), *optimizer.items()):
         if not np.isfinite(tensor).all():
             raise UserError(f"{name} is not finite after step {step}: nothing was saved; try a lower --lr")
-    path = model_path(folder, step)
-    spec_text, position_text = json.dumps(model_spec), json.dumps(position)
-    model_bytes = save(model, {"format": "pt", "about": spec_text, "checksum": _checksum(model, spec_text)})
+    path, position_text = model_path(folder, step), json.dumps(position)
+    model_bytes = _model_file(model, model_spec)
     model_sha = hashlib.sha256(model_bytes).hexdigest()
     state = {
         "position": position_text,
@@ -106,6 +108,17 @@ def save_checkpoint(
     write_atomically(path, model_bytes, AGAIN)
     _remove_old(folder, path, keep)
     return path
+
+
+def _model_file(model: Tensors, model_spec: dict[str, Any]) -> bytes:
+    text = json.dumps(model_spec)
+    return save(model, {"format": "pt", "about": text, "checksum": _checksum(model, text)})
+
+
+def save_model(path: Path, model: Tensors, model_spec: dict[str, Any]) -> None:
+    """Write a model by itself, atomically."""
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, _model_file(model, model_spec), AGAIN)
 
 
 def _remove_old(folder: Path, newest: Path, keep: int) -> None:

@@ -37,7 +37,7 @@ SPEC_TYPES = {
     "loss": "str",
     "dtype": "str",
 }
-"""Types of the fields of a model spec."""
+"""Types of the fields of a model spec. The file of a run's best epoch has `step`, too."""
 
 
 def describe_model(config: Config, data: Dataset) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def check_model_spec(path: Path, text: str, tensors: Tensors) -> dict[str, Any]:
     Checks shapes without building the network, as a width from an untrusted file could ask for any memory;
     those of a network that does not ship are checked by who has its function.
     """
-    model_spec = {**DEFAULT_SPEC, **parse_metadata(path, "description", text, SPEC_TYPES)}
+    model_spec = {**DEFAULT_SPEC, **parse_metadata(path, "description", text, {**SPEC_TYPES, "step": "int"})}
     choices: dict[str, Any] = {
         "variant": VARIANTS,
         "loss": LOSSES,

@@ -122,6 +122,11 @@ def _picture(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def held_out(runs: list[RunData]) -> str:
+    """On what the epochs of these runs report."""
+    return " or ".join(sorted({run.held_out for run in runs}))
+
+
 def _loss(ax: Axes, runs: list[RunData]) -> None:
     most = points_of(runs)
     for run in runs:
@@ -130,22 +135,22 @@ def _loss(ax: Axes, runs: list[RunData]) -> None:
         if len(runs) == 1:
             pale = np.maximum(values, 1e-7)
             ax.plot(epochs, pale, color=line.get_color(), alpha=0.2, linewidth=0.6, zorder=1)
-        epochs, values = run.by_epoch("test_loss", most)
-        label = "test" if len(runs) == 1 else None
+        epochs, values = run.by_epoch(f"{run.held_out}_loss", most)
+        label = run.held_out if len(runs) == 1 else None
         ax.plot(epochs, values, "o", color=line.get_color(), markersize=4, label=label)
     ax.set_yscale("log")
-    ax.set(title="Loss (lines: training, smoothed; points: test)", xlabel="epoch")
+    ax.set(title=f"Loss (lines: training, smoothed; points: {held_out(runs)})", xlabel="epoch")
 
 
 def _accuracy(ax: Axes, runs: list[RunData]) -> None:
     most = points_of(runs)
     for run in runs:
-        epochs, values = run.by_epoch("test_accuracy", most)
+        epochs, values = run.by_epoch(f"{run.held_out}_accuracy", most)
         (line,) = ax.plot(epochs, values, marker="o", markersize=4, label=label_of(run, runs))
         look: dict[str, Any] = {"linestyle": line.get_linestyle(), "color": line.get_color()}
         epochs, values = run.by_epoch("train_accuracy", most)
         ax.plot(epochs, values, marker=".", alpha=0.4, linewidth=0.9, **look)
-    ax.set(title="Accuracy, % (strong: test; pale: training)", xlabel="epoch")
+    ax.set(title=f"Accuracy, % (strong: {held_out(runs)}; pale: training)", xlabel="epoch")
 
 
 def _rate(ax: Axes, runs: list[RunData]) -> None:

@@ -85,7 +85,8 @@ class Log:
             self.epochs += 1
             self.first_epoch = self.first_epoch or line
             self.last_epoch = line
-            for name in ("test_loss", "test_accuracy", "train_accuracy"):
+            held = "validation" if "validation_loss" in line else "test"
+            for name in (f"{held}_loss", f"{held}_accuracy", "train_accuracy"):
                 self._point(self.of_epochs, name, line["epoch"], line)
             return
         self.steps += 1
@@ -147,6 +148,11 @@ class RunData:
         """(epochs, values) of a number of the logged steps, in at most `most` means; epochs in fractions."""
         steps, values = self.log.of_steps.get(name, Curve()).points(most)
         return steps / self.steps_per_epoch, values
+
+    @property
+    def held_out(self) -> str:
+        """On what its epochs report: test, or validation images."""
+        return "validation" if self.config.get("validation") else "test"
 
     def by_epoch(self, name: str, most: int = 2 * POINTS) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, values) of a number of the epochs' lines."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PLAIN = {
     name: getattr(Config(), name)
-    for name in ("loss", "batch_norm", *Augmentation._fields, "average", "resume", "max_steps")
+    for name in ("loss", "batch_norm", *Augmentation._fields, "average", "validation", "resume", "max_steps")
 }
 """Options that the PyTorch side has one value of."""
 

@@ -172,6 +172,7 @@ OTHER = {
     "flip": True,
     "crop": 3,
     "cutout": 5,
+    "validation": 0.2,
     "split": "letters",
     "size": "32",
     "grey": True,
@@ -194,6 +195,18 @@ def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
     assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]
 
 
+HELD_BACK = {"keep_best": (True, False), "patience": (3, None)}
+"""Options that need --validation: a value, and the default."""
+
+
+@pytest.mark.parametrize("name", HELD_BACK)
+def test_differences_of_what_needs_a_validation_set(name: str) -> None:
+    (value, default), option = HELD_BACK[name], f"--{name.replace('_', '-')}"
+    stored = dataclasses.asdict(build({"validation": 0.1}))
+    found = build({"validation": 0.1, name: value}).differences(stored)
+    assert found == [f"{option} {value} (the run has {default})"]
+
+
 def test_differences_of_momentum() -> None:
     sgd = build({"optimizer": "sgd", "momentum": 0.5})
     other = build({"optimizer": "sgd", "momentum": 0.9, "nesterov": True})
@@ -206,7 +219,7 @@ def test_differences_of_momentum() -> None:
 def test_every_option_is_either_free_or_guarded() -> None:
     names = {name for name, *_ in options()}
     assert set(MAY_CHANGE) <= names
-    assert names - set(MAY_CHANGE) == {*OTHER, "momentum", "nesterov", "epochs"}
+    assert names - set(MAY_CHANGE) == {*OTHER, "momentum", "nesterov", "epochs", *HELD_BACK}
 
 
 def test_epochs_may_change_with_a_constant_rate_only() -> None:
