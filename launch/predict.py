@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -98,7 +100,10 @@ def line(result: dict[str, Any], names: list[str], top: int) -> str:
 def predict(
     checkpoint: Model,
     images: Annotated[
-        list[Path], typer.Argument(help="PNG, JPEG or other pictures, or IDX files, gzipped or not.")
+        list[Path],
+        typer.Argument(
+            help="PNG, JPEG or other pictures, or IDX files, gzipped or not; or folders of these."
+        ),
     ],
     top: Annotated[int, number("--top", "Classes named for each image, the most probable first.")] = 3,
     draw: Annotated[
@@ -116,6 +121,9 @@ def predict(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with the probabilities of all classes.")
     ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print a table for spreadsheets: image, class, probability.")
+    ] = False,
 ) -> None:
     """The class of each image, with its probability and the next likely ones.
 
@@ -125,15 +133,42 @@ def predict(
     digit is null and its probabilities are 0. A model trained with --loss bce gives each digit a probability
     by itself: they need not sum to 100 %. Example: distrib predict runs/first digit.png --draw
     """
-    if draw and as_json:
-        raise UserError("--draw and --json: give one of them")
+    chosen = [flag for flag, given in (("--draw", draw), ("--json", as_json), ("--csv", as_csv)) if given]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: give one of them")
+    images = [file for path in images for file in files_of(path)]
     try:
         if as_json:
             print_json(checkpoint, model, images, as_is)
+        elif as_csv:
+            print_csv(checkpoint, model, images, as_is)
         else:
             print_lines(checkpoint, model, images, as_is, top, limit if draw else 0)
     except UserError as error:
         raise UserError(printable(str(error), 2000)) from None
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file itself; of a folder all files however deep, hidden ones apart."""
+    if not path.is_dir():
+        return [path]
+    inside = (each for each in sorted(path.rglob("*")) if each.is_file())
+    found = [each for each in inside if not any(part[0] == "." for part in each.relative_to(path).parts)]
+    if not found:
+        raise UserError(f"{path}: holds no files: give pictures, or a folder of pictures")
+    return found
+
+
+def print_csv(checkpoint: Path, model: str | None, images: list[Path], as_is: bool) -> None:
+    """A line for each image; an empty one has no class."""
+    from distrib.predict import load, predict_files
+
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(("image", "class", "probability"))
+    for result in predict_files(load(checkpoint, model), images, as_is):
+        table.writerow(
+            (printable(result["image"], 4096), result["class"] or "", f"{result['probability']:.6f}")
+        )
 
 
 def print_json(checkpoint: Path, model: str | None, images: list[Path], as_is: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +74,30 @@ def test_lines_and_json_agree(model: Path, files: tuple[Path, Path], call) -> No
     assert lines[0].endswith(" %  (inverted: dark on bright)")
     assert [text.count(" %") for text in call(model, files[0], "--top", 1)[1].splitlines()] == [1]
     assert call(model, files[0], "--top", 10)[1].count(" %") == 10
+
+
+def test_a_folder_and_csv(model: Path, files: tuple[Path, Path], tmp_path: Path, call) -> None:
+    """All files however deep, in order, hidden ones apart; the table says what JSON says."""
+    deep = tmp_path / "set" / "b" / "c"
+    deep.mkdir(parents=True)
+    for place in (tmp_path / "set" / "z, 1.png", deep / "a.png", tmp_path / "set" / "b" / ".hidden"):
+        shutil.copy(files[0], place)
+    Image.new("L", (40, 40), 255).save(deep / "empty.png")
+    found = json.loads(call(model, tmp_path / "set", files[0], "--json")[1])
+    names = [
+        str(each) for each in (deep / "a.png", deep / "empty.png", tmp_path / "set" / "z, 1.png", files[0])
+    ]
+    assert [result["image"] for result in found] == names
+    table = list(csv.DictReader(call(model, tmp_path / "set", files[0], "--csv")[1].splitlines()))
+    assert [row["image"] for row in table] == names
+    for row, result in zip(table, found, strict=True):
+        assert row["class"] == (result["class"] or "")
+        assert float(row["probability"]) == pytest.approx(result["probability"], abs=1e-6)
+    assert table[1]["class"] == ""
+    (tmp_path / "none" / ".git").mkdir(parents=True)
+    code, _, err = call(model, tmp_path / "none")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds no files: give pictures, or a folder of pictures" in err
 
 
 def test_sigmoids_need_not_sum_to_one(model: Path, files: tuple[Path, Path], call) -> None:
@@ -168,6 +194,7 @@ def test_bars_and_names() -> None:
         (("--top", 0), "--top 0: give 1 or more"),
         (("--limit", 0), "--limit 0: give 1 or more"),
         (("--draw", "--json"), "--draw and --json: give one of them"),
+        (("--json", "--csv"), "--json and --csv: give one of them"),
         (("nothing.png",), "nothing.png: no such file"),
     ],
 )
