@@ -246,9 +246,9 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
     with world.fail_together():
+        config = config.resolve(world.size, data, stored)
         if config.validation:
             data = data.hold_back(config.validation, config.seed)
-        config = config.resolve(world.size, data, stored)
     check_same_config(world, config, data)
     with world.fail_together():
         saved = run.open(config) if run else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from nn.array import Array
 from nn.buffers import Buffers
 from nn.layer import Layer, OnGrad, Shape, StepContext
-from nn.layers.activation import ReLU
+from nn.layers.activation import LeakyReLU, ReLU
 from nn.ops.activation import activation_backward, activation_forward
 from nn.ops.conv import Geometry, choose_algorithm, conv_backward, conv_forward
 from nn.params import Parameters, Spec
@@ -66,9 +66,9 @@ class Conv(Layer):
         return self.in_shape[2]
 
     def absorb(self, layer: Layer) -> bool:
-        if self.slope < 1 or self.is_handed_over or not isinstance(layer, ReLU):
+        if self.slope < 1 or self.is_handed_over or type(layer) not in (ReLU, LeakyReLU):
             return False
-        self.slope = layer.slope
+        self.slope = layer.slope  # type: ignore[attr-defined]
         return True
 
     def hand_over(self) -> bool:

@@ -46,7 +46,7 @@ class BatchNorm(Layer):
         if type(layer) is ReLU and not self.relu:
             self.relu = True
             return True
-        if isinstance(layer, MaxPool) and layer.over.size == POOL and layer.over[1:] == (2, 0):
+        if type(layer) is MaxPool and layer.over.size == POOL and layer.over[1:] == (2, 0):
             self.pool, self.y_shape = True, layer.out_shape
             return True
         return False

@@ -17,7 +17,7 @@ from distrib.predict import load
 from distrib.run import checkpoint as ckpt
 from launch import evaluate as evaluating
 
-DATA = ("--data", "synthetic:150x12x12x1:3")
+DATA = ("--data", "synthetic:170x12x12x1:3", "--limit-train", 150)
 OPTIONS = ("--model", "mlp", "--width", 0.1, "--batch-size", 25, *DATA, "--validation", 0.2)
 HELD = 30
 

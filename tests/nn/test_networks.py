@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cudnn_double import to_bf16
 from device_double import device, needs_device
-from networks import NETWORKS
+from networks import NETWORKS, every_layer
 from test_conv import both_orders
 from test_gradients import check
 from test_torch_parity import difference, import_torch
@@ -267,6 +268,66 @@ def test_the_device_drops_what_the_host_drops(precision: str) -> None:
             _captured(case, backend)
             again = case.network.params.to_checkpoint(case.network.params.grads)
             assert all((again[name] == eager[name]).all() for name in eager)
+
+
+@needs_device
+@pytest.mark.parametrize("model", [every_layer, vectors], ids=["every_layer", "vectors"])
+def test_bf16(model: Model) -> None:
+    """Activations of 8 bits' precision: the loss as far as it goes, and a captured step to the bit."""
+    pictures, n = ((17, 22, 2), 5), 7
+    keys = np.random.default_rng(3).integers(0, 1 << 32, n, np.uint32)
+    expected = Case(model, pictures, n, dtype="float64")
+    expected.step = StepContext(True, n, keys=keys)
+    loss, _ = expected.backward()
+    with device("bf16") as backend:
+        case = Case(model, pictures, n, dtype="float32", activations="uint16", backend=backend)
+        case.step = StepContext(True, n, keys=backend.asarray(keys))
+        x = case.network.buffers.image("input", case.x.shape)
+        x[...] = backend.asarray(to_bf16(case.x.astype("float32")))
+        case.image = lambda: x  # type: ignore[method-assign]
+        assert float(backend.to_host(case.backward()[0])) == pytest.approx(loss, rel=0.03)
+        params = case.network.params
+        eager = params.to_checkpoint(params.grads)
+        assert all(np.isfinite(value).all() for value in eager.values())
+        _captured(case, backend)
+        again = params.to_checkpoint(params.grads)
+        assert all((again[name] == eager[name]).all() for name in eager)
+
+
+class Doubling(ReLU):
+    """What somebody derives from a layer that others absorb."""
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        y = super().forward(x, step)
+        y *= 2
+        return y
+
+    def backward(self, dy: Any, step: StepContext, on_grad: Any) -> Any:
+        dy *= 2
+        return super().backward(dy, step, on_grad)
+
+
+def test_a_layer_derived_from_a_fused_one_is_not_absorbed() -> None:
+    def model(shape: tuple[int, ...], classes: int) -> Sequential:
+        return Sequential(
+            Conv(3),
+            Doubling(),
+            Conv(3, bias=False),
+            BatchNorm(),
+            Doubling(),
+            GlobalAvgPool(),
+            Linear(classes),
+        )
+
+    case = Case(model, PICTURES["digits"], 2, dtype="float64", poison=True)
+    assert [type(layer).__name__ for layer in case.network.layers.passes].count("Doubling") == 2
+    params, flat = case.network.params, case.network.params.values.copy()
+
+    def value(flat: np.ndarray) -> float:
+        params.values[...] = flat
+        return float(case.loss()[0])
+
+    check(value, [flat], [case.backward()[1]], STEP, case.rng)
 
 
 def test_dropout_keeps_the_mean_and_differs_by_image_epoch_and_layer() -> None:
