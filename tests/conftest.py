@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(name, ...): what the test needs beside the dev extra: needs.py")
     config.addinivalue_line("markers", "quick: starts no other process")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of starts would each compile the package
+    if "DISTRIB_CACHE_DIR" not in os.environ:  # else it is a worker's, who shares it
+        os.environ["DISTRIB_CACHE_DIR"] = config.cache_folder = tempfile.mkdtemp()
     beside = str(Path(sys.executable).parent)  # mpirun of the virtual environment, activated or not
     os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
     # a shell's background job ignores the first and nohup's the second, which some tests send
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(getattr(config, "cache_folder", ""), ignore_errors=True)
 
 
 LONG = ("test_slurm", "test_graph", "test_failures", "test_reproduce", "test_bench", "test_pictures")

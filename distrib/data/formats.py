@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
-from distrib.data import cifar, idx, npz, pictures, synthetic
+from distrib.data import cache, cifar, idx, npz, pictures, synthetic
 from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
 from distrib.files import alternatives, expanded, reason, shown
@@ -57,7 +58,6 @@ def _whole(data: str, reading: Reading) -> Dataset:
             raise UserError(f"--data {path}: is no data set: give {', or '.join(FORMATS)}")
         form = form or idx  # which reports what the folder holds instead
         _require_taken(reading, form.READING)
-        found: Dataset = form.read(path, reading)
-        return found
+        return cache.through(path, reading, form is pictures, partial(form.read, path, reading))
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read {reason(error, path)}") from None
