@@ -262,10 +262,13 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
     with world.fail_together():
         if run:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.describe())
+    note = state.find_best(trainer, run, saved)
     if run:
         print_start(screen, trainer, data, run)
     if saved:
         screen.say(f"resuming from {saved.path.name}, step {trainer.progress.step} of {trainer.steps}")
+    if note:
+        screen.say(f"note: {note}")
     if changed:
         screen.say(f"changed since then, so results agree only within rounding: {'; '.join(changed)}")
     return trainer

@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def require_form(name: str) -> None:
 
 def options_of(function: Model, wanted: dict[str, Any], name: str) -> dict[str, Any]:
     """Those of `wanted` that the function takes; UserError for one off its default that it does not take."""
-    takes = inspect.signature(function).parameters
+    takes: Container[str] = inspect.signature(function).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()):
+        takes = wanted
     for option, value in wanted.items():
         if option not in takes and value != DEFAULTS[option]:
             remedy = "leave it out" if ships(name) else "leave it out, or give its function that parameter"
@@ -56,8 +59,9 @@ def digest(name: str) -> str:
     """What identifies the file of a network that does not ship, or nothing."""
     if ships(name):
         return ""
+    path = _place(name)[0]
     try:
-        return hashlib.sha256(_place(name)[0].read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
     except OSError:
         return ""
 
@@ -120,6 +124,23 @@ def _guarded(call: Callable[[], Any], path: Path, name: str) -> Any:
         raise UserError(f"{where}: line {error.lineno}: {printable(error.msg)}: mend the file") from None
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {_line(error, path)}{_said(error)}: mend the file") from None
+
+
+@contextmanager
+def building(name: str) -> Iterator[None]:
+    """Context in which a network is built: what is wrong with one of your own becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:  # of a layer that does not fit
+        if ships(name):
+            raise
+        raise UserError(f"--model {printable(name, 200)}: {error}") from None
+    except Exception as error:
+        if ships(name) or isinstance(error, MemoryError | OSError):
+            raise
+        raise UserError(f"--model {printable(name, 200)}: {_said(error)}: mend the file") from None
 
 
 def _said(error: BaseException) -> str:

@@ -90,9 +90,12 @@ def load(path: Path, own: str | None = None) -> Loaded:
         raise UserError(f"--model {shown(own, 200)}: {path} holds {name}: leave it out")
     function = models.find(own) if own else None
     try:
-        model = Network(*network_arguments(model_spec, function), dtype=model_spec["dtype"])
+        with models.building(own or name):
+            model = Network(*network_arguments(model_spec, function), dtype=model_spec["dtype"])
         model.load_state_dict(tensors)
         return Loaded(path, model, model_spec)
+    except UserError:
+        raise
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{path}: does not hold the model that it describes ({error}): use another checkpoint"

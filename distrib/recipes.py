@@ -54,7 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 DROPPED_OPTIONS = (
+    ("model", "resnet9", ("variant", "width")),
     ("optimizer", "sgd", ("momentum", "nesterov", "lr", "weight_decay")),
     ("loss", "ce", ("label_smoothing",)),
 )
-"""Recipe options to drop when the user picks another optimizer or loss."""
+"""Recipe options to drop when the user picks another network, optimizer or loss."""

@@ -69,6 +69,33 @@ def keep_best(trainer: Trainer, run: Run | None) -> None:
             ckpt.save_model(run.checkpoints / ckpt.BEST, model, spec)
 
 
+def find_best(trainer: Trainer, run: Run | None, saved: ckpt.Checkpoint | None) -> str | None:
+    """Bring the best epoch's model, of the resumed run, into this one's folder; a note if it is not there.
+
+    Then which epoch was the best is forgotten, too.
+    """
+    known, note = trainer.progress.last_epoch, None
+    if saved is None or not trainer.config.keep_best or "best_epoch" not in known:
+        return None
+    step = round(known["best_epoch"]) * trainer.steps_per_epoch
+    with trainer.world.fail_together(SLOW_IO_FACTOR):
+        if run:
+            try:
+                model, spec = ckpt.load_model(saved.path.parent / ckpt.BEST)
+                if spec.get("step") == step:
+                    ckpt.save_model(run.checkpoints / ckpt.BEST, model, spec)
+                else:
+                    note = "is of another epoch"
+            except UserError:
+                note = "is not there"
+    note = trainer.world.broadcast(note, "the best epoch's model")
+    if note is None:
+        return None
+    for name in [name for name in known if name.startswith("best_")]:
+        del known[name]
+    return f"the model of the best epoch so far {note}: that of an epoch to come is kept"
+
+
 def take_best(trainer: Trainer, run: Run | None) -> None:
     """Give all ranks the model of the best epoch, which may have been averaged already."""
     model: ckpt.Tensors | None = None

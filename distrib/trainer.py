@@ -54,18 +54,18 @@ class Trainer:
             self.validation = backend.asarray(data.validation_images), labels
         self.model_spec = describe_model(config, data)
         try:
-            self.model = Network(
-                *network_arguments(self.model_spec, models.find(config.model)),
-                seed=config.seed,
-                backend=backend,
-                dtype=config.dtype,
-                activations="uint16" if config.precision == "bf16" else None,
-            )
+            with models.building(config.model):
+                self.model = Network(
+                    *network_arguments(self.model_spec, models.find(config.model)),
+                    seed=config.seed,
+                    backend=backend,
+                    dtype=config.dtype,
+                    activations="uint16" if config.precision == "bf16" else None,
+                )
         except UserError:
             raise
         except ValueError as error:
-            what = f"--data {data.name}" if models.ships(config.model) else f"--model {config.model}"
-            raise UserError(f"{what}: {error}") from None
+            raise UserError(f"--data {data.name}: {error}") from None
         except MemoryError as error:
             raise UserError(f"--width {config.width}: the network needs too much memory ({error})") from None
         self.params = self.model.params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from distrib.comm.base import SingleCommunicator
 from distrib.comm.world import SLOW_IO_FACTOR
@@ -21,9 +22,18 @@ def global_batches(trainer: Trainer) -> list[int]:
 
 def evaluation_batches(trainer: Trainer, rank: int) -> list[int]:
     """Sizes of a rank's evaluation batches."""
-    part = sampler.shard(len(trainer.test_images), rank, trainer.world.size)
-    size, n = batch_size(trainer.model), part.stop - part.start
-    return sorted({min(size, n), n % size} - {0}, reverse=True)
+    size, found = batch_size(trainer.model), {0}
+    for images, _ in evaluated(trainer):
+        part = sampler.shard(len(images), rank, trainer.world.size)
+        n = part.stop - part.start
+        found |= {min(size, n), n % size}
+    return sorted(found - {0}, reverse=True)
+
+
+def evaluated(trainer: Trainer) -> list[tuple[Any, Any]]:
+    """Images and labels that a run evaluates, the larger set first."""
+    sets = [(trainer.test_images, trainer.test_labels), *([trainer.validation] if trainer.validation else [])]
+    return sorted(sets, key=lambda each: -len(each[0]))
 
 
 def choose_plans(trainer: Trainer, run: Run | None) -> None:
@@ -67,10 +77,9 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     arrays += [mean for mean, _ in trainer.averages]
     before = [array.copy() for array in arrays]
     tracked = model.batches_tracked
+    images, labels = evaluated(trainer)[0]
     for n in evaluation_batches(trainer, rank):
-        evaluate(
-            model, trainer.test_images[:n], trainer.test_labels[:n], trainer.config.loss, SingleCommunicator()
-        )
+        evaluate(model, images[:n], labels[:n], trainer.config.loss, SingleCommunicator())
     trainer.begin_epoch(trainer.progress.step // trainer.steps_per_epoch)
     steps = []
     for count in global_batches(trainer):

@@ -29,7 +29,7 @@ def evaluate(
     Example: distrib evaluate runs/first --json
     """
     found = load_model(checkpoint, model)
-    test = load_data(checkpoint, data, limit_test)
+    test = load_data(found, data, limit_test)
     found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {

@@ -224,7 +224,7 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
 
 def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | None) -> str:
     """Compare with our own logits on the test set: a line that says how near they are, or UserError."""
-    test = load_data(loaded.path, data, limit)
+    test = load_data(loaded, data, limit)
     loaded.require_fit(test)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
     if difference > TOLERANCE:

@@ -50,13 +50,14 @@ def figures(run: Follower) -> dict[str, str]:
 
 def epoch_line(line: dict[str, Any], epochs: int) -> str:
     """As the run itself says it."""
+    held = "validation" if "validation_loss" in line else "test"
     (train, own), (test, accuracy) = (
         (line.get(f"{part}_loss", math.nan), line.get(f"{part}_accuracy", math.nan))
-        for part in ("train", "test")
+        for part in ("train", held)
     )
     return (
         f"epoch {line['epoch']}/{epochs}: train loss {train:.4f}, accuracy {own:.2f} %;"
-        f" test loss {test:.4f}, accuracy {accuracy:.2f} %"
+        f" {held} loss {test:.4f}, accuracy {accuracy:.2f} %"
     )
 
 

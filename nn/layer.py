@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from nn.array import Array
 from nn.buffers import Buffers
 from nn.ops.norm import AllReduce
@@ -146,6 +148,16 @@ class Layer(ABC):
 
     def _refuse(self, shape: Shape, why: str, remedy: str) -> ValueError:
         return ValueError(f"{self.name}: {type(self).__name__} gets {text(shape)}, {why}: {remedy}")
+
+
+def does_as(layer: Layer, kind: type[Layer]) -> bool:
+    """Whether a layer's passes are those of `kind`: what somebody derives may do otherwise."""
+    return type(layer).forward is kind.forward and type(layer).backward is kind.backward
+
+
+def whole(*values: object) -> bool:
+    """Whether these are whole numbers."""
+    return all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values)
 
 
 def named(name: str, layer: Layer) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,11 @@ class Network:
                 f"{last.name}: the network makes {text(out)} of images of {text(shape)},"
                 f" and there are {classes} classes: end it with GlobalMaxPool() and Linear(classes)"
             )
+        names = Counter(layer.name for layer in layers.walk())
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"{twice[0]}: two layers have this name: give each a name of its own")
+        if not any(layer.specs() for layer in layers.walk()):
+            raise ValueError("the network has no parameters: give it a layer that has, as Linear(classes)")
         plain = [layer for layer in layers.walk() if not layer.bf16]
         if activations and plain:
             kind = type(plain[0]).__name__

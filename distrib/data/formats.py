@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 from distrib.data import cache, cifar, idx, npz, pictures, synthetic
@@ -32,6 +33,14 @@ def load(
     else:
         found = _whole(data, reading)
     return found.first(limit_train, limit_test)
+
+
+def taken(data: str, reading: Reading) -> Reading:
+    """Those of `reading` that the format of `data` has a use for."""
+    path = Path(data)
+    form = next((form for form in FORMATS.values() if form.recognises(path)), None) if path.exists() else None
+    names = form.READING if form else ()
+    return Reading(**{name: value for name, value in reading._asdict().items() if name in names})
 
 
 def _require_taken(reading: Reading, taken: tuple[str, ...]) -> None:

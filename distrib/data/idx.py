@@ -73,6 +73,13 @@ def read_idx(path: Path, magic: int, limit: int | None = None) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+def read_images(path: Path, limit: int | None = None) -> np.ndarray:
+    """The images of an IDX file, upright: EMNIST's, which their name tells, lie transposed."""
+    images = read_idx(path, IMAGES, limit)
+    is_emnist = path.name.lower().startswith("emnist")
+    return np.ascontiguousarray(images.swapaxes(1, 2)) if is_emnist else images
+
+
 @contextmanager
 def _user_errors(path: Path, kind: str) -> Iterator[None]:
     """Context in which errors of reading `path` become UserErrors."""
@@ -143,8 +150,7 @@ def _prefixes(folder: Path) -> list[str]:
     """What precedes train-images-idx3-ubyte in file names: "" for MNIST, "emnist-letters-", …"""
     ending = _plain("train-images-idx3-ubyte")
     names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending) and entry[0] != "."]
-    found = sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
-    return [""] if "" in found else found  # MNIST's own names win
+    return sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
 
 
 def _find(folder: Path, *names: str) -> Path:
@@ -176,7 +182,7 @@ def _part(folder: Path, limit: int | None, *names: str) -> tuple[np.ndarray, np.
     """Images and labels from the files whose names start with one of `names`; `limit` as in `read_idx`."""
     image_path = _find(folder, *(f"{name}-images-idx3-ubyte" for name in names))
     label_path = _find(folder, *(f"{name}-labels-idx1-ubyte" for name in names))
-    images, labels = read_idx(image_path, IMAGES, limit), read_idx(label_path, LABELS, limit)
+    images, labels = read_images(image_path, limit), read_idx(label_path, LABELS, limit)
     if len(images) != len(labels):
         raise UserError(
             f"{image_path} has {len(images)} images, {label_path.name} {len(labels)} labels:"
@@ -215,6 +221,8 @@ def read(
 def _prefix(held: Path, split: str | None) -> str:
     """What precedes the file names of the data set that is meant; UserError where several may be."""
     prefixes = _prefixes(held)
+    if split is None and "" in prefixes:
+        return ""  # MNIST's own names win
     if split is not None:
         prefixes = [each for each in prefixes if each.strip("-.").lower().rpartition("-")[2] == split.lower()]
     shown = ", ".join(printable(each.strip("-."), 40) or "MNIST's names" for each in _prefixes(held))
@@ -226,12 +234,12 @@ def _prefix(held: Path, split: str | None) -> str:
 
 
 def _emnist(name: str, split: str, parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> Dataset:
-    """EMNIST as people see it: its images lie transposed, and its letters are numbered from 1."""
+    """EMNIST by the names of its classes: its letters are numbered from 1."""
     names = CLASSES.get(split, "0123456789")
     first = int(split == "letters")
-    upright = []
+    counted = []
     for images, labels in parts:
         if first and not labels.all():
             raise UserError(f"{name}: has a label 0, and EMNIST's letters start at 1: copy the files again")
-        upright.append((np.ascontiguousarray(images.swapaxes(1, 2)), labels - np.uint8(first)))
-    return make(name, upright[0], upright[1], tuple(names))
+        counted.append((images, labels - np.uint8(first)))
+    return make(name, counted[0], counted[1], tuple(names))

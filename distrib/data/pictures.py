@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +98,10 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _picture(path: Path, size: tuple[int, int] | None, grey: bool) -> np.ndarray:
     """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
-    from distrib.pictures.files import pixels_of, read_sheets  # here, as Pillow takes a while to import
+    from distrib.pictures.files import deep_pixels, pixels_of, read_sheets  # here: Pillow takes a while
     from distrib.pictures.prepare import fitted
 
-    deep = _deep(path)
+    deep = deep_pixels(path)
     if deep is None:
         found = read_sheets(path, lambda sheet: (pixels_of(sheet, 1 if grey else None), sheet.size))
         if found is None or len(found) > 1:
@@ -116,19 +115,3 @@ def _picture(path: Path, size: tuple[int, int] | None, grey: bool) -> np.ndarray
     elif sorted(pixels.shape[:2]) != sorted((h, w)):
         raise UserError(f"{path}: is {w}×{h} pixels, too large for a data set: give --size")
     return pixels[..., :1] if (pixels == pixels[..., :1]).all() else pixels
-
-
-def _deep(path: Path) -> np.ndarray | None:
-    """The upper 8 of the 16 bits of a grey picture, (H, W, 1); None for others, bad ones too."""
-    from PIL import Image, ImageOps
-
-    from distrib.pictures.files import MOST_PIXELS
-
-    mode = ""
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path) as picture:  # reported by who reads it
-        mode = picture.mode
-        if picture.mode.startswith("I;16") and picture.size[0] * picture.size[1] <= MOST_PIXELS:
-            return (np.asarray(ImageOps.exif_transpose(picture)) >> 8).astype(np.uint8)[..., None]
-    if mode in ("I", "F"):
-        raise UserError(f"{path}: has more than 16 bits a pixel: save it with 8, black 0 and white 255")
-    return None

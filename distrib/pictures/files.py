@@ -6,14 +6,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distrib.errors import UserError
 
@@ -58,6 +58,24 @@ def pixels_of(sheet: Sheet, channels: int | None = None) -> np.ndarray:
         light = light * sheet.alpha[..., None]
     shape = (*light.shape[:2], channels or light.shape[2])
     return np.round(255 * np.broadcast_to(light, shape)).astype(np.uint8)
+
+
+def deep_pixels(path: Path) -> np.ndarray | None:
+    """The upper 8 of a grey picture's 16 bits, (H, W, 1), upright; None for others, bad ones too.
+
+    UserError for more bits, as nobody knows then what is white.
+    """
+    Image.init()
+    mode, known = "", [name for name in FORMATS if name in Image.OPEN]
+    with suppress(*BROKEN, Image.DecompressionBombError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=known) as picture:
+            mode = picture.mode
+            if mode.startswith("I;16") and picture.size[0] * picture.size[1] <= MOST_PIXELS:
+                return (np.asarray(ImageOps.exif_transpose(picture)) >> 8).astype(np.uint8)[..., None]
+    if mode in ("I", "F"):
+        raise UserError(f"{path}: has more than 16 bits a pixel: save it with 8, black 0 and white 255")
+    return None
 
 
 def read_sheets(path: Path, use: Callable[[Sheet], T]) -> list[T] | None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from distrib.data import idx
 from distrib.errors import UserError
 from distrib.pictures.digit import SIDE, stroke_width
-from distrib.pictures.files import Sheet, luminance, pixels_of, read_sheets
+from distrib.pictures.files import Sheet, deep_pixels, luminance, pixels_of, read_sheets
 from distrib.pictures.kinds import kind_of
 from distrib.pictures.paper import find_digit
 
@@ -45,8 +45,12 @@ def read_pictures(path: Path, as_is: bool = False) -> Pictures:
 
 def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
     """Read a picture or IDX file, with its images scaled to `shape` (H, W, C)."""
-    found = read_sheets(path, lambda sheet: scaled(sheet, shape))
-    pixels = np.stack([pixels for pixels, _ in found]) if found else idx.read_idx(path, idx.IMAGES)
+    deep = deep_pixels(path) if path.is_file() else None
+    if deep is not None:
+        found = fitted(np.broadcast_to(deep, (*deep.shape[:2], shape[2])), shape[:2])
+        return Pictures(path, found[None], np.zeros(1, bool), np.ones(1, bool))
+    sheets = read_sheets(path, lambda sheet: scaled(sheet, shape))
+    pixels = np.stack([pixels for pixels, _ in sheets]) if sheets else idx.read_images(path)
     if pixels.shape[1:] not in (shape, shape[:2]) or pixels[0].size != shape[0] * shape[1] * shape[2]:
         size = "×".join(map(str, pixels.shape[1:]))
         raise UserError(f"{path}: images of {size}, the network takes {'×'.join(map(str, shape))}")
@@ -126,7 +130,7 @@ def on_its_ground(sheet: Sheet) -> np.ndarray:
 def read_idx(path: Path, as_is: bool) -> Pictures:
     """Read the images of an IDX file; invert all if most of their border is bright, unless `as_is`."""
     check_idx(path)
-    images = idx.read_idx(path, idx.IMAGES)
+    images = idx.read_images(path)
     if images.shape[1:] != (SIDE, SIDE):
         raise UserError(
             f"{path}: images of {images.shape[1]}×{images.shape[2]}, the network takes {SIDE}×{SIDE}"

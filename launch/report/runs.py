@@ -215,14 +215,20 @@ def images_of(config: dict[str, Any], dataset: dict[str, Any]) -> int | None:
     return dataset.get("train_images") or config.get("limit_train") or training_images(config.get("data"))
 
 
-def load_data(checkpoint: Path, data: str | None, limit_test: int | None) -> Dataset:
-    """`data`, by default that of the run that a checkpoint, or a folder, is of, read as that run does."""
+def load_data(model: Loaded, data: str | None, limit_test: int | None) -> Dataset:
+    """The data of the run that a model is of, read as that run does; or `data`, as the model wants it."""
+    checkpoint = model.path
     config: dict[str, Any] = {}
     for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         if (folder / "config.json").is_file():
             config = read_config(folder / "config.json")[0]
             break
-    return formats.load(data or config.get("data"), None, limit_test, reading_of(config))
+    reading = reading_of(config)
+    if data is None:
+        return formats.load(config.get("data"), None, limit_test, reading)
+    h, w, c = model.model.shape
+    wanted = reading._replace(size=f"{h}x{w}", grey=c == 1)
+    return formats.load(data, None, limit_test, formats.taken(data, wanted))
 
 
 def reading_of(config: dict[str, Any]) -> Reading:

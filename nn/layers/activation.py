@@ -39,6 +39,6 @@ class LeakyReLU(ReLU):
         self.slope = slope
 
     def infer(self, shape: Shape) -> Shape:
-        if not 0 <= self.slope < 1:
+        if not isinstance(self.slope, int | float) or not 0 <= self.slope < 1:
             raise ValueError(f"{self.name}: LeakyReLU({self.slope}): give a slope from 0, below 1")
         return shape

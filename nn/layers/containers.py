@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from nn.array import Array
-from nn.layer import Layer, OnGrad, Shape, StepContext, text
+from nn.layer import Layer, OnGrad, Shape, StepContext, does_as, text
 from nn.layers.activation import ReLU
 from nn.layers.convolution import Conv
 from nn.layers.normalisation import BatchNorm
@@ -22,9 +22,22 @@ def fuse(layers: Sequence[Layer]) -> list[Layer]:
         if not (passes and passes[-1].absorb(layer)):
             passes.append(layer)
     for before, after in pairwise(passes):
-        if type(after) is BatchNorm:  # a layer that somebody derives from it may do otherwise
+        if isinstance(after, BatchNorm) and does_as(after, BatchNorm):
             after.owns_input = before.hand_over()
     return passes
+
+
+def require_layers(owner: Layer, layers: Sequence[object]) -> None:
+    """ValueError if `owner` has none, or something else among them."""
+    kind = type(owner).__name__
+    where = f"{owner.name}: {kind}" if owner.name else kind
+    if not layers:
+        raise ValueError(f"{where}() has no layers: give it at least one")
+    for layer in layers:
+        if isinstance(layer, type):
+            raise ValueError(f"{where} holds the class {layer.__name__}: write {layer.__name__}()")
+        if not isinstance(layer, Layer):
+            raise ValueError(f"{where} holds a {type(layer).__name__}, no layer: give layers, one by one")
 
 
 class Sequential(Layer):
@@ -37,6 +50,7 @@ class Sequential(Layer):
 
     def infer(self, shape: Shape) -> Shape:
         prefix = f"{self.name}." if self.name else ""
+        require_layers(self, self.children())
         for i, (key, layer) in enumerate(self.layers.items()):
             shape = layer.build(prefix + key, shape, self.need_dx or i > 0)
         self.passes = fuse(self.children())
@@ -46,13 +60,13 @@ class Sequential(Layer):
         return tuple(self.layers.values())
 
     def absorb(self, layer: Layer) -> bool:
-        return bool(self.passes) and self.passes[-1].absorb(layer)
+        return does_as(self, Sequential) and self.passes[-1].absorb(layer)
 
     def hand_over(self) -> bool:
-        return bool(self.passes) and self.passes[-1].hand_over()
+        return does_as(self, Sequential) and self.passes[-1].hand_over()
 
     def can_add(self) -> bool:
-        return bool(self.passes) and self.passes[-1].can_add()
+        return does_as(self, Sequential) and self.passes[-1].can_add()
 
     def forward(self, x: Array, step: StepContext) -> Array:
         for layer in self.passes:
@@ -102,8 +116,8 @@ class Residual(Layer):
         self.body, self.shortcut = body, shortcut
 
     def infer(self, shape: Shape) -> Shape:
-        if not self.body:
-            raise ValueError(f"{self.name}: Residual() has no layers: give it at least one")
+        require_layers(self, self.body)
+        require_layers(self, [self.shortcut] if self.shortcut else self.body)
         out = shape
         for i, layer in enumerate(self.body):
             out = layer.build(f"{self.name}.{i}", out, self.need_dx or i > 0)

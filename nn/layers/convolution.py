@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from nn.array import Array
 from nn.buffers import Buffers
-from nn.layer import Layer, OnGrad, Shape, StepContext
-from nn.layers.activation import LeakyReLU, ReLU
+from nn.layer import Layer, OnGrad, Shape, StepContext, does_as, whole
+from nn.layers.activation import ReLU
 from nn.ops.activation import activation_backward, activation_forward
 from nn.ops.conv import Geometry, choose_algorithm, conv_backward, conv_forward
 from nn.params import Parameters, Spec
@@ -51,9 +51,10 @@ class Conv(Layer):
         if len(shape) != 3:
             raise self._refuse(shape, "not an image", "put it before Flatten() or the global pooling")
         stride, padding, dilation = self.geometry
-        if min(self.out, self.kernel, stride, dilation, padding + 1) < 1:
+        numbers = self.out, self.kernel, stride, dilation, padding
+        if not whole(*numbers) or min(*numbers[:4], padding + 1) < 1:
             given = f"out={self.out}, kernel={self.kernel}, {stride=}, {padding=}, {dilation=}"
-            raise ValueError(f"{self.name}: Conv({given}): give 1 or more of each, and padding 0 or more")
+            raise ValueError(f"{self.name}: Conv({given}): give whole numbers, 1 or more, padding 0 or more")
         reach = dilation * (self.kernel - 1) + 1
         if reach > min(shape[:2]) + 2 * padding:
             why = f"and its kernel reaches over {reach}×{reach} pixels"
@@ -66,13 +67,15 @@ class Conv(Layer):
         return self.in_shape[2]
 
     def absorb(self, layer: Layer) -> bool:
-        if self.slope < 1 or self.is_handed_over or type(layer) not in (ReLU, LeakyReLU):
+        if self.slope < 1 or self.is_handed_over or not does_as(self, Conv):
             return False
-        self.slope = layer.slope  # type: ignore[attr-defined]
+        if not isinstance(layer, ReLU) or not does_as(layer, ReLU):
+            return False
+        self.slope = layer.slope
         return True
 
     def hand_over(self) -> bool:
-        self.is_handed_over = self.slope == 1
+        self.is_handed_over = self.slope == 1 and does_as(self, Conv)
         return self.is_handed_over
 
     def specs(self) -> list[Spec]:

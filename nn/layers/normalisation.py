@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from nn.array import Array
 from nn.buffers import Buffers
-from nn.layer import Layer, OnGrad, Shape, StepContext
+from nn.layer import Layer, OnGrad, Shape, StepContext, does_as
 from nn.layers.activation import ReLU
 from nn.layers.pooling import MaxPool
 from nn.ops.activation import copy
 from nn.ops.norm import POOL, After, Count, Norm, norm_backward, norm_forward, norm_inference
+from nn.ops.pool import Windows
 from nn.params import Parameters, Spec
 
 
@@ -41,18 +42,20 @@ class BatchNorm(Layer):
         return shape
 
     def absorb(self, layer: Layer) -> bool:
-        if self.pool or len(self.in_shape) == 1:
+        if self.pool or len(self.in_shape) == 1 or not does_as(self, BatchNorm):
             return False
-        if type(layer) is ReLU and not self.relu:
+        if isinstance(layer, ReLU) and does_as(layer, ReLU) and layer.slope == 0 and not self.relu:
             self.relu = True
             return True
-        if type(layer) is MaxPool and layer.over.size == POOL and layer.over[1:] == (2, 0):
+        is_plain = isinstance(layer, MaxPool) and does_as(layer, MaxPool)
+        if is_plain and layer.over == Windows(POOL, 2):  # type: ignore[attr-defined]
             self.pool, self.y_shape = True, layer.out_shape
             return True
         return False
 
     def can_add(self) -> bool:
-        return not self.relu and not self.pool and len(self.in_shape) == 3
+        plain = not self.relu and not self.pool and len(self.in_shape) == 3
+        return plain and does_as(self, BatchNorm)
 
     def specs(self) -> list[Spec]:
         c = self.in_shape[-1]

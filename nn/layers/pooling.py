@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nn.array import Array
-from nn.layer import Layer, OnGrad, Shape, StepContext, text
+from nn.layer import Layer, OnGrad, Shape, StepContext, text, whole
 from nn.ops.pool import Windows, global_pool_backward, global_pool_forward, pool_backward, pool_forward
 
 
@@ -20,15 +20,17 @@ class Pool(Layer):
 
     def __init__(self, window: int | tuple[int, int], stride: int | None = None, padding: int = 0) -> None:
         size = (window, window) if isinstance(window, int) else tuple(window)
-        self.over = Windows(size, size[0] if stride is None else stride, padding)  # type: ignore[arg-type]
+        beside = size[0] if len(set(size)) == 1 else 0  # `infer` refuses 0
+        self.over = Windows(size, beside if stride is None else stride, padding)  # type: ignore[arg-type]
 
     def infer(self, shape: Shape) -> Shape:
         if len(shape) != 3:
             raise self._refuse(shape, "not an image", "put it before Flatten() or the global pooling")
         size, stride, padding = self.over
-        if len(size) != 2 or min(*size, stride, padding + 1) < 1 or 2 * padding > min(size):
+        fits = len(size) == 2 and whole(*size, stride, padding) and min(*size, stride, padding + 1) > 0
+        if not fits or 2 * padding > min(size):
             given = f"window={size}, {stride=}, {padding=}"
-            remedy = "give 1 or more pixels, and at most half a window of padding"
+            remedy = "give whole pixels, at most half a window of padding, and a stride unless it is square"
             raise ValueError(f"{self.name}: {type(self).__name__}({given}): {remedy}")
         if any(side + 2 * padding < window for side, window in zip(shape, size, strict=False)):
             why = f"smaller than its window of {text(size)}"

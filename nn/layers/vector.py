@@ -8,7 +8,7 @@ from typing import Any
 
 from nn.array import Array
 from nn.buffers import Buffers
-from nn.layer import Layer, OnGrad, Shape, StepContext
+from nn.layer import Layer, OnGrad, Shape, StepContext, whole
 from nn.ops.dropout import dropout
 from nn.ops.flatten import flatten, unflatten
 from nn.ops.linear import linear_backward, linear_forward
@@ -52,7 +52,7 @@ class Dropout(Layer):
         self.rate = rate
 
     def infer(self, shape: Shape) -> Shape:
-        if not 0 <= self.rate < 1:
+        if not isinstance(self.rate, int | float) or not 0 <= self.rate < 1:
             raise ValueError(f"{self.name}: Dropout({self.rate}): give a rate from 0, below 1")
         self.salt = zlib.crc32(self.name.encode())
         return shape
@@ -86,8 +86,8 @@ class Linear(Layer):
         if len(shape) != 1:
             remedy = "put GlobalMaxPool(), GlobalAvgPool() or Flatten() before it"
             raise self._refuse(shape, "not a vector", remedy)
-        if self.out < 1:
-            raise ValueError(f"{self.name}: Linear({self.out}): give 1 or more")
+        if not whole(self.out) or self.out < 1:
+            raise ValueError(f"{self.name}: Linear({self.out}): give a whole number, 1 or more")
         return (self.out,)
 
     def specs(self) -> list[Spec]:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from distrib.data import formats
 from distrib.data.dataset import Reading, make
 from distrib.errors import UserError
+from distrib.pictures.prepare import read_pictures, read_scaled
 
 RNG = np.random.default_rng(5)
 
@@ -244,6 +246,59 @@ def test_all_broken_pictures_are_listed(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path / 'train'}: 3 pictures cannot be used: a/bad0.png: ")
     assert all(f"a/bad{i}.png" in message for i in range(3))
     assert "\n" not in message
+
+
+def test_evaluate_on_other_data_than_the_run_had(tmp_path: Path) -> None:
+    """A run on pictures of any size is evaluated on an .npz, and the other way round."""
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "p" / part / name).mkdir(parents=True)
+            for i in range(4):
+                shape = (20 + i, 30, 3)
+                Image.fromarray(RNG.integers(0, 256, shape, np.uint8)).save(
+                    tmp_path / "p" / part / name / f"{i}.png"
+                )
+    pictures, options = tmp_path / "p", ("--model", "mlp", "--width", 0.1, "--epochs", 1, "--batch-size", 4)
+    read = formats.load(str(pictures), reading=Reading(size="16"))
+    parts = {"x_train": read.train_images, "y_train": read.train_labels}
+    parts |= {"x_test": read.test_images, "y_test": read.test_labels, "class_names": np.array(["a", "b"])}
+    np.savez(tmp_path / "d.npz", **parts)  # type: ignore[arg-type]
+    train(tmp_path / "one", *options, "--data", pictures, "--size", 16)
+    train(tmp_path / "two", *options, "--data", tmp_path / "d.npz")
+    found = []
+    for name, data in (("one", None), ("one", "d.npz"), ("two", None), ("two", "p")):
+        more = () if data is None else ("--data", tmp_path / data)
+        done = run("-m", "launch.cli", "evaluate", tmp_path / name, *more, "--json")
+        found.append(json.loads(done.stdout)["test_loss"])
+    assert len(set(found)) == 1
+
+
+@pytest.mark.quick
+def test_a_bomb_is_named(tmp_path: Path) -> None:
+    """A header that promises more than any picture has."""
+    name = by_class(tmp_path, {"1.png": Image.new("L", (8, 8))})
+    head = b"IHDR" + (30000).to_bytes(4, "big") * 2 + bytes([16, 0, 0, 0, 0])
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for chunk in (head, b"IDAT" + zlib.compress(bytes(60001)), b"IEND"):
+        bomb += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (tmp_path / "train" / "a" / "bomb.png").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"bomb\.png: holds more than 178 megapixels: scale it down"):
+        formats.load(name)
+
+
+@pytest.mark.quick
+def test_predict_sees_what_training_saw(tmp_path: Path) -> None:
+    """Of 16 bits, of another size, and of EMNIST's files."""
+    pixels = RNG.integers(8000, 20000, (8, 9), np.uint16)
+    pictures = {"x.png": Image.fromarray(pixels), "y.png": Image.new("RGB", (30, 9), "red")}
+    data = formats.load(by_class(tmp_path / "p", pictures), reading=Reading(size="6"))
+    for file, expected in zip(pictures, data.train_images, strict=True):
+        found = read_scaled(tmp_path / "p" / "train" / "a" / file, (6, 6, 3)).pixels
+        np.testing.assert_array_equal(found[0], expected)
+    (tmp_path / "e").mkdir()
+    upright = emnist(tmp_path / "e", "digits", [1, 2])
+    file = tmp_path / "e" / "emnist-digits-test-images-idx3-ubyte.gz"
+    np.testing.assert_array_equal(read_pictures(file, as_is=True).pixels, upright)
 
 
 @pytest.mark.quick

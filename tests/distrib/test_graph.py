@@ -121,6 +121,22 @@ def test_losses_follow_the_host(variant: str, precision: str, bound: float) -> N
     np.testing.assert_allclose(ours, theirs, rtol=bound)
 
 
+def test_the_warm_up_prepares_for_the_validation_set() -> None:
+    """Larger than the test set: its first evaluation moves no buffer."""
+    with device("float32") as backend:
+        data = random_data(60).first(None, 4).hold_back(0.5, 0)
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
+        trainer = Trainer(Config(**OPTIONS, validation=0.5), world, data)
+        warm_up(trainer, None)
+        generation = trainer.model.buffers.generation
+        steps(trainer, 1)
+        assert {*trainer.validate(), *trainer.test()} == {
+            *("validation_loss", "validation_accuracy", "test_loss", "test_accuracy")
+        }
+        steps(trainer, 1)
+        assert trainer.model.buffers.generation == generation
+
+
 def test_float64_is_eager_and_exact() -> None:
     """cuDNN does no float64: patches, which cannot be captured, with the kernels around them."""
     with device("float64") as backend:

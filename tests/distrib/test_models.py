@@ -47,6 +47,17 @@ def fails(shape, classes):
 def leaves(shape, classes):
     raise SystemExit(0)
 
+def floaty(shape, classes, width=1.0):
+    return Sequential(Flatten(), Linear(8 * width), Linear(classes))
+
+def broken(shape, classes):
+    class Broken(ReLU):
+        def infer(self, shape): return undefined
+    return Sequential(Broken(), Flatten(), Linear(classes))
+
+def open_ended(shape, classes, **options):
+    return Sequential(Flatten(), Linear(round(8 * options["width"])), Linear(classes))
+
 def strange(shape):
     return few(shape, 5)
 
@@ -129,6 +140,8 @@ def test_a_stored_run_runs_no_file(own: str, tmp_path: Path, command_line: Any) 
         ("FILE:fails", "line 23: NameError: name 'undefined' is not defined: mend the file"),
         ("FILE:leaves", "line 26: SystemExit: 0: mend the file"),
         ("FILE:strange", "TypeError: strange() takes 1 positional argument but 2 were given: mend the file"),
+        ("FILE:floaty", "1: Linear(8.0): give a whole number, 1 or more"),
+        ("FILE:broken", "NameError: name 'undefined' is not defined: mend the file"),
         ("FILE:absent", "nets.py has no function absent: define it"),
         ("FILE:not_one", "nets.py has no function not_one: define it"),
         ("FILE", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
@@ -185,6 +198,15 @@ def test_options_that_a_network_does_not_take(
     done = train(tmp_path / "run", "--epochs", 1, "--limit-train", 40, *given, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert words in done.stderr
+
+
+def test_a_recipe_and_open_options(own: str, tmp_path: Path) -> None:
+    """A recipe's width is for ResNet-9; a function that takes any option is given those there are."""
+    few = ("--limit-train", 32, "--limit-test", 20)
+    train(tmp_path / "lenet", "--recipe", "demo", "--model", "lenet", *few)
+    assert summary(tmp_path / "lenet")["parameters"] == 61_706
+    train(tmp_path / "own", "--model", f"{own}:open_ended", "--width", 0.5, "--epochs", 1, *few)
+    assert summary(tmp_path / "own")["parameters"] == 784 * 4 + 4 + 4 * 10 + 10
 
 
 def test_ranks_with_different_files(own: str, tmp_path: Path) -> None:

@@ -135,6 +135,26 @@ def test_resume_ends_alike(tmp_path: Path) -> None:
     assert two["best_validation_loss"] == pytest.approx(expected["best_validation_loss"], rel=1e-3)
 
 
+def step(folder: Path, number: int) -> Path:
+    return ckpt.model_path(folder / "checkpoints", number)
+
+
+def test_a_resume_from_elsewhere(tmp_path: Path) -> None:
+    """The best model comes along; where it is not there, it is not taken for the best."""
+    options = (*OPTIONS, "--keep-best", "--epochs", 3)
+    train(tmp_path / "run", *options, "--keep", 9)
+    train(tmp_path / "moved", *options, "--resume", step(tmp_path / "run", 10))
+    one, other = summary(tmp_path / "run"), summary(tmp_path / "moved")
+    for name in ("parameter_digest", "best_epoch", "test_loss"):
+        assert one[name] == other[name]
+    (tmp_path / "run" / "checkpoints" / ckpt.BEST).unlink()
+    done = train(tmp_path / "again", *options, "--resume", step(tmp_path / "run", 10))
+    said = " ".join(done.stdout.split())
+    assert "the model of the best epoch so far is not there: that of an epoch to come is kept" in said
+    assert summary(tmp_path / "again")["best_epoch"] == 3
+    assert load(tmp_path / "again").step == 15
+
+
 def test_patience(tmp_path: Path) -> None:
     """It ends two epochs after the best one, finished, and is not resumed."""
     folder = tmp_path / "run"

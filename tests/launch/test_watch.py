@@ -21,7 +21,7 @@ from distrib.faults.heartbeat import Heartbeat
 from launch import watch as module
 from launch.report import follow, runs
 from launch.report.follow import Follower
-from launch.watch import sparkline, view, watch
+from launch.watch import epoch_line, sparkline, view, watch
 
 TRAINING = (
     "--epochs",
@@ -369,3 +369,10 @@ def test_sparkline() -> None:
     assert sparkline([0, 1, 2]) == "▁▅█"
     assert sparkline([3.0, float("nan"), 3.0]) == "▁▁"
     assert sparkline([]) == ""
+
+
+def test_an_epoch_says_what_it_was_tried_on() -> None:
+    line = {"epoch": 1, "train_loss": 1.0, "train_accuracy": 50.0}
+    for held in ("test", "validation"):
+        said = epoch_line({**line, f"{held}_loss": 0.5, f"{held}_accuracy": 75.0}, 3)
+        assert said.endswith(f"{held} loss 0.5000, accuracy 75.00 %")

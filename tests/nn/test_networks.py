@@ -294,33 +294,70 @@ def test_bf16(model: Model) -> None:
         assert all((again[name] == eager[name]).all() for name in eager)
 
 
-class Doubling(ReLU):
-    """What somebody derives from a layer that others absorb."""
+class Doubled:
+    """What somebody makes of a layer: twice its output."""
 
     def forward(self, x: Any, step: StepContext) -> Any:
-        y = super().forward(x, step)
+        y = super().forward(x, step)  # type: ignore[misc]
         y *= 2
         return y
 
     def backward(self, dy: Any, step: StepContext, on_grad: Any) -> Any:
         dy *= 2
-        return super().backward(dy, step, on_grad)
+        return super().backward(dy, step, on_grad)  # type: ignore[misc]
 
 
-def test_a_layer_derived_from_a_fused_one_is_not_absorbed() -> None:
+class Doubling(Doubled, ReLU):
+    pass
+
+
+class DoubledConv(Doubled, Conv):
+    pass
+
+
+class DoubledBN(Doubled, BatchNorm):
+    pass
+
+
+class DoubledSequence(Doubled, Sequential):
+    pass
+
+
+DERIVED: dict[str, Callable[[], tuple[Layer, ...]]] = {
+    "absorbed": lambda: (Conv(3), Doubling(), Conv(3, bias=False), BatchNorm(), Doubling()),
+    "absorbing": lambda: (
+        DoubledConv(3),
+        ReLU(),
+        DoubledConv(3),
+        BatchNorm(),
+        DoubledBN(),
+        ReLU(),
+        MaxPool(2),
+    ),
+    "a sequence": lambda: (DoubledSequence(Conv(3)), ReLU(), DoubledSequence(Conv(3), BatchNorm()), ReLU()),
+    "adding": lambda: (
+        Conv(3),
+        Residual(Conv(3), DoubledBN()),
+        Residual(DoubledSequence(Conv(3), BatchNorm())),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+def test_a_layer_that_somebody_derives_does_what_it_says(kind: str) -> None:
+    """As with a dropout of nothing behind each layer, which keeps them apart."""
+
     def model(shape: tuple[int, ...], classes: int) -> Sequential:
-        return Sequential(
-            Conv(3),
-            Doubling(),
-            Conv(3, bias=False),
-            BatchNorm(),
-            Doubling(),
-            GlobalAvgPool(),
-            Linear(classes),
-        )
+        return Sequential(*DERIVED[kind](), GlobalAvgPool(), Linear(classes))
 
-    case = Case(model, PICTURES["digits"], 2, dtype="float64", poison=True)
-    assert [type(layer).__name__ for layer in case.network.layers.passes].count("Doubling") == 2
+    def apart(shape: tuple[int, ...], classes: int) -> Sequential:
+        layers = [part for layer in DERIVED[kind]() for part in (layer, Dropout(0.0))]
+        return Sequential(*layers, GlobalAvgPool(), Linear(classes))
+
+    case, other = (Case(each, PICTURES["digits"], 2, dtype="float64", poison=True) for each in (model, apart))
+    other.network.params.values[...] = case.network.params.values
+    other.step = StepContext(True, 2, keys=np.zeros(2, np.uint32))
+    assert case.loss()[0] == pytest.approx(other.loss()[0], rel=1e-12)
     params, flat = case.network.params, case.network.params.values.copy()
 
     def value(flat: np.ndarray) -> float:
@@ -522,7 +559,7 @@ REFUSED: dict[str, tuple[Callable[[], Layer], str]] = {
     ),
     "no stride": (
         lambda: Sequential(stem=Conv(4, stride=0), head=GlobalMaxPool(), fc=Linear(10)),
-        "stem: Conv(out=4, kernel=3, stride=0, padding=1, dilation=1): give 1 or more of each, and padding 0",
+        "stem: Conv(out=4, kernel=3, stride=0, padding=1, dilation=1): give whole numbers, 1 or more",
     ),
     "large kernel": (
         lambda: Sequential(stem=Conv(4, kernel=3, padding=1, dilation=5), fc=Linear(10)),
@@ -530,7 +567,7 @@ REFUSED: dict[str, tuple[Callable[[], Layer], str]] = {
     ),
     "large frame": (
         lambda: Sequential(pool=MaxPool(3, padding=2), fc=Linear(10)),
-        "pool: MaxPool(window=(3, 3), stride=3, padding=2): give 1 or more pixels, and at most half a window",
+        "pool: MaxPool(window=(3, 3), stride=3, padding=2): give whole pixels, at most half a window",
     ),
     "flat twice": (
         lambda: Sequential(a=Flatten(), b=Flatten(), fc=Linear(10)),
@@ -554,11 +591,43 @@ REFUSED: dict[str, tuple[Callable[[], Layer], str]] = {
     ),
     "nothing out": (
         lambda: Sequential(a=Flatten(), b=Linear(0), fc=Linear(10)),
-        "b: Linear(0): give 1 or more",
+        "b: Linear(0): give a whole number, 1 or more",
     ),
     "empty": (
         lambda: Sequential(res=Residual(), head=GlobalMaxPool(), fc=Linear(10)),
         "res: Residual() has no layers",
+    ),
+    "float": (
+        lambda: Sequential(a=Conv(8.0), head=GlobalMaxPool(), fc=Linear(10)),  # type: ignore[arg-type]
+        "a: Conv(out=8.0, kernel=3, stride=1, padding=1, dilation=1): give whole numbers",
+    ),
+    "float units": (
+        lambda: Sequential(a=Flatten(), fc=Linear(10.0)),  # type: ignore[arg-type]
+        "fc: Linear(10.0): give a whole number, 1 or more",
+    ),
+    "a list": (
+        lambda: Sequential([Flatten(), Linear(10)]),  # type: ignore[arg-type]
+        "Sequential holds a list, no layer: give layers, one by one",
+    ),
+    "a class": (
+        lambda: Sequential(a=Flatten(), b=ReLU, fc=Linear(10)),  # type: ignore[arg-type]
+        "Sequential holds the class ReLU: write ReLU()",
+    ),
+    "text": (
+        lambda: Sequential(a=Flatten(), b=Dropout("a"), fc=Linear(10)),  # type: ignore[arg-type]
+        "b: Dropout(a): give a rate from 0, below 1",
+    ),
+    "nothing inside": (
+        lambda: Sequential(a=Sequential(), b=Flatten(), fc=Linear(10)),
+        "a: Sequential() has no layers: give it at least one",
+    ),
+    "oblong": (
+        lambda: Sequential(a=MaxPool((2, 3)), b=Flatten(), fc=Linear(10)),
+        "a: MaxPool(window=(2, 3), stride=0, padding=0): give whole pixels, at most half a window of padding",
+    ),
+    "one name": (
+        lambda: Sequential(a=Flatten(), b=named("r", ReLU()), c=named("r", ReLU()), fc=Linear(10)),
+        "r: two layers have this name: give each a name of its own",
     ),
     "twice": (
         lambda: Sequential(a=(same := ConvBN(4)), b=same, head=GlobalMaxPool(), fc=Linear(10)),
@@ -572,6 +641,11 @@ def test_refused(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         Network(lambda *_: make(), (7, 8, 1), 10)
+
+
+def test_a_network_needs_parameters() -> None:
+    with pytest.raises(ValueError, match="the network has no parameters: give it a layer that has"):
+        Network(lambda *_: Sequential(GlobalMaxPool()), (7, 8, 10), 10)
 
 
 def test_resnet9_on_small_images() -> None:
