@@ -117,7 +117,7 @@ def _load(entry: Path) -> Dataset | None:
     """The set in an entry, its arrays mapped; None where there is none, or it is damaged."""
     try:
         about = json.loads((entry / "about.json").read_bytes())
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        arrays = {name: np.lib.format.open_memmap(entry / f"{name}.npy", mode="r") for name in ARRAYS}
         if {name: [list(a.shape), str(a.dtype)] for name, a in arrays.items()} != about["arrays"]:
             return None
         plain = {name: array.view(np.ndarray) for name, array in arrays.items()}
@@ -133,7 +133,7 @@ def _store(entry: Path, data: Dataset) -> None:
         beside.mkdir(mode=0o700)
         arrays = {name: getattr(data, name) for name in ARRAYS}
         for name, array in arrays.items():
-            np.save(beside / f"{name}.npy", array, allow_pickle=False)
+            np.save(beside / f"{name}.npy", array)
         about = {
             "name": data.name,
             "class_names": list(data.class_names),
