@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ class Loaded:
         """Training steps that it has had: by the name of its checkpoint, or as batch norm counts them."""
         if "step" in self.model_spec:
             return int(self.model_spec["step"])
-        named = re.fullmatch(r"step-(\d+)\.safetensors", self.path.name)
+        named = ckpt.MODEL_NAME.fullmatch(self.path.name)
         return int(named[1]) if named else self.model.batches_tracked
 
     @property

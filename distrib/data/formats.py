@@ -35,10 +35,14 @@ def load(
     return found.first(limit_train, limit_test)
 
 
+def _form(path: Path) -> ModuleType | None:
+    """The first format that recognises `path`."""
+    return next((form for form in FORMATS.values() if form.recognises(path)), None)
+
+
 def taken(data: str, reading: Reading) -> Reading:
     """Those of `reading` that the format of `data` has a use for."""
-    path = Path(data)
-    form = next((form for form in FORMATS.values() if form.recognises(path)), None) if path.exists() else None
+    form = _form(Path(data)) if Path(data).exists() else None
     names = form.READING if form else ()
     return Reading(**{name: value for name, value in reading._asdict().items() if name in names})
 
@@ -62,7 +66,7 @@ def _whole(data: str, reading: Reading) -> Dataset:
     try:
         if not path.exists():
             raise UserError(f"--data {path}: no such folder or file; give {', or '.join(FORMATS)}")
-        form = next((form for form in FORMATS.values() if form.recognises(path)), None)
+        form = _form(path)
         if form is None and path.is_file():
             raise UserError(f"--data {path}: is no data set: give {', or '.join(FORMATS)}")
         form = form or idx  # which reports what the folder holds instead

@@ -33,7 +33,7 @@ from distrib.run.model_spec import Tensors, check_model_spec, parse_metadata
 BEST = "best.safetensors"
 """The model of the epoch that did best on the images held back."""
 
-MODEL_NAME = re.compile(r"step-\d+\.safetensors")
+MODEL_NAME = re.compile(r"step-(\d+)\.safetensors")
 POSITION_TYPES = {
     "step": "int",
     "loss_sum": "float",

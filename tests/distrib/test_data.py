@@ -340,6 +340,11 @@ def test_emnist(tmp_path: Path) -> None:
         formats.load(str(tmp_path))
     with pytest.raises(UserError, match=r"--split digits: .* holds emnist-balanced, emnist-letters"):
         formats.load(str(tmp_path), reading=Reading(split="digits"))
+    for name, (x, y) in (("train", part(20, 10, 28, 28)), ("t10k", part(10, 10, 28, 28))):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", x)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", y)
+    assert formats.load(str(tmp_path)).classes == 10, "MNIST's own names win"
+    assert formats.load(str(tmp_path), reading=Reading(split="letters")).classes == 26
     (tmp_path / "odd").mkdir()
     emnist(tmp_path / "odd", "letters", [0, 1])
     with pytest.raises(UserError, match="has a label 0, and EMNIST's letters start at 1"):

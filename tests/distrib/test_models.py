@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,16 @@ def test_a_recipe_and_open_options(own: str, tmp_path: Path) -> None:
     assert summary(tmp_path / "lenet")["parameters"] == 61_706
     train(tmp_path / "own", "--model", f"{own}:open_ended", "--width", 0.5, "--epochs", 1, *few)
     assert summary(tmp_path / "own")["parameters"] == 784 * 4 + 4 + 4 * 10 + 10
+
+
+@pytest.mark.quick
+def test_a_fifo_is_not_read(tmp_path: Path) -> None:
+    """It would block until somebody writes."""
+    os.mkfifo(tmp_path / "net.py")
+    name = f"{tmp_path / 'net.py'}:net"
+    assert models.digest(name) == ""
+    with pytest.raises(UserError, match="there is no file"):
+        models.find(name)
 
 
 def test_ranks_with_different_files(own: str, tmp_path: Path) -> None:
