@@ -12,7 +12,7 @@ from distrib.config import Config
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.faults.watchdog import RankFailure
-from distrib.run.folder import code_digest
+from distrib.sources import code_digest
 from distrib.trainer import Trainer
 
 

@@ -1,7 +1,7 @@
 """Keeps prepared data in memory-mapped files, whose pages the ranks of a host share.
 
 A folder of pictures takes a while to prepare, and each rank would hold it for itself. So the first rank that
-wants it writes it down, under a name that depends on every file's size and time of change, and all map that.
+wants it writes it down, under a name that depends on the code and on every file's size and time of change.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from distrib import __version__
 from distrib.data.dataset import Dataset, Reading
 from distrib.files import create
+from distrib.sources import code_digest
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-FORM = 1
-"""Of what is kept: another number makes old ones void."""
-
 LEAST_BYTES = 1 << 26
 """Size of files from which on a set that is quick to read is kept, too: 64 MiB."""
 
 WAIT_SECONDS = 600
-"""For another process that prepares the same set; after that, without the cache."""
+"""For another process that prepares the same set; after that, this one does, too."""
 
 
 def through(path: Path, reading: Reading, slow: bool, read: Callable[[], Dataset]) -> Dataset:
@@ -46,7 +43,7 @@ def through(path: Path, reading: Reading, slow: bool, read: Callable[[], Dataset
     if not slow and sum(size for _, size, _ in files) < LEAST_BYTES:
         return read()
     of_path = _key(str(path), str(path.resolve()))[:16]
-    entry = folder / f"{of_path}-{_key(FORM, __version__, reading, files)[:32]}"
+    entry = folder / f"{of_path}-{_key(code_digest(), reading, files)[:32]}"
     with _locked(folder / f"{of_path}.lock"):
         if (found := _load(entry)) is not None:
             return found

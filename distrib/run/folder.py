@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
 import os
 import platform
@@ -21,8 +19,6 @@ import numpy as np
 from safetensors.numpy import save
 from threadpoolctl import threadpool_info
 
-import distrib
-import nn
 from distrib import __version__
 from distrib.config import Config, require_types
 from distrib.errors import UserError
@@ -41,6 +37,7 @@ from distrib.files import (
 )
 from distrib.run import checkpoint as ckpt
 from distrib.run import events
+from distrib.sources import code_digest
 from nn.device import Backend
 
 LONGEST_LINE = 1 << 20
@@ -280,17 +277,6 @@ class Run:
         with contextlib.suppress(OSError):
             (self.path / "failure.json").unlink(missing_ok=True)
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
-
-
-@functools.cache
-def code_digest() -> str:
-    """SHA-256 of the sources of `nn` and `distrib`."""
-    sha = hashlib.sha256(__version__.encode())
-    for package in (nn, distrib):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*")):
-            if path.suffix in (".py", ".cu") and path.is_file():
-                sha.update(path.name.encode() + path.read_bytes())
-    return sha.hexdigest()
 
 
 def environment(threads: int, backend: Backend) -> dict[str, Any]:

@@ -78,8 +78,10 @@ def test_the_second_time_it_is_mapped(place: Path, reads: list[str], tmp_path: P
 
 
 @pytest.mark.quick
-def test_what_changes_makes_it_void(place: Path, reads: list[str], tmp_path: Path) -> None:
-    """Options, a file's contents, one more, one less; the entry before goes."""
+def test_what_changes_makes_it_void(
+    place: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options, a file's contents, one more, one less, the code; the entry before goes."""
     data = a_folder(tmp_path / "set")
     changed = tmp_path / "set" / "train" / "cat" / "0.png"
     digests = [formats.load(data).digest(), formats.load(data, reading=Reading(grey=True)).digest()]
@@ -90,6 +92,9 @@ def test_what_changes_makes_it_void(place: Path, reads: list[str], tmp_path: Pat
     changed.with_name("9.png").unlink()
     digests.append(formats.load(data).digest())
     assert len(set(digests)) == len(digests) == len(reads)
+    monkeypatch.setattr(cache, "code_digest", lambda: "another")
+    assert formats.load(data).digest() == digests[-1]
+    assert len(reads) == len(digests) + 1
     assert len(entries(place)) == 1
 
 
