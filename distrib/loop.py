@@ -285,7 +285,7 @@ def report_failures(world: World) -> Iterator[None]:
     except BaseException as error:
         if world.size > 1:
             traceback.print_exc()
-            abort_job(world.watchdog, error, world.comm.abort)
+            abort_job(world.watchdog, error, world.transport.abort)
         cause = f"{type(error).__name__}: {error}"
         world.watchdog.ask_heartbeats(lambda beats: beats.report_failure(cause, 0, world.watchdog.step))
         raise

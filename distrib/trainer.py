@@ -72,12 +72,14 @@ class Trainer:
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}
         self.optimizer = optimizer(self.params, **options)
-        if config.gradients == "bf16" and world.size > 1 and not world.comm.sums_bf16:
-            raise UserError(f"--gradients bf16: needs NCCL, and this run has {world.comm.name}: leave it out")
+        if config.gradients == "bf16" and world.size > 1 and not world.transport.sums_bf16:
+            raise UserError(
+                f"--gradients bf16: needs NCCL, and this run has {world.transport.name}: leave it out"
+            )
         gradients = config.gradients if world.size > 1 else "float32"
         self.updates_early = world.size == 1 and backend.side_stream is not None
         then = self._update if self.updates_early else None
-        self.reducer = Reducer(self.params, world.comm, gradients, then=then)
+        self.reducer = Reducer(self.params, world.transport, gradients, then=then)
         # what steps read and count on the device; see `begin_epoch`
         xp, dtype = backend.xp, self.params.dtype
         self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
@@ -99,7 +101,7 @@ class Trainer:
         self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
         self.saver = ckpt.Saver()
         self.graphs: Graphs | None = None
-        if config.cuda_graph and backend.cuda is not None and world.comm.graph_safe:
+        if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
             self.graphs = Graphs(
                 backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
             )
@@ -112,7 +114,7 @@ class Trainer:
     def sum_over_ranks(self, x: Any) -> None:
         """Sum `x` (of batch norm) over ranks, in place."""
         begin = time.perf_counter()
-        self.world.comm.all_reduce(x).wait()
+        self.world.transport.all_reduce(x).wait()
         self.timer.add_sums(begin)
 
     def begin_epoch(self, epoch: int, order: np.ndarray | None = None) -> None:
@@ -225,7 +227,7 @@ class Trainer:
         """Release the graphs, then the communicator: NCCL waits for graphs that hold its calls."""
         self.saver.close()
         self.graphs = None
-        self.world.comm.close()
+        self.world.transport.close()
 
     @contextmanager
     def averaged(self, share: float | None = None) -> Iterator[None]:
@@ -267,7 +269,7 @@ class Trainer:
         """Give all ranks rank 0's running statistics. Only local batch norm makes them differ."""
         if self.config.batch_norm == "local":
             for value in (self.model.statistics, *(mean for mean, _ in self.averages[1:])):
-                self.world.comm.broadcast(value)
+                self.world.transport.broadcast(value)
 
     def environment(self) -> dict[str, Any]:
         """What must not change if a resumed run is to agree to the bit."""
@@ -300,7 +302,9 @@ class Trainer:
     ) -> dict[str, float]:
         self.share_statistics()
         with self.waiting("the evaluation"), self.averaged():
-            loss, accuracy = evaluate(self.model, images, labels, self.config.loss, self.world.comm, logits)
+            loss, accuracy = evaluate(
+                self.model, images, labels, self.config.loss, self.world.transport, logits
+            )
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(
@@ -345,7 +349,7 @@ class Trainer:
             "steps": progress.step,
             "world_size": world.size,
             "backend": world.backend.name,
-            "communicator": world.comm.name,
+            "communicator": world.transport.name,
             "parameters": self.params.count,
             "images_per_second": sum(images) / progress.train_seconds if progress.train_seconds else None,
             "images_per_rank": images,

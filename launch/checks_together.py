@@ -99,16 +99,16 @@ def all_reduce(world: World) -> Finding:
     values, x, seconds = Values(world, "float32"), world.backend.xp.empty(ELEMENTS, "float32"), []
     for _ in range(REPEATS):
         values.fill(x)
-        world.comm.barrier()
+        world.transport.barrier()
         begin = time.perf_counter()
-        world.comm.all_reduce(x).wait()
+        world.transport.all_reduce(x).wait()
         if world.backend.stream:
             world.backend.stream.synchronize()
         seconds.append(time.perf_counter() - begin)
     everyone = world.allgather(
         (values.compare(x, 1)[0], statistics.median(seconds)), "the results of the all-reduce"
     )
-    how = f"{world.backend.name} and communicator {world.comm.name}"
+    how = f"{world.backend.name} and communicator {world.transport.name}"
     if bad := [f"{wrong} on rank {rank}" for rank, (wrong, _) in enumerate(everyone) if wrong]:
         return Finding(
             FAILURE,

@@ -116,7 +116,7 @@ def probe(timeout: float, folder: str | None, run_dir: str) -> None:
     found.append(look("all-reduce", together.all_reduce, world) if world else joined)
     tell("the end of MPI")
     if world:
-        world.comm.close()
+        world.transport.close()
 
 
 def facts_here() -> Facts:

@@ -29,11 +29,11 @@ MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 class World:
     """This rank's place among all ranks, and how it reaches them.
 
-    `comm` sums arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts`
+    `transport` moves the trainer's arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts`
     has the host of each rank. `choice_explanation` says why backend and communicator were chosen.
     """
 
-    comm: Communicator
+    transport: Communicator
     control_comm: Any
     backend: Backend
     choice_explanation: str
@@ -41,17 +41,21 @@ class World:
     hosts: list[str]
 
     @property
+    def comm(self) -> Communicator:
+        return self.transport
+
+    @property
     def comm_version(self) -> dict[str, str]:
         """{library: version} of the communicator, if it may change the order of a sum."""
-        return {self.comm.name: self.comm.version} if self.comm.version else {}
+        return {self.transport.name: self.transport.version} if self.transport.version else {}
 
     @property
     def rank(self) -> int:
-        return self.comm.rank
+        return self.transport.rank
 
     @property
     def size(self) -> int:
-        return self.comm.size
+        return self.transport.size
 
     @contextmanager
     def fail_together(self, timeouts: float = 1) -> Iterator[None]:

@@ -77,7 +77,7 @@ def allreduce(
     )
     if world.rank == 0 and as_json:
         print(json.dumps(result, indent=2), flush=True)
-    world.comm.close()
+    world.transport.close()
     if error:
         if world.rank == 0:
             print(f"distrib: error: {error}", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def report(
         "ranks": world.size,
         "hosts": len(set(world.hosts)),
         "backend": world.backend.name,
-        "communicator": world.comm.name,
+        "communicator": world.transport.name,
         "reason": world.choice_explanation,
         "dtype": dtype,
         "repeats": repeats,

@@ -66,7 +66,7 @@ class Meter:
             with self.world.watchdog.waiting("all_reduce"):
                 self.stream.synchronize()
         with self.world.watchdog.waiting("barrier"):
-            self.world.comm.barrier()
+            self.world.transport.barrier()
 
     def seconds(self, run: Callable[[], Any], count: int) -> float:
         """The slowest rank's seconds for `count` runs in a row."""
@@ -128,7 +128,7 @@ class Meter:
             self.stream.begin_capture()
             try:
                 for _ in range(GRAPH_CALLS):
-                    self.world.comm.all_reduce(x)
+                    self.world.transport.all_reduce(x)
             finally:
                 graph = self.stream.end_capture()
         except RuntimeError as error:
@@ -142,7 +142,7 @@ class Meter:
             x = vector(self.world, nbytes, self.dtype)
 
             def call() -> None:
-                self.world.comm.all_reduce(x).wait()
+                self.world.transport.all_reduce(x).wait()
 
             self.check(x, call, 1, "eager")
             row = {"bytes": nbytes, "elements": x.size, **self.figures(x, call, 1), "graph": None, "wrong": 0}
@@ -162,9 +162,9 @@ def why_no_graph(world: World) -> str | None:
     """Why this communicator cannot be captured in a CUDA graph; None if it can."""
     if world.backend.on_host:
         return "host arrays"
-    if isinstance(world.comm, SingleCommunicator):
+    if isinstance(world.transport, SingleCommunicator):
         return "one process without a communicator queues nothing"
-    return None if world.comm.graph_safe else "MPI copies through the host, which no graph holds"
+    return None if world.transport.graph_safe else "MPI copies through the host, which no graph holds"
 
 
 def first_reason(everyone: list[str | None]) -> str | None:
@@ -186,7 +186,7 @@ def vector(world: World, nbytes: int, dtype: str) -> Array:
 
     A host gives out memory that it does not have and then kills, so it is asked first.
     """
-    staged = world.comm.staged
+    staged = world.transport.staged
     copies = 3 if staged else 2 if world.backend.on_host else 0  # on the host, MPI's own included
     need = copies * nbytes * world.hosts.count(world.hosts[world.rank])
     have = min(world.allgather(available(), "the memory at hand"))  # all asked before any takes

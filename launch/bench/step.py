@@ -255,10 +255,10 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
 
     def measure() -> dict[str, Any]:
         before = trainer.timer.seconds.copy()
-        world.comm.barrier()
+        world.transport.barrier()
         begin = time.perf_counter()
         infer_only() if evaluate else train()
-        world.comm.barrier()
+        world.transport.barrier()
         seconds = time.perf_counter() - begin
         return {
             "seconds": seconds,
@@ -272,12 +272,12 @@ def reduce_alone(trainer: Trainer) -> float:
     """Seconds of one all-reduce of all gradient buckets with nothing beside it."""
     seconds = []
     for _ in range(7):
-        trainer.world.comm.barrier()
+        trainer.world.transport.barrier()
         begin = time.perf_counter()
         for parameter in reversed(list(trainer.params)):
             trainer.reducer.ready(parameter)
         trainer.reducer.wait()
-        trainer.world.comm.barrier()
+        trainer.world.transport.barrier()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 

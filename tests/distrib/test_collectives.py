@@ -113,7 +113,7 @@ SUITE = """
 import numpy as np, sys
 from distrib.comm.world import connect
 world = connect(comm=sys.argv[1], backend="numpy")
-comm, rank, size = world.comm, world.comm.rank, world.comm.size
+comm, rank, size = world.transport, world.transport.rank, world.transport.size
 for _ in range(2):  # twice: what works once may leave state behind
     for dtype in ("float32", "float64"):
         whole = np.arange(10, dtype=dtype) * (rank + 1)

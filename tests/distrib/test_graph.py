@@ -159,7 +159,7 @@ def test_updates_beside_the_backward_are_those_after_it(precision: str, optimize
             assert trainer.updates_early
             trainer.updates_early = bucket_bytes is not None
             then = {"bucket_bytes": bucket_bytes, "then": trainer._update} if bucket_bytes else {}
-            trainer.reducer = Reducer(trainer.params, trainer.world.comm, **then)
+            trainer.reducer = Reducer(trainer.params, trainer.world.transport, **then)
             found.append((steps(trainer, 5), backend.to_host(trainer.params.values).tobytes()))
     assert all(each == found[0] for each in found)
 
