@@ -29,7 +29,8 @@ MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 class World:
     """This rank's place among all ranks, and how it reaches them.
 
-    `transport` moves the trainer's arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts`
+    `transport` moves the trainer's arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small
+    Python objects. `hosts`
     has the host of each rank. `choice_explanation` says why backend and communicator were chosen.
     """
 
