@@ -6,6 +6,7 @@ A folder that you give may be a link. The last part of a name that this program 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -220,3 +221,25 @@ def write_atomically(path: Path, data: bytes, after: str = "") -> None:
     except (OSError, ValueError) as error:
         gone = isinstance(error, FileNotFoundError)
         raise UserError(f"{path}: cannot be written {reason(error, path)}{'' if gone else after}") from None
+
+
+def require_place(path: Path) -> None:
+    """UserError where no file can be at `path`: no folder for it, or a folder, device or FIFO is there."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}: make it, or give another place")
+    if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: give a file's name")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
+    require_place(path)
+    data = content.encode(errors="replace") if isinstance(content, str) else content
+    write_atomically(path, data, "; nothing was written")
+
+
+def require(*modules: str) -> None:
+    """UserError where a library of the extra `report` is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{module} is not installed: pip install 'distrib[report]'")

@@ -18,11 +18,11 @@ from rich.progress import Progress
 
 from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
-from distrib.files import printable
+from distrib.files import printable, write
 from distrib.predict import probabilities
 from distrib.run.console import on_terminal
 from launch.entry import one_process
-from launch.report.plots import figure, plain, render, save, svg, write
+from launch.report.plots import figure, plain, render, save, svg
 from launch.report.records import shown
 from launch.report.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import distrib
 from distrib.errors import UserError
-from distrib.files import printable, reason, write_atomically
+from distrib.files import printable, reason, require, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,13 +42,6 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "distrib",
     "savefig.dpi": 160,
 }
-
-
-def require(*modules: str) -> None:
-    """UserError where a library of the extra `report` is missing."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"{module} is not installed: pip install 'distrib[report]'")
 
 
 def render(template: str, **values: Any) -> str:
@@ -99,21 +91,6 @@ def short(name: str, most: int) -> str:
     """`name` in at most `most` letters, its middle left out: names of runs differ at their ends."""
     head = most // 2
     return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
-
-
-def require_place(path: Path) -> None:
-    """UserError where no file can be at `path`: no folder for it, or a folder, device or FIFO is there."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}: make it, or give another place")
-    if path.exists() and not path.is_file():  # to replace /dev/null by a file would harm the machine
-        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}: give a file's name")
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """`path` holds all of a result, or what it held before. UserError for a device, FIFO or folder."""
-    require_place(path)
-    data = content.encode(errors="replace") if isinstance(content, str) else content
-    write_atomically(path, data, "; nothing was written")
 
 
 def save(made: Figure, path: Path) -> None:

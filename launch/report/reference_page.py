@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distrib.files import write
 from launch.machine import machine
-from launch.report.plots import figure, render, save, svg, write
+from launch.report.plots import figure, render, save, svg
 from launch.report.reference import ROWS, Row, Settings, jobs
 from launch.report.runs import RunData, read_run, smooth
 from launch.report.times import read_times, time_table, times_path

@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from distrib import __version__
 from distrib.data import formats
+from distrib.export import NODES, TOLERANCE, build, compare
 from distrib.predict import Loaded, load, logits
 from distrib.run import checkpoint as ckpt
 from distrib.run.model_spec import network_arguments
 from launch import export as module
-from launch.export import TOLERANCE, build, compare, export
+from launch.export import export
 from nn.layer import StepContext
 from nn.layers import Residual
 from nn.network import Model, Network
@@ -213,7 +214,7 @@ def constant(model) -> None:
 def test_a_layer_without_onnx_nodes_is_named(
     trained, call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(module.NODES, Residual)
+    monkeypatch.delitem(NODES, Residual)
     code, _, err = call(trained("baseline"), tmp_path / "model.onnx")
     assert code == 2
     assert err == "distrib: error: res1: no ONNX nodes are known for Residual: export to .safetensors\n"
