@@ -309,7 +309,8 @@ class Config:
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
             # an option that an older version lacked has its default
             held = stored.get(name, getattr(Config(), name))
-            if not free and held != value:
+            same = models.short(held) == models.short(value) if name == "model" else held == value
+            if not free and not same:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
         return found
 

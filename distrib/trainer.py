@@ -29,7 +29,7 @@ from distrib.run.model_spec import describe_model, network_arguments
 from distrib.state import Progress
 from distrib.timing import StepTimer
 from nn.layer import StepContext
-from nn.network import Network
+from nn.network import Model, Network
 from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
 from nn.ops.loss import loss_and_gradient
 from nn.ops.update import average, record_step
@@ -39,7 +39,8 @@ from nn.optim import OPTIMIZERS
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, world: World, data: Dataset) -> None:
+    def __init__(self, config: Config, world: World, data: Dataset, model: Model | None = None) -> None:
+        """Build what `config` says; `model` makes the layers where --model names no file that can be run."""
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
         self.images, self.test_images = (
@@ -52,11 +53,11 @@ class Trainer:
         if data.validation_images is not None and data.validation_labels is not None:
             labels = backend.asarray(data.validation_labels.astype(LABELS))
             self.validation = backend.asarray(data.validation_images), labels
-        self.model_spec = describe_model(config, data)
+        self.model_spec, self.function = describe_model(config, data), model or models.find(config.model)
         try:
             with models.building(config.model):
                 self.model = Network(
-                    *network_arguments(self.model_spec, models.find(config.model)),
+                    *network_arguments(self.model_spec, self.function),
                     seed=config.seed,
                     backend=backend,
                     dtype=config.dtype,
@@ -95,11 +96,12 @@ class Trainer:
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.steps, config.max_steps or self.steps)
-        self.stop_requested = False
+        self.stop_requested = 0  # the signal that asked for it
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
         self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
         self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
         self.saver = ckpt.Saver()
+        self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
         self.graphs: Graphs | None = None
         if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
             self.graphs = Graphs(
@@ -224,10 +226,9 @@ class Trainer:
             self.optimizer.update(self.rates, self.step_in_epoch, part)
 
     def close(self) -> None:
-        """Release the graphs, then the communicator: NCCL waits for graphs that hold its calls."""
+        """Release the graphs: NCCL's close waits for those that hold its calls."""
         self.saver.close()
         self.graphs = None
-        self.world.transport.close()
 
     @contextmanager
     def averaged(self, share: float | None = None) -> Iterator[None]:

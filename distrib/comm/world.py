@@ -58,6 +58,15 @@ class World:
     def size(self) -> int:
         return self.transport.size
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.transport.close()
+
     @contextmanager
     def fail_together(self, timeouts: float = 1) -> Iterator[None]:
         """Turn a UserError of one rank into the same UserError on all ranks.

@@ -227,6 +227,7 @@ class Bench:
             if worker:
                 worker.close()
         self.trainer.close()
+        self.trainer.world.transport.close()
 
 
 def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str, Any]]:

@@ -328,7 +328,7 @@ def test_a_late_signal_does_not_kill() -> None:
 import os, signal
 from types import SimpleNamespace
 from distrib.faults.signals import stop_on_signals
-with stop_on_signals(SimpleNamespace(stop_requested=False)) as _: pass
+with stop_on_signals(SimpleNamespace(stop_requested=0), exiting=True): pass
 os.kill(os.getpid(), signal.SIGUSR1)
 print("alive")
 """

@@ -454,7 +454,7 @@ def train(alone, graph):
         # nine replays: six full batches, three of 2 images (on four ranks: none on two)
         assert not graph or trainer.graphs.replays == 9, trainer.graphs.replays
         state = trainer.model.state_dict()
-        trainer.close()
+        trainer.close(), comm.close()
         return losses, state, trainer
 
 losses, state, trainer = train(False, True)
@@ -498,7 +498,7 @@ with device("float32") as backend:
     steps(trainer, 6)
     assert world.allgather(trainer.graphs is None) == [UNWILLING] * comm.size
     assert UNWILLING or trainer.graphs.replays - replays == 6
-    trainer.close()
+    trainer.close(), comm.close()
 """
 
 
@@ -514,7 +514,7 @@ def test_a_communicator_is_not_closed_under_a_graph() -> None:
     """The real NCCL would wait for ever: `Trainer.close` lets go of the graphs first."""
     done = run(
         "-c",
-        "UNWILLING = False\n" + AGREE.replace("trainer.close()", "comm.close()"),
+        "UNWILLING = False\n" + AGREE.replace("trainer.close(), comm.close()", "comm.close()"),
         ranks=2,
         env=HELPERS,
         check=False,
