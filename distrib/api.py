@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from distrib import THREAD_VARIABLES, launched_rank, launched_ranks, models, predict
 from distrib.comm.base import SingleCommunicator
-from distrib.comm.world import World, connect
+from distrib.comm.world import connect
 from distrib.config import Config, build
 from distrib.data import dataset, formats
 from distrib.data.dataset import Dataset, Reading
@@ -145,9 +145,14 @@ def fit(
     """
     config, caller = _arrange(model, data, run_dir, comm, options)
     caller = Caller(caller.data, caller.model, on_epoch, progress)
-    with _our_settings(), connect(comm, config.backend, config.precision, config.timeout) as world:
-        trainer, summary = _train(world, config, caller)
-        trained = Trained(summary, _on_host(trainer, config), world.rank)
+    try:
+        with _our_settings(), connect(comm, config.backend, config.precision, config.timeout) as world:
+            writes = config.run_dir is not None and world.rank == 0
+            with Run(Path(config.run_dir or ""), config) if writes else nullcontext() as run:
+                trainer, summary = train_on(world, config, run, caller)
+            trained = Trained(summary, _on_host(trainer, config), world.rank)
+    except OnAllRanks as carried:
+        raise carried.__cause__ or carried from None
     if trainer.stop_requested:
         signal.raise_signal(trainer.stop_requested)
     return trained
@@ -164,15 +169,6 @@ def load(path: str | os.PathLike[str], model: str | Model | None = None) -> Trai
     summary = place / "summary.json"
     known = read_json(summary, remedy="restore the file") if summary.is_file() else None
     return Trained(known, loaded, launched_rank())
-
-
-def _train(world: World, config: Config, caller: Caller) -> tuple[Trainer, dict[str, Any]]:
-    folder = Run(Path(config.run_dir), config) if config.run_dir and world.rank == 0 else nullcontext()
-    try:
-        with folder as run:
-            return train_on(world, config, run, caller)
-    except OnAllRanks as carried:
-        raise carried.__cause__ or carried from None
 
 
 def _on_host(trainer: Trainer, config: Config) -> predict.Loaded:

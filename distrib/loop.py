@@ -242,8 +242,7 @@ def train(config: Config, exiting: bool = False) -> int:
     path = Path(config.run_dir) if config.run_dir else None
     with Run(path, config) if world.rank == 0 else nullcontext() as run:
         trainer, summary = train_on(world, config, run, Caller(exiting=exiting))
-    world.transport.close()
-    world.watchdog.heartbeats = None
+    world.close()
     return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 

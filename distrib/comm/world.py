@@ -18,7 +18,7 @@ from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.mpi import MpiCommunicator, free
 from distrib.config import CHOICES
-from distrib.errors import UserError
+from distrib.errors import OnAllRanks, UserError
 from distrib.faults.watchdog import Watchdog, abort_on_crash, kill_after
 from nn.device import Backend
 
@@ -38,8 +38,8 @@ class World:
         with connect() as world:
             world.comm.all_reduce(x).wait()
 
-    An error that all ranks have (UserError) closes the world. With another one, of this rank alone, it stays
-    open, so that the crash of this rank ends the others.
+    An error that all ranks have (UserError, OnAllRanks) closes the world. With another one, of this rank
+    alone, it stays open, so that the crash of this rank ends the others.
     """
 
     transport: Transport
@@ -70,7 +70,7 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or self.size == 1 or issubclass(kind, UserError):
+        if kind is None or self.size == 1 or issubclass(kind, (UserError, OnAllRanks)):
             self.close()
 
     @property
@@ -85,15 +85,6 @@ class World:
     @property
     def size(self) -> int:
         return self.transport.size
-
-    def __enter__(self) -> World:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.transport.close()
 
     @contextmanager
     def fail_together(self, timeouts: float = 1) -> Iterator[None]:
