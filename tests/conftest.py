@@ -190,7 +190,7 @@ def losses(folder: Path) -> list[float]:
 def write_idx(path: Path, array: np.ndarray) -> None:
     """An IDX file of unsigned bytes, gzipped if the name says so; of images of one channel, without its
     axis."""
-    array = array[..., 0] if array.ndim == 4 else array
+    array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
     head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     data = head + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
