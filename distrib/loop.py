@@ -25,9 +25,10 @@ from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
 from distrib.run.console import Screen
-from distrib.run.folder import Run
+from distrib.run.folder import Run, blas_threads
+from distrib.summary import summary as summarise
 from distrib.timing import Throughput
-from distrib.trainer import Trainer, blas_threads
+from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn.layer import text
 from nn.network import Model
@@ -82,7 +83,7 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | N
         result |= trainer.test()
     elif "test_loss" not in result and not trainer.validation and not trainer.results.stopped:
         result |= trainer.test()
-    return trainer.summary(result)
+    return summarise(trainer, result)
 
 
 def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> None:
