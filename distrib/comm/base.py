@@ -65,8 +65,8 @@ class Communicator(Sums, Protocol):
 class Transport(Communicator, Protocol):
     """A communicator with what `distrib.comm.library` is made of.
 
-    All arrays are contiguous vectors of 8, 32 or 64-bit integers, float32 or float64. Nothing is checked. The
-    caller keeps them alive until the handle's `wait`.
+    All arrays are contiguous vectors of bytes, 32 or 64-bit integers, float32 or float64. Nothing is checked.
+    The caller keeps them alive until the handle's `wait`.
     """
 
     def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
