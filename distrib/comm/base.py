@@ -177,7 +177,8 @@ def first_error(found: list[str | None], name_rank_0: bool = True) -> str | None
 def raised_by_all(control_comm: Any, waiting: Any, doing: str) -> Iterator[None]:
     """Turn any exception of one rank in the block into the same UserError on all ranks.
 
-    `waiting` is `Watchdog.waiting`: should the others hang in the block, its last words name the error here.
+    `waiting` is `Watchdog.waiting`. Should the others hang in the block, the one that failed waits half as
+    long, so that the job's last words name its error.
     """
     failed: Exception | None = None
     try:
@@ -186,7 +187,7 @@ def raised_by_all(control_comm: Any, waiting: Any, doing: str) -> Iterator[None]
     except Exception as error:
         failed = error
     why = failed and (str(failed) if isinstance(failed, UserError) else f"{type(failed).__name__}: {failed}")
-    with waiting(f"{doing}, which failed here ({why})" if why else doing):
+    with waiting(f"{doing}, which failed here ({why})", 0.5) if why else waiting(doing):
         text = first_error(control_comm.allgather(why))
     if text:
         raise UserError(f"{doing}: {text}") from failed
