@@ -65,8 +65,8 @@ class Communicator(Sums, Protocol):
 class Transport(Communicator, Protocol):
     """A communicator with what `distrib.comm.library` is made of.
 
-    All arrays are contiguous vectors of 8, 32 or 64-bit integers, float32 or float64. Nothing is checked. The
-    caller keeps them alive until the handle's `wait`.
+    All arrays are contiguous vectors of bytes, 32 or 64-bit integers, float32 or float64. Nothing is checked.
+    The caller keeps them alive until the handle's `wait`.
     """
 
     def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
@@ -177,7 +177,8 @@ def first_error(found: list[str | None], name_rank_0: bool = True) -> str | None
 def raised_by_all(control_comm: Any, waiting: Any, doing: str) -> Iterator[None]:
     """Turn any exception of one rank in the block into the same UserError on all ranks.
 
-    `waiting` is `Watchdog.waiting`: should the others hang in the block, its last words name the error here.
+    `waiting` is `Watchdog.waiting`. Should the others hang in the block, the one that failed waits half as
+    long, so that the job's last words name its error.
     """
     failed: Exception | None = None
     try:
@@ -186,7 +187,7 @@ def raised_by_all(control_comm: Any, waiting: Any, doing: str) -> Iterator[None]
     except Exception as error:
         failed = error
     why = failed and (str(failed) if isinstance(failed, UserError) else f"{type(failed).__name__}: {failed}")
-    with waiting(f"{doing}, which failed here ({why})" if why else doing):
+    with waiting(f"{doing}, which failed here ({why})", 0.5) if why else waiting(doing):
         text = first_error(control_comm.allgather(why))
     if text:
         raise UserError(f"{doing}: {text}") from failed

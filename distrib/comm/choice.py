@@ -7,6 +7,7 @@ import socket
 import warnings
 from typing import Any
 
+from distrib.comm.agree import named
 from distrib.comm.base import Transport, first_error
 from distrib.comm.mpi import StagedCommunicator
 from distrib.comm.nccl import NcclCommunicator
@@ -93,7 +94,7 @@ def _nccl(sharing: list[int]) -> tuple[Any, str | None]:
     may_share = version >= MULTI_RANK_NCCL and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
     if sharing and not may_share:
         return nccl, (
-            f"{len(sharing)} ranks share one GPU, which takes NCCL 2.30 (found {version}) and"
+            f"{named(sharing)} share one GPU, which takes NCCL 2.30 (found {version}) and"
             " NCCL_MULTI_RANK_GPU_ENABLE=1: start one rank per GPU, or use --comm mpi"
         )
     return nccl, None

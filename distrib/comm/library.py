@@ -104,7 +104,7 @@ class Comm:
                 raise UserError(f"{op} needs NCCL")
 
         call = f"all_reduce({self._shown(x)}, {op})"
-        self._agree(call, check, x)
+        self._agree(call, what, check, x)
         if x.size == 0:
             return self._begun(what or call, x, DONE, lambda: x)
         sent = wire.flat(x) if op == BF16 else wire.to_reduce(x)
@@ -125,7 +125,7 @@ class Comm:
                 _check_writable(x)
 
         call = f"broadcast({self._shown(x)}, root {root})"
-        self._agree(call, check, x)
+        self._agree(call, what, check, x)
         if x.size == 0:
             return self._begun(what or call, x, DONE, lambda: x)
         sent = wire.to_move(x if _writable(x) else x.copy())
@@ -137,7 +137,7 @@ class Comm:
     def all_gather(self, x: Array, what: str = "") -> Pending:
         """A new array (size, *x.shape) with the arrays of all ranks, by rank."""
         call = f"all_gather({self._shown(x)})"
-        self._agree(call, lambda: None, x)
+        self._agree(call, what, lambda: None, x)
         gathered = self._empty(x, (self.size, *x.shape))
         if x.size == 0:
             return self._begun(what or call, x, DONE, lambda: gathered)
@@ -160,7 +160,7 @@ class Comm:
                 raise UserError("an array of no dimension has no axis to be cut along: use all_reduce")
 
         call = f"reduce_scatter({self._shown(x)}, {op})"
-        self._agree(call, check, x)
+        self._agree(call, what, check, x)
         part = shard(len(x), self.rank, self.size)
         shape = (part.stop - part.start, *x.shape[1:])
         if x.size == 0:
@@ -212,13 +212,13 @@ class Comm:
                     self._check_rank(name, rank)
             if receive is not None:
                 _check_writable(receive)
-            if len({id(self._transport(x)) for x in arrays}) > 1:
+            if len({isinstance(x, np.ndarray) for x in arrays}) > 1:
                 raise UserError("give two NumPy arrays, or two CuPy arrays")
 
         arrays = [array for array in (send, receive) if array is not None]
         ends = Ends(to, self._shown(send), source, self._shown(receive))
-        self._agree("exchange", check, *arrays, ends=ends)
         what = what or f"exchange({ends.shown()})"
+        self._agree("exchange", what, check, *arrays, ends=ends)
         out, into = (wire.to_move(x) if x is not None and x.size else None for x in (send, receive))
         if out is None and into is None:
             return self._begun(what, receive, DONE, lambda: receive)
@@ -243,7 +243,7 @@ class Comm:
             if not (color is None or (isinstance(color, (int, np.integer)) and color >= 0)):
                 raise UserError(f"color {color!r}: give an integer from 0, or None")
 
-        self._agree("split", check)
+        self._agree("split", "", check)
         with self._watchdog.waiting("the split into groups"):
             if isinstance(self._control, SingleControl):
                 control = None if color is None else self._control
@@ -263,7 +263,7 @@ class Comm:
 
     def barrier(self) -> None:
         """Return when every rank has called it, and all that this rank has begun is complete."""
-        self._agree("barrier()", lambda: None)
+        self._agree("barrier()", "", lambda: None)
         for pending in list(self._pending):
             pending.wait()
         self._synchronize()
@@ -278,7 +278,9 @@ class Comm:
             self._closed = True
             self._resources.close()
 
-    def _agree(self, call: str, check: Callable[[], None], *arrays: Any, ends: Ends | None = None) -> None:
+    def _agree(
+        self, call: str, what: str, check: Callable[[], None], *arrays: Any, ends: Ends | None = None
+    ) -> None:
         """Check this call's arguments and, if `checked`, that all ranks make the same."""
         if self._closed:
             raise UserError(f"{call}: the communicator is closed")
@@ -291,7 +293,7 @@ class Comm:
         except UserError as error:
             refused = f"{call}: {error}"
         if self.checked and self.size > 1:
-            with self._watchdog.waiting(f"the agreement on {ends.shown() if ends else call}"):
+            with self._watchdog.waiting(f"the agreement on {what or call}"):
                 everyone = self._control.allgather((call, refused, ends))
             agree(everyone)
         elif refused:

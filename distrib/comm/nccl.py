@@ -92,6 +92,9 @@ class NcclCommunicator:
         self._comm = self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
         self._comm_stream = self._cuda.Stream(non_blocking=True)
         self._computed = self._cuda.Event(disable_timing=True)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
         self.all_reduce(self._new_zero())
         self._cuda.get_current_stream().synchronize()
 

@@ -1,8 +1,8 @@
 """How arrays of any shape, layout and type travel: as contiguous vectors of a few types.
 
-What a transport takes is 8, 32 and 64-bit integers, float32 and float64. To be moved, elements are taken as
-integers of their size. To be reduced, bool is taken as bytes and a complex number as two real ones; int16,
-uint16 and float16 travel as the type of 32 bits and are cut or rounded once, at the end.
+A transport takes bytes, 32 and 64-bit integers, float32 and float64. To be moved, elements are taken as
+integers of their size. To be reduced, bool is taken as bytes and a complex number as two real ones; integers
+of 8 and 16 bits and float16 travel as the type of 32 bits, and are cut or rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from nn.array import Array, namespace
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 TYPES = ("bool", *INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
-WIDER = {"int16": "int32", "uint16": "uint32", "float16": "float32"}
+# Open MPI's sums of short integers saturate on AVX, and NCCL has no integers of 16 bits
+SHORT = {"int8": "int32", "int16": "int32", "uint8": "uint32", "uint16": "uint32"}
+WIDER = {**SHORT, "float16": "float32"}
 PARTS = {"bool": "uint8", "complex64": "float32", "complex128": "float64"}
 OPERATIONS = ("sum", "max", "min", "mean", BF16)
 

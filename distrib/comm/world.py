@@ -256,6 +256,8 @@ def connect(
     ranks were started with different options, or if the set-up fails on one of them.
     """
     _check_names(backend=backend, precision=precision, **({"comm": comm} if isinstance(comm, str) else {}))
+    if not timeout > 0:
+        raise UserError(f"--timeout {timeout}: must be a number of seconds above 0")
     joined, ranks = _join(comm, timeout)
     rank = 0 if isinstance(joined, SingleControl) else int(joined.Get_rank())
     watchdog = Watchdog(rank, timeout)
