@@ -65,6 +65,7 @@ def _add_commands() -> None:
     from launch.bench.app import app as bench
     from launch.bench.gpu_report import gpu_report
     from launch.bench.scale import scale
+    from launch.check_model import check_model
     from launch.doctor import doctor
     from launch.evaluate import evaluate
     from launch.export import export
@@ -76,7 +77,8 @@ def _add_commands() -> None:
     from launch.verdict import verdict
     from launch.watch import watch
 
-    for command in (evaluate, predict, watch, report, export, reproduce, scale, doctor, submit, verdict):
+    everyday = evaluate, predict, watch, report, export, check_model
+    for command in (*everyday, reproduce, scale, doctor, submit, verdict):
         app.command()(command)
     app.add_typer(bench, name="bench")
     for command in (torch_train, gpu_report):  # for reproduce and make

@@ -1,0 +1,152 @@
+"""One training step of two ranks in one process: two replicas in two threads, which sum as ranks would."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from distrib.probe.watch import (
+    EQUAL,
+    WAYS,
+    Batch,
+    Mark,
+    Marks,
+    context,
+    first_difference,
+    joined,
+    label,
+    train_step,
+    watched,
+)
+from nn.array import Array
+from nn.layer import Layer
+from nn.network import Network
+
+
+class Exchange:
+    """Sums arrays of `size` threads. One that has left is not waited for."""
+
+    def __init__(self, size: int) -> None:
+        self._turn = threading.Condition()
+        self._given: list[list[np.ndarray]] = [[] for _ in range(size)]
+        self._left = False
+
+    def all_reduce(self, rank: int) -> Callable[[Array], None]:
+        """The function that sums an array of `rank` with those of the others, in place."""
+
+        def add(x: Array) -> None:
+            with self._turn:
+                number = len(self._given[rank])
+                self._given[rank].append(np.array(x))
+                self._turn.notify_all()
+                self._turn.wait_for(lambda: self._left or all(len(each) > number for each in self._given))
+                if not all(len(each) > number for each in self._given):
+                    raise Unmatched("a sum over ranks in which another rank has no part")
+                parts = [each[number] for each in self._given]
+            if len({part.shape for part in parts}) > 1:
+                raise Unmatched(f"ranks sum arrays of {' and '.join(str(part.shape) for part in parts)}")
+            x[...] = sum(parts)
+
+        return add
+
+    def leave(self) -> None:
+        """This thread is done, or has failed."""
+        with self._turn:
+            self._left = True
+            self._turn.notify_all()
+
+
+class Unmatched(RuntimeError):
+    """Ranks call for sums that do not belong together."""
+
+
+class Outcome:
+    """What a step of all ranks leaves: marks of the whole batch, losses, gradients, running statistics."""
+
+    def __init__(self, networks: list[Network], marks: list[Mark], loss: float) -> None:
+        self.marks, self.loss = marks, loss
+        self.statistics = [network.statistics.copy() for network in networks]
+        self.gradients = {
+            p.name: sum(network.params[p.name].grad.ravel() for network in networks)
+            for p in networks[0].params
+        }
+
+
+def step_of_one(network: Network, batch: Batch) -> Outcome:
+    """A training step of one rank."""
+    watcher = Marks(network)
+    with watched(network, watcher):
+        loss = train_step(network, batch, watcher=watcher)
+    return Outcome([network], watcher.marks, loss)
+
+
+def step_of_ranks(networks: list[Network], batch: Batch, parts: list[slice]) -> Outcome:
+    """A training step of as many ranks as there are networks, each on its part; Fault if one fails."""
+    exchange, losses = Exchange(len(networks)), [0.0 for _ in networks]
+    watchers, errors = [Marks(network) for network in networks], list[Exception]()
+
+    def work(rank: int) -> None:
+        network, mine = networks[rank], batch.part(parts[rank])
+        step = context(network, mine, len(batch.x), exchange.all_reduce(rank))
+        try:
+            with watched(network, watchers[rank]):
+                losses[rank] = train_step(network, mine, step, watchers[rank])
+        except Exception as error:
+            errors.append(error)
+        finally:
+            exchange.leave()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(networks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:  # the first is the cause of the others
+        raise errors[0]
+    return Outcome(networks, joined([watcher.marks for watcher in watchers]), sum(losses))
+
+
+def departure(network: Network, one: Outcome, other: Outcome) -> tuple[str, str] | None:
+    """The layer at which a step departs from another by more than rounding, and what there is another."""
+    ahead, back = ([[m for m in step.marks if m.way == way] for step in (one, other)] for way in WAYS[:2])
+    if mark := first_difference(*ahead):
+        return mark.layer, "output"
+    names = {label(layer): layer for layer in network.layers.walk()}
+    for name, layer in names.items():
+        if any(statistics_differ(network, layer, one, other)):
+            return name, "running statistics"
+    wrong = wrong_gradients(one, other)
+    owners = {spec.name: name for name, layer in names.items() for spec in layer.specs()}
+    mark = first_difference(*back)
+    for each in back[0]:  # a layer's parameters are blamed before its dL/dx, and the last layer first
+        for name in wrong:
+            if owners[name] == each.layer:
+                return each.layer, f"gradient of {name}"
+        if each is mark:
+            return each.layer, "gradient of its input"
+    return (owners[wrong[-1]], f"gradient of {wrong[-1]}") if wrong else None
+
+
+def statistics_differ(network: Network, layer: Layer, one: Outcome, other: Outcome) -> Iterator[bool]:
+    """Of each of a layer's running statistics, whether it is another on any rank."""
+    for name in layer.statistics():
+        view = network.running[name]
+        start = (view.ctypes.data - network.statistics.ctypes.data) // view.itemsize
+        mine, *rest = (each[start : start + view.size] for each in (*one.statistics, *other.statistics))
+        yield not all(np.allclose(mine, each, EQUAL, EQUAL) for each in rest)
+
+
+def wrong_gradients(one: Outcome, other: Outcome) -> list[str]:
+    """Parameters whose gradient is another.
+
+    One that is nothing but rounding, as of a bias before a batch norm, is compared with all others.
+    """
+    total = sum(float((gradient**2).sum()) for gradient in one.gradients.values()) ** 0.5
+    wrong = []
+    for name, mine in one.gradients.items():
+        bound = EQUAL * np.linalg.norm(mine) + EQUAL / 100 * total
+        if not np.linalg.norm(mine - other.gradients[name]) <= bound:
+            wrong.append(name)
+    return wrong
