@@ -62,7 +62,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(getattr(config, "cache_folder", ""), ignore_errors=True)
 
 
-LONG = ("test_slurm", "test_graph", "test_failures", "test_reproduce", "test_bench", "test_pictures")
+LONG = [
+    f"test_{name}"
+    for name in (
+        *("slurm", "failures", "reproduce", "graph", "bench", "bench_allreduce", "pictures", "suspend"),
+        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli", "torch_parity"),
+    )
+]
 """The longest files: where several workers share the tests, these come first."""
 
 
