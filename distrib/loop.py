@@ -222,6 +222,7 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None
             "run folder": run.path if run else "none: nothing is written",
             "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
             "chosen": world.choice_explanation,
+            "result": agreement(config),
             "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
             f" {text(data.shape)} pixels, {data.classes} classes",
             "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
@@ -235,6 +236,15 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None
     ]:
         if note:
             screen.say(f"note: {note}")
+
+
+def agreement(config: Config) -> str:
+    """What the number of ranks does to the result."""
+    if config.reproducible:
+        return f"the same bits on 1 to {config.shards} ranks: {config.shards} virtual shards"
+    if config.batch_norm == "local":
+        return "depends on the number of ranks: --batch-norm local"
+    return "the same on any number of ranks, up to rounding"
 
 
 def train(config: Config, exiting: bool = False) -> int:
@@ -312,7 +322,9 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen, calle
     if world.rank == 0:
         print_start(screen, trainer, data, run)
     if saved:
-        screen.say(f"resuming from {saved.path.name}, step {trainer.progress.step} of {trainer.steps}")
+        exact = ", to the bit" if config.reproducible and not changed else ""
+        done = f"step {trainer.progress.step} of {trainer.steps}"
+        screen.say(f"resuming from {saved.path.name}, {done}{exact}")
     if note:
         screen.say(f"note: {note}")
     if changed:

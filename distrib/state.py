@@ -163,7 +163,7 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
     trainer.optimizer.steps = position.pop("optimizer_steps")
     vars(trainer.progress).update(position, images_per_rank=[0] * size)
     trainer.earlier_images = position["images_per_rank"]
-    now = {**trainer.environment(), "world_size": size}
+    now = {**trainer.environment(), "world_size": before["world_size"] if c.reproducible else size}
     return [
         f"{name}: {before.get(name, 'none')} → {now.get(name, 'none')}"
         for name in {**now, **before}

@@ -25,6 +25,7 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
         "epochs": progress.step // trainer.steps_per_epoch,
         "steps": progress.step,
         "world_size": world.size,
+        "shards": trainer.config.shards,  # with --reproducible: the same bits on any number of ranks
         "backend": world.backend.name,
         "communicator": world.transport.name,
         "parameters": trainer.params.count,

@@ -75,11 +75,14 @@ def _add_commands() -> None:
     from launch.submit import submit
     from launch.torch_peer.train import torch_train
     from launch.verdict import verdict
+    from launch.verify_ranks import verify_ranks
     from launch.watch import watch
 
     everyday = evaluate, predict, watch, report, export, check_model
     for command in (*everyday, reproduce, scale, doctor, submit, verdict):
         app.command()(command)
+    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=passes_on)(verify_ranks)
     app.add_typer(bench, name="bench")
     for command in (torch_train, gpu_report):  # for reproduce and make
         app.command(hidden=True)(command)

@@ -75,6 +75,7 @@ class TreeSums:
     def __init__(self, shards: int, transport: Transport, watchdog: Watchdog) -> None:
         self.shards, self._transport, self._watchdog = shards, transport, watchdog
         self.rank, self.size = transport.rank, transport.size
+        self._arrays: dict[tuple[str, int, int, str], np.ndarray] = {}
 
     def own(self, present: int, rank: int | None = None) -> range:
         """The shards with images that a rank (this one) computes."""
@@ -109,26 +110,35 @@ class TreeSums:
         length += -length % 16
         slices = [slice(rank * length, min((rank + 1) * length, out.size)) for rank in range(self.size)]
         mine = slices[self.rank]
-        known = {node: vector[mine].copy() for node, vector in nodes}
-        waits, kept = [], []
+        width = max(0, mine.stop - mine.start)
+        known = {node: vector[mine] for node, vector in nodes}
+        waits = []
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+            parts = [vector[slices[to]] for _, vector in nodes]
+            sent = self._array("sent", to, sum(part.size for part in parts), out.dtype)
+            if sent is not None:
+                np.concatenate(parts, out=sent)
             theirs = nodes_of(self.own(present, source))
-            part = known[nodes[0][0]].size if nodes else max(0, mine.stop - mine.start)
-            sent = np.concatenate([vector[slices[to]] for _, vector in nodes]) if nodes else None
-            received = np.empty((len(theirs), part), out.dtype) if theirs and part else None
-            if sent is not None and not sent.size:
-                sent = None
-            flat = None if received is None else received.reshape(-1)
-            waits.append(self._transport.start_exchange(sent, to, flat, source))
-            kept.append(sent)
+            received = self._array("received", source, len(theirs) * width, out.dtype)
+            waits.append(self._transport.start_exchange(sent, to, received, source))
             if received is not None:
-                known |= dict(zip(theirs, received))
+                known |= dict(zip(theirs, received.reshape(len(theirs), width), strict=True))
+        total = self._array("total", 0, length, out.dtype)
+        whole = self._array("whole", 0, length * self.size, out.dtype)
+        assert total is not None
+        assert whole is not None
         with self._watchdog.waiting("the gradients of all shards"):
             for wait in waits:
                 wait.wait()
-            total, whole = np.zeros(length, out.dtype), np.empty((self.size, length), out.dtype)
-            if known and mine.stop > mine.start:
-                total[: mine.stop - mine.start] = add_up(known)
-            self._transport.start_gather(total, whole.reshape(-1)).wait()
-        out[:] = whole.reshape(-1)[: out.size]
+            if width:
+                total[:width] = add_up(known)
+            self._transport.start_gather(total, whole).wait()
+        out[:] = whole[: out.size]
+
+    def _array(self, name: str, rank: int, size: int, dtype: np.dtype) -> np.ndarray | None:
+        """Memory that outlives a step; None for nothing."""
+        key = name, rank, size, dtype.str
+        if key not in self._arrays:
+            self._arrays[key] = np.zeros(size, dtype)
+        return self._arrays[key] if size else None
