@@ -62,10 +62,9 @@ def _match(everyone: list[Ends]) -> None:
             raise _unmatched(everyone, rank, ends.source)
 
 
-def _unmatched(everyone: list[Ends], rank: int, other: int) -> UserError:
-    first, second = sorted((rank, other))
+def _unmatched(everyone: list[Ends], *ranks: int) -> UserError:
+    both = "; ".join(f"rank {rank} is to {everyone[rank].shown()}" for rank in sorted(set(ranks)))
     return UserError(
-        f"the ends of an exchange do not fit: rank {first} is to {everyone[first].shown()}; rank {second} is"
-        f" to {everyone[second].shown()}: give sender and receiver each other's rank and arrays of the same"
-        " type and shape"
+        f"the ends of an exchange do not fit: {both}: give sender and receiver each other's rank and arrays"
+        " of the same type and shape"
     )

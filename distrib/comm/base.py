@@ -141,6 +141,7 @@ class SingleCommunicator:
     def start_exchange(
         self, send: Array | None, to: int | None, receive: Array | None, source: int | None
     ) -> Handle:
+        assert (send is None) == (receive is None), "one process can only send to itself"
         if receive is not None:
             receive[...] = send
         return DONE

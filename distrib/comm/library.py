@@ -67,8 +67,9 @@ class Comm:
 
     `checked`, which is on: before each call the ranks exchange what they are about to do, and raise the same
     UserError where they differ; and on a GPU, `wait` holds the host until the result is there. Both cost some
-    microseconds. Set it to False on all ranks, for a loop that is known to be right: then differing calls may
-    hang until the timeout or mix up arrays, and on a GPU a lost rank shows only in the next bounded wait.
+    microseconds. Set it to False on all ranks for a loop that is known to be right, or that goes into a CUDA
+    graph: then differing calls may hang until the timeout or mix up arrays, and on a GPU a lost rank shows
+    only in the next bounded wait.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Comm:
     ) -> None:
         self._control, self._host, self._device = control_comm, host, device
         self._backend, self._watchdog = backend, watchdog
+        self._gpu = backend.cuda.runtime.getDevice() if backend.cuda else None
         some = host or device
         assert some is not None
         self._some, self.rank, self.size = some, some.rank, some.size
@@ -266,7 +268,9 @@ class Comm:
         self._agree("barrier()", "", lambda: None)
         for pending in list(self._pending):
             pending.wait()
-        self._synchronize()
+        if self._device:
+            with self._watchdog.waiting("barrier()"):
+                self._device.synchronize()
         self._some.barrier()
 
     def close(self) -> None:
@@ -292,7 +296,7 @@ class Comm:
             check()
         except UserError as error:
             refused = f"{call}: {error}"
-        if self.checked and self.size > 1:
+        if self.checked:
             with self._watchdog.waiting(f"the agreement on {what or call}"):
                 everyone = self._control.allgather((call, refused, ends))
             agree(everyone)
@@ -304,6 +308,9 @@ class Comm:
         if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray) and self._host:
             return self._host
         if self._device and isinstance(x, self._backend.xp.ndarray):
+            where = getattr(x, "device", None)
+            if where is not None and where.id != self._gpu:
+                raise UserError(f"an array on GPU {where.id}: copy it to this rank's, GPU {self._gpu}")
             return self._device
         kind = f"{type(x).__module__.split('.')[0]}.{type(x).__name__}"
         if kind == "cupy.ndarray":
@@ -341,10 +348,6 @@ class Comm:
 
     def _forget(self, pending: Pending) -> None:
         del self._pending[pending]
-
-    def _synchronize(self) -> None:
-        if self._device:
-            self._device.synchronize()
 
 
 def _sum_for_mean(op: str) -> str:

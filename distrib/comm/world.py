@@ -63,8 +63,9 @@ class World:
 
         A second call does nothing. MPI itself stays up, for the next `connect`.
         """
-        self.comm.close()
-        self.resources.close()
+        with self.watchdog.waiting("the end of the communicators"):
+            self.comm.close()
+            self.resources.close()
 
     def __enter__(self) -> World:
         return self
