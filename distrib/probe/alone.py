@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from distrib.probe.watch import Fault, guarded, label, require_made
+from distrib.probe.watch import Fault, guarded, label, require_gradient, require_made, same
 from nn.array import Array
 from nn.layer import Layer, StepContext
 from nn.network import Network
@@ -136,10 +136,14 @@ class Alone:
         self.buffers.release_late()
         made = result if self.added else (result,)
         require_made(self.layer, way, made, self.network.dtype)
+        require_gradient(self.layer, made[0], self.given[0].shape)
         copies = [None if each is None else np.array(each) for each in made]
         for array, needed in zip(made, (self.layer.need_dx, True)):
             if array is not None and needed:
                 self._release(array, f"{way} returns memory that it has released")
+        if not self.layer.need_dx and self.buffers.is_pooled(made[0]):
+            said = f"{way} returns a gradient although self.need_dx is False, and nobody releases it: release"
+            raise self._fault("buffers", f"{said} dy and return None then, as the first layer of a network")
         if self.buffers.held():
             said = f"{way} does not release dy, or an activation that it took: call"
             raise self._fault("buffers", f"{said} self.buffers.release(dy) unless you return it")
@@ -184,7 +188,7 @@ class Alone:
 
     def repeats(self, y: np.ndarray) -> None:
         """Fault unless the same input gives y again."""
-        if np.array_equal(y, self.forward(self.given)):
+        if same(y, self.forward(self.given)):
             return
         kept = np.random.get_state()
         np.random.seed(0)
@@ -192,7 +196,7 @@ class Alone:
         np.random.seed(0)
         second = self.forward(self.given)
         np.random.set_state(kept)
-        if np.array_equal(first, second):
+        if same(first, second):
             said = "draws from np.random, so that ranks and resumed runs differ: set random = True and draw"
             raise self._fault("repeats", f"{said} by step.keys, as Dropout does")
         said = "the same input gives another output the second time: keep no state from step to step"
@@ -200,43 +204,44 @@ class Alone:
 
     def gradient(self, y: np.ndarray, r: np.ndarray, made: list[np.ndarray | None]) -> None:
         """Fault unless the gradients `made` for dL/dy = r are those of the function that forward computes."""
-        names = ("its input", "the residual")
-        for i, (name, gradient) in enumerate(zip(names, made)):
+        for i, (name, gradient) in enumerate(zip(("its input", "the residual"), made)):
             if gradient is not None and (i or self.layer.need_dx):
-                self._compare(name, gradient, self.given[i], y, r, i)
+                self._compare(name, [(gradient, self.given[i])], y, r)
+        own = {spec.name for spec in self.layer.specs()}
+        inner = [(p.grad.copy(), p.value) for p in self.parameters if p.name not in own]
         for parameter in self.parameters:
-            self._compare(parameter.name, parameter.grad.copy(), parameter.value, y, r)
+            if parameter.name in own:
+                self._compare(parameter.name, [(parameter.grad.copy(), parameter.value)], y, r)
+        if inner:
+            self._compare("the layers inside", inner, y, r)
 
-    def _compare(
-        self, name: str, exact: Array, point: Array, y: np.ndarray, r: np.ndarray, number: int | None = None
-    ) -> None:
-        """Fault unless `exact` is dL/d(point), L = Σ r·y; `number` says which of those given `point` is."""
-        was = np.array(point)
+    def _compare(self, name: str, pairs: list[tuple[Array, Array]], y: np.ndarray, r: np.ndarray) -> None:
+        """Fault unless the first of each of `pairs` is dL/d(the second), L = Σ r·y."""
+        was = [np.array(point) for _, point in pairs]
 
-        def at(moved: Array) -> np.ndarray:
-            if number is not None:
-                return self.forward([moved if i == number else x for i, x in enumerate(self.given)])
-            point[...] = moved
+        def at(h: float) -> np.ndarray:
+            for (_, point), old, d in zip(pairs, was, directions):
+                point[...] = old + h * d
             try:
                 return self.forward(self.given)
             finally:
-                point[...] = was
+                for (_, point), old in zip(pairs, was):
+                    point[...] = old
 
-        expected, found = 0.0, 0.0
+        def difference(h: float) -> float:
+            return float(((at(h) - at(-h)) * r).sum())
+
+        values, expected, found = float(np.linalg.norm(y * r)), 0.0, 0.0
         for _ in range(DIRECTIONS):
-            d = self.rng.normal(0, scale_of(was), was.shape)
-
-            def difference(h: float, d: np.ndarray = d) -> float:
-                return float(((at(was + h * d) - at(was - h * d)) * r).sum())
-
-            products = exact * d
-            expected, size = float(products.sum()), float(np.sqrt((products**2).sum()))
-            right, found = derivative_is(expected, size, float(np.sqrt(((y * r) ** 2).sum())), difference)
+            directions = [self.rng.normal(0, scale_of(old), old.shape) for old in was]
+            products = np.concatenate([np.ravel(exact * d) for (exact, _), d in zip(pairs, directions)])
+            expected, size = float(products.sum()), float(np.linalg.norm(products))
+            right, found = derivative_is(expected, size, values, difference)
             if right:
                 break
         else:
-            self._wrong(name, expected, found, exact, y)
-        if is_float32(exact):
+            self._wrong(name, expected, found, pairs[0][0], y)
+        if is_float32(pairs[0][0]):
             raise self._fault("precision", f"the gradient of {name} {NARROW}")
 
     def _wrong(self, name: str, expected: float, found: float, exact: Array, y: np.ndarray) -> None:
