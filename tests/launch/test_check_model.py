@@ -74,6 +74,13 @@ class WrongInput(Own):
         np.add(1.01 * x, self.b.value, out=y)
 
 
+class WrongFarOff(Own):
+    """Forgets a factor, of values so large that small steps are lost to rounding."""
+
+    def compute(self, x: Any, y: Any, step: StepContext) -> None:
+        np.add(1.1 * x + 1e6, self.b.value, out=y)
+
+
 class WrongAtAnEdge(Own):
     """Is right but for one pixel of one image."""
 
@@ -413,6 +420,7 @@ def failed(findings: list[Finding]) -> dict[str, Finding]:
 
 BROKEN = [
     (WrongInput, "gradients", "the gradient of its input is wrong"),
+    (WrongFarOff, "gradients", "the gradient of its input is wrong"),
     (WrongAtAnEdge, "gradients", "the gradient of its input is wrong"),
     (WrongParameter, "gradients", "the gradient of own.bias is wrong"),
     (ForeignGradient, "announcements", "own.bias: backward replaces .grad"),
