@@ -67,6 +67,68 @@ class Own(Layer):
         return dy
 
 
+class Swish(Layer):
+    """y = x · sigmoid(x), which keeps its input as a layer should."""
+
+    def infer(self, shape: Any) -> Any:
+        return shape
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        y = self.output(len(x), step)
+        np.multiply(x, 1 / (1 + np.exp(-x)), out=y)
+        if step.training:
+            self.x = self.buffers.save(x)
+        self.buffers.release(x)
+        return y
+
+    def backward(self, dy: Any, step: StepContext, on_grad: Any) -> Any:
+        s = 1 / (1 + np.exp(-self.x))
+        dy *= s * (1 + self.x * (1 - s))
+        return dy
+
+
+class Excite(Layer):
+    """y = x · w(mean of x) for each channel, w of the layers inside (Hu et al. 2018)."""
+
+    factor = 1.0
+
+    def __init__(self, *layers: Layer) -> None:
+        self.inner = Sequential(GlobalAvgPool(), *layers)
+
+    def infer(self, shape: Any) -> Any:
+        self.inner.build(f"{self.name}.inner", shape)
+        return shape
+
+    def children(self) -> list[Layer]:
+        return [self.inner]
+
+    def forward(self, x: Any, step: StepContext) -> Any:
+        self.buffers.retain(x)
+        w = self.inner.forward(x, step)
+        y = self.output(len(x), step)
+        np.multiply(x, w[:, None, None, :], out=y)
+        self.kept = self.buffers.save(x) if step.training else None, w
+        self.buffers.release(x)
+        return y
+
+    def backward(self, dy: Any, step: StepContext, on_grad: Any) -> Any:
+        x, w = self.kept
+        dw = self.buffers.persistent("dw", w.shape)
+        np.einsum("nhwc,nhwc->nc", x, dy, out=dw)
+        dw *= self.factor
+        dy *= w[:, None, None, :]
+        inner = self.inner.backward(dw, step, on_grad)
+        dy += inner
+        self.buffers.release(inner)
+        return dy
+
+
+class WrongExcite(Excite):
+    """The layers inside get half of their gradient."""
+
+    factor = 0.5
+
+
 class WrongInput(Own):
     """Forgets a factor on the way back."""
 
@@ -472,8 +534,9 @@ def test_broken_layers(kind: type[Own], name: str, words: str) -> None:
     assert "\n" not in found[name].text
 
 
-def test_the_layer_done_right_passes() -> None:
-    assert not failed(check(around(Own), SHAPE, CLASSES))
+@pytest.mark.parametrize("layer", [Own, Swish, lambda: Excite(Linear(3), ReLU(), Linear(4))])
+def test_own_layers_done_right_pass(layer: Callable[[], Layer]) -> None:
+    assert not failed(check(around(layer), SHAPE, CLASSES))
 
 
 @pytest.mark.parametrize(
@@ -481,10 +544,14 @@ def test_the_layer_done_right_passes() -> None:
     [
         (Lossy, "announcements", "own.0.0.weight: its gradient is never announced"),
         (HalfResidual, "gradients", "the gradient of its input is wrong"),
+        (WrongExcite, "gradients", "the gradient of its input is wrong"),
     ],
 )
-def test_broken_containers(kind: type[Residual], name: str, words: str) -> None:
-    found = failed(check(around(lambda: kind(ConvBN(4), ConvBN(4, relu=False))), SHAPE, CLASSES))
+def test_broken_containers(kind: Any, name: str, words: str) -> None:
+    def broken() -> Layer:
+        return kind(Linear(4)) if kind is WrongExcite else kind(ConvBN(4), ConvBN(4, relu=False))
+
+    found = failed(check(around(broken), SHAPE, CLASSES))
     assert next(iter(found)) == name
     assert found[name].text.startswith(f"own ({kind.__name__}): {words}")
 
