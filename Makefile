@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
-WORKERS ?= 4
+WORKERS ?= 6
 REPLICA_PYTHON ?= python3.12
 
 QUARTER := --width 0.25 --batch-size 128 --schedule onecycle --optimizer sgd --momentum 0.9 --nesterov \

@@ -3,11 +3,37 @@
 Importing this package sets the number of BLAS threads, which must happen before NumPy is imported.
 """
 
+import importlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrib.api import Trained, fit, load
+    from distrib.comm.world import World, connect
+    from distrib.data.dataset import Dataset
+    from distrib.errors import UserError
 
 __version__ = "0.1.0"
+
+__all__ = ["Dataset", "Trained", "UserError", "World", "connect", "fit", "load"]
+
+_PLACES = {
+    "api": ("Trained", "fit", "load"),
+    "comm.world": ("World", "connect"),
+    "data.dataset": ("Dataset",),
+    "errors": ("UserError",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers to Python, imported when it is first asked for: a command needs less."""
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"distrib.{place}"), name)
+    raise AttributeError(f"module 'distrib' has no attribute {name!r}")
+
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 

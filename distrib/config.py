@@ -5,16 +5,25 @@ Its fields are the options of `python -m distrib.train`: name, type, default and
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import Field, asdict, dataclass, fields, replace
+from typing import Any
 
 from distrib import models
 from distrib.data.dataset import Dataset, Reading
 from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
-from distrib.files import alternatives, expanded, fits, shown
+from distrib.files import expanded, fits, shown
+from distrib.options import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    ONE_OR_MORE,
+    ZERO_OR_MORE,
+    Cap,
+    at_most,
+    option,
+)
 from distrib.recipes import DROPPED_OPTIONS, RECIPES
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
@@ -26,43 +35,6 @@ CHECKPOINT_STEPS, CHECKPOINT_SECONDS = 1000, 30
 A GPU does so many steps in less than a second: it leaves out those that come sooner than the second after the
 last save.
 """
-
-
-class Cap(int):
-    """A recipe's limit, which may exceed the number of images in the data."""
-
-
-class Rule(NamedTuple):
-    """What a number must be."""
-
-    holds: Callable[[Any], bool]
-    remedy: str
-
-
-ONE_OR_MORE = Rule(lambda value: value >= 1, "give 1 or more")
-ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "give a finite number above 0")
-ZERO_OR_MORE = Rule(lambda value: 0 <= value < math.inf, "give a finite number, 0 or more")
-BELOW_ONE = Rule(lambda value: value < 1, "give less than 1")
-
-
-def at_most(bound: float) -> Rule:
-    return Rule(lambda value: value <= bound, f"give {bound} or less")
-
-
-LARGEST_BATCH, LARGEST_SEED = 1_000_000, (1 << 128) - 1
-
-
-def option(
-    default: Any, text: str, *rules: Rule, choices: Iterable[str] = (), may_change: bool = False
-) -> Any:
-    """A field that is an option, with its help, the rules of its numbers, or its choices.
-
-    One that `may_change` does not affect the result, so a resumed run may have another value.
-    """
-    names = tuple(choices)
-    text = text.replace("{}", alternatives(names))
-    more = {"help": text, "rules": rules, "choices": names, "may_change": may_change}
-    return field(default=default, metadata=more)
 
 
 @dataclass(frozen=True)
@@ -126,8 +98,23 @@ class Config:
     width: float = option(1.0, "Multiplier of all channel counts.", ABOVE_ZERO, at_most(64))
     batch_norm: str = option(
         "sync",
-        "Statistics of the global batch (sync) or of each rank's part (local).",
-        choices=("sync", "local"),
+        "Statistics of the global batch (sync), of each rank's part (local), or of each virtual shard (shard,"
+        " needs --reproducible).",
+        choices=("sync", "local", "shard"),
+    )
+    reproducible: bool = option(
+        False, "Give the same bits on any number of ranks: compute the global batch in virtual shards."
+    )
+    shards: int | None = option(
+        None,
+        "Virtual shards of the global batch (needs --reproducible). Default: 8, at most the batch.",
+        ONE_OR_MORE,
+    )
+    shards_at_once: int | None = option(
+        None,
+        "Shards that a rank keeps in memory at once (needs --batch-norm shard). Default: all of its own.",
+        ONE_OR_MORE,
+        may_change=True,
     )
     precision: str = option(
         "float32",
@@ -235,6 +222,12 @@ class Config:
         self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
         for name in ("keep_best", "patience"):
             self._require(name, not getattr(self, name) or self.validation > 0, "needs --validation above 0")
+        self._require("shards", self.shards is None or self.reproducible, "needs --reproducible")
+        own = self.batch_norm == "shard"
+        self._require("batch_norm", self.reproducible or not own, "needs --reproducible")
+        whole = self.batch_norm != "local" or not self.reproducible
+        self._require("batch_norm", whole, "depends on the ranks: give sync or shard with --reproducible")
+        self._require("shards_at_once", self.shards_at_once is None or own, "needs --batch-norm shard")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
         exact = self.gradients == "float32" or self.precision != "float64"
@@ -295,9 +288,18 @@ class Config:
             held = stored.get("batch_size") if stored and same else None
             batch = held or self.batch_size_per_rank * size
             config = replace(config, batch_size=batch)
+        if config.reproducible:
+            config = replace(config, shards=config.shards or min(8, config.batch_size))
+        fits_in = (config.shards or 1) <= config.batch_size
+        config._require("shards", fits_in, f"is above the batch size, {config.batch_size}: give fewer")
         config._require(
             "batch_size",
             config.batch_size >= size,
+            f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
+        )
+        config._require(
+            "shards",
+            not config.reproducible or (config.shards or 0) >= size,
             f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
         )
         return config
@@ -309,7 +311,8 @@ class Config:
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
             # an option that an older version lacked has its default
             held = stored.get(name, getattr(Config(), name))
-            if not free and held != value:
+            same = models.short(held) == models.short(value) if name == "model" else held == value
+            if not free and not same:
                 found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
         return found
 

@@ -38,21 +38,27 @@ def evaluate(
     loss: str,
     comm: Communicator,
     keep: list[np.ndarray] | None = None,
+    in_blocks: bool = False,
 ) -> tuple[float, float]:
     """(mean loss, accuracy in percent) over all images. Each rank evaluates one contiguous shard.
 
-    Appends the logits of this rank's shard to `keep`, batch by batch, if it is given.
+    Appends the logits of this rank's shard to `keep`, batch by batch, if it is given. `in_blocks`, the
+    batches are the same on any number of ranks, and so are the bits.
     """
-    xp, dtype = model.backend.xp, model.dtype
-    part = shard(len(images), comm.rank, comm.size)
-    sums, zero, local_loss, metrics = xp.zeros(2, np.float64), *(xp.zeros(size, dtype) for size in (1, 1, 3))
-    for start in range(part.start, part.stop, batch_size(model)):
-        logits, wanted = infer(model, images, labels, start, min(start + batch_size(model), part.stop))
+    xp, dtype, size = model.backend.xp, model.dtype, batch_size(model)
+    batches = -(-len(images) // size)
+    part = shard(batches if in_blocks else len(images), comm.rank, comm.size)
+    if in_blocks:
+        part = slice(part.start * size, min(part.stop * size, len(images)))
+    sums = xp.zeros((batches if in_blocks else 1, 2), np.float64)
+    zero, local_loss, metrics = (xp.zeros(length, dtype) for length in (1, 1, 3))
+    for start in range(part.start, part.stop, size):
+        logits, wanted = infer(model, images, labels, start, min(start + size, part.stop))
         unused = model.buffers.persistent("dlogits", logits.shape, str(dtype))
         loss_and_gradient(logits, wanted, zero, unused, local_loss, metrics, loss=loss, count=1)
-        sums += metrics[:2]
+        sums[start // size if in_blocks else 0] += metrics[:2]
         if keep is not None:
             keep.append(np.array(model.backend.to_host(logits)))
-    comm.all_reduce(sums).wait()
-    total, correct = model.backend.to_host(sums)
+    comm.all_reduce(sums.reshape(-1)).wait()  # in blocks, one part of each is not zero: nothing is rounded
+    total, correct = model.backend.to_host(sums).sum(0)
     return float(total) / len(images), 100 * float(correct) / len(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 from distrib import __version__
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.files import require_place, shown
+from distrib.files import require, require_place, shown
 from distrib.predict import Loaded, logits
 from distrib.run import checkpoint as ckpt
 from nn.layer import Layer
@@ -215,6 +216,30 @@ def compare(data: bytes, loaded: Loaded, images: np.ndarray) -> tuple[float, int
         difference = max(difference, float(np.abs(theirs - ours).max()))
         others += int((theirs.argmax(1) != ours.argmax(1)).sum())
     return difference / largest if difference else 0.0, others
+
+
+def onnx_bytes(loaded: Loaded) -> bytes:
+    """The network as an ONNX file, checked on random images where onnxruntime is installed."""
+    require("onnx")
+    from onnx import checker
+
+    made = build(loaded)
+    checker.check_model(made, full_check=True)
+    data = bytes(made.SerializeToString())
+    if importlib.util.find_spec("onnxruntime"):
+        images = np.random.default_rng(0).integers(0, 256, (64, *loaded.model.shape), np.uint8)
+        require_equal(compare(data, loaded, images)[0], loaded)
+    return data
+
+
+def require_equal(difference: float, loaded: Loaded) -> None:
+    """UserError where a graph's logits differ from ours by more than TOLERANCE."""
+    if difference > TOLERANCE:
+        raise UserError(
+            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest,"
+            f" above {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with"
+            f" {loaded.path}"
+        )
 
 
 def to_safetensors(loaded: Loaded) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ import numpy as np
 
 from distrib import state
 from distrib.checks import check_replicas_equal, check_same_buckets, check_same_config
-from distrib.comm.world import World, connect
+from distrib.comm.world import SLOW_IO_FACTOR, World, connect
 from distrib.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
-from distrib.errors import EXIT_REQUEUE, UserError
+from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
 from distrib.run.console import Screen
-from distrib.run.folder import Run
+from distrib.run.folder import Run, blas_threads
+from distrib.summary import summary as summarise
 from distrib.timing import Throughput
-from distrib.trainer import Trainer, blas_threads
+from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn.layer import text
+from nn.network import Model
 
 READ_EVERY = 32
 """Steps after which a device's results are read, if none was logged meanwhile."""
@@ -38,10 +40,24 @@ MIN_IMAGES_PER_RANK = 4
 """Images of a step below which another rank on a host does not pay: the fewest in docs/benchmarks.md."""
 
 
-def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
+OnEpoch = Callable[[dict[str, Any]], Any]
+"""Called on every rank with what an epoch's line of metrics.jsonl holds."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What Python code gives a run beside its configuration; a command gives nothing."""
+
+    data: Dataset | None = None  # instead of what --data names
+    model: Model | None = None  # instead of what --model names
+    on_epoch: OnEpoch | None = None
+    prints: bool = True
+    exiting: bool = False  # the process ends right after
+
+
+def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
     """Train to the end, to --max-steps or to a signal; returns the summary."""
     trainer.started = time.perf_counter()
-    np.seterr(over="ignore", invalid="ignore", divide="ignore")  # StepResults finds non-finite losses
     progress = trainer.progress
     screen.start(trainer.steps, progress.step, trainer.config.epochs)
     result: dict[str, float] = {}
@@ -56,6 +72,8 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
             whole = progress.step % trainer.steps_per_epoch == 0
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
             state.save(trainer, run)
+            if whole and on_epoch:
+                call_back(trainer, on_epoch, {"step": progress.step, "epoch": epoch + 1, **result})
     finally:
         screen.close()
     result = result or dict(progress.last_epoch)
@@ -65,7 +83,7 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen) -> dict[str, Any]:
         result |= trainer.test()
     elif "test_loss" not in result and not trainer.validation and not trainer.results.stopped:
         result |= trainer.test()
-    return trainer.summary(result)
+    return summarise(trainer, result)
 
 
 def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> None:
@@ -154,6 +172,18 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     return result
 
 
+def call_back(trainer: Trainer, on_epoch: OnEpoch, line: dict[str, Any]) -> None:
+    """Call `on_epoch`. What it raises on every rank is raised there; on one alone, it ends the job."""
+    error: Exception | None = None
+    try:
+        on_epoch(line)
+    except Exception as raised:
+        error = raised
+    failed = trainer.world.allgather(error is not None, "the calls of on_epoch", SLOW_IO_FACTOR)
+    if error:
+        raise OnAllRanks if all(failed) else error from error
+
+
 def best_of(before: dict[str, float], found: dict[str, float], epoch: int) -> dict[str, float]:
     """What an epoch found, and which is the best: the most accurate, of equals that of the lowest loss."""
     accuracy, loss = found["validation_accuracy"], found["validation_loss"]
@@ -180,7 +210,7 @@ def suggest_ranks(world: World, config: Config) -> str | None:
     )
 
 
-def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run) -> None:
+def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None) -> None:
     """Print the resolved configuration, world, backend and data, then notes."""
     config, world = trainer.config, trainer.world
     shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
@@ -189,7 +219,7 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run) -> No
         "distrib train",
         {
             **{name.replace("_", "-"): value for name, value in shown.items()},
-            "run folder": run.path,
+            "run folder": run.path if run else "none: nothing is written",
             "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
             "chosen": world.choice_explanation,
             "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
@@ -197,7 +227,12 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run) -> No
             "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
         },
     )
-    for note in [*run.notes, *data.notes(), *world.backend.notes, suggest_ranks(world, config)]:
+    for note in [
+        *(run.notes if run else ()),
+        *data.notes(),
+        *world.backend.notes,
+        suggest_ranks(world, config),
+    ]:
         if note:
             screen.say(f"note: {note}")
 
@@ -205,44 +240,55 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run) -> No
 def train(config: Config, exiting: bool = False) -> int:
     """Run one configuration on this rank; returns the exit code. `exiting`: the process ends right after."""
     world = connect(config.comm, config.backend, config.precision, config.timeout)
-    with (
-        Run(Path(config.run_dir) if config.run_dir else None, config)
-        if world.rank == 0
-        else nullcontext() as run
-    ):
-        return train_on(world, config, run, exiting)
-
-
-def train_on(world: World, config: Config, run: Run | None, exiting: bool = False) -> int:
-    """`train` on joined ranks; rank 0 has the run's folder."""
-    screen = Screen(active=world.rank == 0)
-    trainer = prepare(world, config, run, screen)
-    check_same_buckets(trainer)
-    world.watchdog.step = trainer.progress.step
-    folder = Path(world.broadcast(str(run.path) if run else "", "the run's folder"))
-    world.watchdog.heartbeats = Heartbeats(folder, world.rank, world.size, trainer.progress.step)
-    with stop_on_signals(trainer, exiting), report_failures(world):
-        warm_up(trainer, run)
-        summary = fit(trainer, run, screen)
-        state.wait_for_save(trainer, run)  # verify the last checkpoint before reporting success
-        logits = world.allgather(trainer.logits, "the logits of the test images")
-        with world.fail_together():
-            if run:
-                run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
-                run.finish(summary)
-        print_result(screen, summary, run)
-        step = trainer.progress.step
-        world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, step=step, state="finished"))
-        trainer.close()
-    world.watchdog.heartbeats = None
+    path = Path(config.run_dir) if config.run_dir else None
+    with Run(path, config) if world.rank == 0 else nullcontext() as run:
+        trainer, summary = train_on(world, config, run, Caller(exiting=exiting))
+    world.close()
     return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 
-def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Trainer:
+def train_on(world: World, config: Config, run: Run | None, caller: Caller) -> tuple[Trainer, dict[str, Any]]:
+    """Train on joined ranks; returns the trainer and the summary. Rank 0 has the run's folder, if any."""
+    screen = Screen(active=world.rank == 0 and caller.prints)
+    quiet = np.errstate(all="ignore")  # StepResults finds non-finite losses
+    with report_failures(world), quiet:
+        trainer = prepare(world, config, run, screen, caller)
+        check_same_buckets(trainer)
+        world.watchdog.step = trainer.progress.step
+        folder = world.broadcast(str(run.path) if run else None, "the run's folder")
+        if folder:
+            beats = Heartbeats(Path(folder), world.rank, world.size, trainer.progress.step)
+            world.watchdog.heartbeats = beats
+        with stop_on_signals(trainer, caller.exiting):
+            warm_up(trainer, run)
+            summary = fit(trainer, run, screen, caller.on_epoch)
+            finish(trainer, run, summary)
+            print_result(screen, summary, run)
+    return trainer, summary
+
+
+def finish(trainer: Trainer, run: Run | None, summary: dict[str, Any]) -> None:
+    """Verify the last checkpoint, then write the result."""
+    world = trainer.world
+    state.wait_for_save(trainer, run)
+    logits = world.allgather(trainer.logits, "the logits of the test images")
+    with world.fail_together():
+        if run:
+            run.keep_logits([batch for part in logits for batch in part or []], summary["steps"])
+            run.finish(summary)
+    step = trainer.progress.step
+    world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, step=step, state="finished"))
+    trainer.close()
+
+
+def prepare(world: World, config: Config, run: Run | None, screen: Screen, caller: Caller) -> Trainer:
     """Load the data, open the run's folder and build the trainer, resumed from the folder's checkpoint."""
     stored, saved = None, None
     with world.fail_together():
-        data = formats.load(config.data, config.limit_train, config.limit_test, config.reading)
+        limits = config.limit_train, config.limit_test
+        data = (
+            caller.data.first(*limits) if caller.data else formats.load(config.data, *limits, config.reading)
+        )
         stored = run.stored() if run else None
     stored = world.broadcast(stored, "the stored configuration")
     with world.fail_together():
@@ -254,7 +300,7 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
         saved = run.open(config) if run else None
     saved = world.broadcast(saved, "the checkpoint")
     with world.fail_together():
-        trainer = Trainer(config, world, data)
+        trainer = Trainer(config, world, data, caller.model)
     changed: list[str] = []
     with world.fail_together():
         if saved:
@@ -263,7 +309,7 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen) -> Tr
         if run:
             run.prepare(config, saved, {**trainer.environment(), "world_size": world.size}, data.describe())
     note = state.find_best(trainer, run, saved)
-    if run:
+    if world.rank == 0:
         print_start(screen, trainer, data, run)
     if saved:
         screen.say(f"resuming from {saved.path.name}, step {trainer.progress.step} of {trainer.steps}")
@@ -279,7 +325,7 @@ def report_failures(world: World) -> Iterator[None]:
     """Report an unexpected exception to the other ranks and abort the job."""
     try:
         yield
-    except UserError:  # all ranks raise it
+    except (UserError, OnAllRanks):  # all ranks raise it
         world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, state=USER_ERROR))
         raise
     except BaseException as error:
@@ -295,9 +341,9 @@ def print_result(screen: Screen, summary: dict[str, Any], run: Run | None) -> No
     """Print the result, at the end."""
     state = "finished" if summary["finished"] else f"ended early at step {summary['steps']}"
     accuracy = summary["test_accuracy"]
-    rate, path = summary["images_per_second"], run.path if run else ""
+    rate, where = summary["images_per_second"], f"; results in {run.path}" if run else ""
     test = "" if accuracy is None else f"test accuracy {accuracy:.2f} %, "
     screen.say(
         f"{state}: {test}{summary['wall_seconds']:.1f} s, {rate or 0:.0f} images/s on"
-        f" {summary['world_size']} rank(s); results in {path}"
+        f" {summary['world_size']} rank(s){where}"
     )

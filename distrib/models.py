@@ -29,8 +29,30 @@ def find(name: str) -> Model:
     return MODELS[name] if name in MODELS else _own(name)
 
 
+def given(function: Model) -> tuple[str, Model]:
+    """(what --model would name it, the function as `find` returns it) of a function in a caller's program."""
+    for name, own in MODELS.items():
+        if own is function:
+            return name, own
+    called = getattr(function, "__name__", "model")
+    called = called if called.isidentifier() else "model"
+    try:
+        path = Path(inspect.getsourcefile(function) or "")
+    except TypeError:  # of an object that can be called
+        path = Path()
+    if path.suffix != ".py" or not path.is_file():
+        path = Path("notebook.py")  # or whatever has no file
+    name = f"{path}:{called}"
+    return name, _checked(function, path, name)
+
+
 def ships(name: str) -> bool:
     return name in MODELS
+
+
+def short(name: str) -> str:
+    """The name without its folder: a run whose file has moved is the same run."""
+    return name.rpartition("/")[2]
 
 
 def require_form(name: str) -> None:
@@ -82,6 +104,11 @@ def _own(name: str) -> Model:
     function = getattr(_run(path, name), wanted, None)
     if not callable(function):
         raise UserError(f"--model {printable(name, 200)}: {path.name} has no function {wanted}: define it")
+    return _checked(function, path, name)
+
+
+def _checked(function: Model, path: Path, name: str) -> Model:
+    """`function` of a file: what it raises, or returns that is no layer, becomes a UserError."""
 
     def model(shape: Any, classes: int, **options: Any) -> Layer:
         made = _guarded(lambda: function(shape, classes, **options), path, name)

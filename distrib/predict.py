@@ -13,12 +13,12 @@ from distrib import models
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
-from distrib.files import shown
+from distrib.files import printable, shown
 from distrib.pictures.prepare import Pictures, read_pictures, read_scaled
 from distrib.run import checkpoint as ckpt
 from distrib.run.model_spec import network_arguments
 from nn.layer import text
-from nn.network import Network
+from nn.network import Model, Network
 from nn.ops.batch import LABELS
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -63,11 +63,40 @@ class Loaded:
         return self.model.shape == (28, 28, 1) and self.class_names == DIGITS
 
 
-def load(path: Path, own: str | None = None) -> Loaded:
+DAMAGES = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
+"""What a file that says nonsense of its model may make raise."""
+
+
+def load(path: Path, own: str | Model | None = None) -> Loaded:
     """Load the model from a checkpoint file, or of a run's folder: the best that it kept, else the newest.
 
-    `own` is FILE.py:FUNCTION, which makes the layers of a network that does not ship; its user gave it.
+    `own` makes the layers of a network that does not ship: a function, or FILE.py:FUNCTION, which its user
+    gave. UserError, whatever a file says.
     """
+    try:
+        return _load(path, own)
+    except DAMAGES as error:
+        if isinstance(error, UserError):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path}: its description of the model is damaged ({printable(said, 100)}):"
+            " use another checkpoint"
+        ) from None
+
+
+def _load(path: Path, own: str | Model | None) -> Loaded:
+    function: Model | None = None
+    if own is not None and not isinstance(own, str):
+        own, function = models.given(own)
     if path.is_dir() and (best := path / "checkpoints" / ckpt.BEST).exists():
         path = best
     if path.is_dir():
@@ -85,9 +114,10 @@ def load(path: Path, own: str | None = None) -> Loaded:
     name = model_spec["model"]
     if own is None and not models.ships(name):
         raise UserError(f"{path}: its network is {shown(name, 200)}: give that with --model, if you trust it")
-    if own is not None and models.ships(name):
+    if own is not None and models.ships(name) and own != name:
         raise UserError(f"--model {shown(own, 200)}: {path} holds {name}: leave it out")
-    function = models.find(own) if own else None
+    if own is not None and not models.ships(own):
+        function = function or models.find(own)
     try:
         with models.building(own or name):
             model = Network(*network_arguments(model_spec, function), dtype=model_spec["dtype"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distrib import models
 from distrib.comm.world import SLOW_IO_FACTOR
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
@@ -62,11 +63,16 @@ def save(trainer: Trainer, run: Run | None) -> None:
 
 
 def keep_best(trainer: Trainer, run: Run | None) -> None:
-    """Write the model as checkpoints/best.safetensors, in the place of the one before."""
+    """Write the model as checkpoints/best.safetensors, in the place of the one before.
+
+    Without a run's folder rank 0 remembers it.
+    """
     model, spec = trainer.state_dict(), {**trainer.model_spec, "step": trainer.progress.step}
     with trainer.world.fail_together(SLOW_IO_FACTOR):
         if run:
             ckpt.save_model(run.checkpoints / ckpt.BEST, model, spec)
+        else:
+            trainer.best = model
 
 
 def find_best(trainer: Trainer, run: Run | None, saved: ckpt.Checkpoint | None) -> str | None:
@@ -98,7 +104,7 @@ def find_best(trainer: Trainer, run: Run | None, saved: ckpt.Checkpoint | None) 
 
 def take_best(trainer: Trainer, run: Run | None) -> None:
     """Give all ranks the model of the best epoch, which may have been averaged already."""
-    model: ckpt.Tensors | None = None
+    model: ckpt.Tensors | None = trainer.best
     with trainer.world.fail_together(SLOW_IO_FACTOR):
         if run:
             model, _ = ckpt.load_model(run.checkpoints / ckpt.BEST)
@@ -135,7 +141,8 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
     c, path = trainer.config, saved.path
     for name, ours in trainer.model_spec.items():
         held = saved.model_spec.get(name)
-        if held != ours and name != "class_names":
+        same = models.short(str(held)) == models.short(ours) if name == "model" else held == ours
+        if not same and name != "class_names":
             raise UserError(f"{path}: has {name} {held}, this run {ours}: use a matching checkpoint")
     position = dict(saved.position)
     different = c.differences(position.pop("config"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from distrib import models
 from distrib.comm.base import Handle
@@ -24,22 +23,26 @@ from distrib.evaluate import evaluate
 from distrib.graph import Graphs
 from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
-from distrib.run.folder import environment
+from distrib.run.folder import blas_threads, environment
 from distrib.run.model_spec import describe_model, network_arguments
+from distrib.shards import Shards
 from distrib.state import Progress
 from distrib.timing import StepTimer
-from nn.layer import StepContext
-from nn.network import Network
+from nn.layer import OnGrad, StepContext
+from nn.network import Model, Network
 from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
 from nn.ops.loss import loss_and_gradient
+from nn.ops.norm import AllReduce
 from nn.ops.update import average, record_step
 from nn.optim import OPTIMIZERS
+from nn.params import Parameters
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, world: World, data: Dataset) -> None:
+    def __init__(self, config: Config, world: World, data: Dataset, model: Model | None = None) -> None:
+        """Build what `config` says; `model` makes the layers where --model names no file that can be run."""
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
         self.images, self.test_images = (
@@ -52,16 +55,10 @@ class Trainer:
         if data.validation_images is not None and data.validation_labels is not None:
             labels = backend.asarray(data.validation_labels.astype(LABELS))
             self.validation = backend.asarray(data.validation_images), labels
-        self.model_spec = describe_model(config, data)
+        self.model_spec, self.function = describe_model(config, data), model or models.find(config.model)
         try:
             with models.building(config.model):
-                self.model = Network(
-                    *network_arguments(self.model_spec, models.find(config.model)),
-                    seed=config.seed,
-                    backend=backend,
-                    dtype=config.dtype,
-                    activations="uint16" if config.precision == "bf16" else None,
-                )
+                self.model = self._network()
         except UserError:
             raise
         except ValueError as error:
@@ -69,6 +66,7 @@ class Trainer:
         except MemoryError as error:
             raise UserError(f"--width {config.width}: the network needs too much memory ({error})") from None
         self.params = self.model.params
+        self.shards: Shards | None = None
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}
         self.optimizer = optimizer(self.params, **options)
@@ -95,11 +93,12 @@ class Trainer:
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.steps, config.max_steps or self.steps)
-        self.stop_requested = False
+        self.stop_requested = 0  # the signal that asked for it
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
         self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
         self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
         self.saver = ckpt.Saver()
+        self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
         self.graphs: Graphs | None = None
         if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
             self.graphs = Graphs(
@@ -107,9 +106,25 @@ class Trainer:
             )
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
+        if config.reproducible:
+            if not backend.on_host:
+                raise UserError("--reproducible: computes on the host so far: add --backend numpy")
+            self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
         self.started = time.perf_counter()
         self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step
         self.evaluated: float | None = None  # when the evaluation after the current step ended
+
+    def _network(self, params: Callable[[], Parameters] | None = None) -> Network:
+        """The network of the configuration, with weights of its own unless `params` gives some."""
+        config = self.config
+        return Network(
+            *network_arguments(self.model_spec, self.function),
+            seed=config.seed,
+            backend=self.world.backend,
+            dtype=config.dtype,
+            activations="uint16" if config.precision == "bf16" else None,
+            params=params() if params else None,
+        )
 
     def sum_over_ranks(self, x: Any) -> None:
         """Sum `x` (of batch norm) over ranks, in place."""
@@ -147,7 +162,7 @@ class Trainer:
             self.begin_epoch(epoch)
         batch = self.config.batch_size
         count = min(batch, len(self.images) - s * batch)
-        part = sampler.shard(count, self.world.rank, self.world.size)
+        part = self.images_of(count)
         if self.stop_requested:
             self.stop_flag.fill(1)
         tracked = self.model.batches_tracked
@@ -158,6 +173,12 @@ class Trainer:
         self.progress.step += 1
         self.optimizer.steps += 1
         self.progress.images_per_rank[self.world.rank] += part.stop - part.start
+
+    def images_of(self, count: int) -> slice:
+        """Which images of a global batch of `count` this rank computes."""
+        if self.shards:
+            return self.shards.images(count)
+        return sampler.shard(count, self.world.rank, self.world.size)
 
     def _queue(self, *batch_shape: int) -> None:
         """`compute`, as a graph if possible. Waits if the device's queue is full."""
@@ -176,19 +197,49 @@ class Trainer:
 
         All that changes from step to step is read from the device's memory, so that a CUDA graph can hold it.
         """
-        config, model, buffers, timer = self.config, self.model, self.model.buffers, self.timer
-        keys = None if self.keys is None else buffers.persistent("keys", (n,), "uint32")
-        if config.batch_norm == "sync":
-            context = StepContext(True, count, self.batch_norm_sum, keys)
-        else:  # a rank without images must not compute 0/0
-            context = StepContext(True, max(1, n), keys=keys)
+        config, timer = self.config, self.timer
         timer.start()
+        if self.shards:
+            self.shards.step(count)
+        else:
+            # of local statistics, a rank without images must not compute 0/0
+            over = (count, self.batch_norm_sum) if config.batch_norm == "sync" else (max(1, n), None)
+            self.forward_backward(self.model, start, n, count, *over, self.reducer.ready)
+            timer.lap("backward")
+            self.reducer.wait()
+            timer.lap("gradients")
+        if not self.updates_early:
+            self.optimizer.update(self.rates, self.step_in_epoch)
+        for mean, values in self.averages:
+            average(mean, values, self.optimizer.scratch, decay=config.average)
+        record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
+        timer.lap("optimizer")
+
+    def forward_backward(
+        self,
+        model: Network,
+        start: int,
+        n: int,
+        count: int,
+        statistics_of: int,
+        all_reduce: AllReduce | None,
+        on_grad: OnGrad = lambda _: None,
+    ) -> None:
+        """Gradient and step metrics of images start … start + n of a global batch of `count`.
+
+        Batch norm takes its statistics over `statistics_of` images, of which `all_reduce` adds up the parts.
+        """
+        config, buffers = self.config, model.buffers
+        keys = None if self.keys is None else buffers.persistent("keys", (n,), "uint32")
+        context = StepContext(True, statistics_of, all_reduce, keys)
         x, labels = buffers.image("input", (n, *model.shape)), buffers.persistent("labels", (n,), LABELS)
         source = Source(self.images, self.labels, self.order, self.warps, config.cutout)
         gather_batch(x, labels, source, self.step_in_epoch, config.batch_size, start)
         if keys is not None:
             gather_keys(keys, self.keys, self.order, self.step_in_epoch, config.batch_size, start)
-        timer.lap("data")
+        whole = model is self.model  # of several networks side by side, the phases are not timed
+        if whole:
+            self.timer.lap("data")
         logits = model.forward(x, context)
         dlogits = buffers.persistent("dlogits", logits.shape, str(model.dtype))
         loss_and_gradient(
@@ -196,23 +247,15 @@ class Trainer:
             labels,
             self.stop_flag,
             dlogits,
-            self.local_loss,
-            self.params.step_metrics,
+            self.local_loss if whole else buffers.persistent("loss", (1,)),
+            model.params.step_metrics,
             loss=config.loss,
             count=count,
             smoothing=config.label_smoothing,
         )
-        timer.lap("forward")
-        model.backward(dlogits, context, self.reducer.ready)
-        timer.lap("backward")
-        self.reducer.wait()
-        timer.lap("gradients")
-        if not self.updates_early:
-            self.optimizer.update(self.rates, self.step_in_epoch)
-        for mean, values in self.averages:
-            average(mean, values, self.optimizer.scratch, decay=config.average)
-        record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
-        timer.lap("optimizer")
+        if whole:
+            self.timer.lap("forward")
+        model.backward(dlogits, context, on_grad)
 
     def _update(self, bucket: slice, total: Handle) -> None:
         """Update a bucket's parameters beside the backward, which does not read them any more."""
@@ -224,10 +267,11 @@ class Trainer:
             self.optimizer.update(self.rates, self.step_in_epoch, part)
 
     def close(self) -> None:
-        """Release the graphs, then the communicator: NCCL waits for graphs that hold its calls."""
+        """Release the graphs: NCCL's close waits for those that hold its calls."""
         self.saver.close()
         self.graphs = None
-        self.world.transport.close()
+        if self.shards:
+            self.shards.close()
 
     @contextmanager
     def averaged(self, share: float | None = None) -> Iterator[None]:
@@ -301,10 +345,9 @@ class Trainer:
         self, what: str, images: Any, labels: Any, logits: list[np.ndarray] | None = None
     ) -> dict[str, float]:
         self.share_statistics()
+        comm, in_blocks = self.world.transport, self.config.reproducible
         with self.waiting("the evaluation"), self.averaged():
-            loss, accuracy = evaluate(
-                self.model, images, labels, self.config.loss, self.world.transport, logits
-            )
+            loss, accuracy = evaluate(self.model, images, labels, self.config.loss, comm, logits, in_blocks)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(
@@ -330,37 +373,3 @@ class Trainer:
             "train_loss": self.progress.loss_sum / self.progress.images,
             "train_accuracy": 100 * self.progress.correct / self.progress.images,
         }
-
-    def summary(self, result: dict[str, float]) -> dict[str, Any]:
-        """The contents of summary.json. Collective."""
-        progress, world = self.progress, self.world
-        if progress.images:  # stopped within an epoch: the figures so far
-            result = {**result, **self.train_metrics()}
-        digest = ckpt.digest(self.state_dict())
-        images = self.images_per_rank()
-        return {
-            "finished": self.is_finished(),
-            "test_accuracy": result.get("test_accuracy"),
-            "test_loss": result.get("test_loss"),
-            "train_accuracy": result.get("train_accuracy"),
-            "train_loss": result.get("train_loss"),
-            **{name: value for name, value in result.items() if name.startswith(("validation_", "best_"))},
-            "epochs": progress.step // self.steps_per_epoch,
-            "steps": progress.step,
-            "world_size": world.size,
-            "backend": world.backend.name,
-            "communicator": world.transport.name,
-            "parameters": self.params.count,
-            "images_per_second": sum(images) / progress.train_seconds if progress.train_seconds else None,
-            "images_per_rank": images,
-            "wall_seconds": self.wall_seconds(self.evaluated),
-            "parameter_digest": digest,
-            "rank_digests": world.allgather(digest, "the comparison of digests"),
-        }
-
-
-def blas_threads() -> int:
-    """Threads that BLAS uses for matrix products."""
-    return max(
-        (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
-    )

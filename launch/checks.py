@@ -20,7 +20,8 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from distrib import launched_ranks
-from distrib.comm.world import MULTI_RANK_NCCL, World, import_mpi
+from distrib.comm.choice import MULTI_RANK_NCCL
+from distrib.comm.world import World, import_mpi
 from distrib.data import formats
 from distrib.errors import UserError
 from launch.machine import devices

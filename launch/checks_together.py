@@ -9,7 +9,8 @@ import time
 from collections import Counter
 
 from distrib import launched_ranks
-from distrib.comm.world import MULTI_RANK_NCCL, World
+from distrib.comm.choice import MULTI_RANK_NCCL
+from distrib.comm.world import World
 from launch.bench.sums import Values
 from launch.checks import FAILURE, OK, WARNING, Facts, Finding
 

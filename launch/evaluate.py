@@ -9,9 +9,10 @@ import typer
 
 from distrib.comm.base import SingleCommunicator
 from distrib.evaluate import evaluate as run
+from distrib.predict import load
 from launch.entry import AsJson, Model, OwnModel, number, one_process
 from launch.report.records import shown
-from launch.report.runs import load_data, load_model
+from launch.report.runs import load_data
 
 
 @one_process
@@ -28,7 +29,7 @@ def evaluate(
 
     Example: distrib evaluate runs/first --json
     """
-    found = load_model(checkpoint, model)
+    found = load(checkpoint, model)
     test = load_data(found, data, limit_test)
     found.require_fit(test)
     loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distrib.errors import UserError
-from distrib.export import OPSET, TOLERANCE, build, compare, format_of, require_free, to_safetensors
+from distrib.export import OPSET, build, compare, format_of, require_equal, require_free, to_safetensors
 from distrib.files import require, write
-from distrib.predict import Loaded
+from distrib.predict import Loaded, load
 from launch.entry import Model, OwnModel, number, one_process
 from launch.report.records import shown
-from launch.report.runs import load_data, load_model
+from launch.report.runs import load_data
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -25,12 +24,7 @@ def check_onnx(made: ModelProto, loaded: Loaded, data: str | None, limit: int | 
     test = load_data(loaded, data, limit)
     loaded.require_fit(test)
     difference, others = compare(made.SerializeToString(), loaded, test.test_images)
-    if difference > TOLERANCE:
-        raise UserError(
-            f"the exported graph's logits differ from the checkpoint's by {difference:.1e} of the largest,"
-            f" above {TOLERANCE:.0e}: nothing was written; export to .safetensors, or report it with"
-            f" {loaded.path}"
-        )
+    require_equal(difference, loaded)
     return (
         f"checked with onnxruntime on {len(test.test_images)} images of {shown(test.name)}: logits differ by"
         f" at most {difference:.1e} of the largest, and {others or 'no'} images get another class"
@@ -75,7 +69,7 @@ def export(
         require("onnx")
         if check:
             require("onnxruntime")
-    found = load_model(checkpoint, model)
+    found = load(checkpoint, model)
     require_free(out, found.path)
     spec, dtype, notes = found.model_spec, found.model_spec["dtype"], []
     network = spec["variant"] if spec["model"] == "resnet9" else spec["model"]

@@ -118,6 +118,10 @@ class Layer(ABC):
         """Whether what it returns in training now belongs to the next layer, until that one's backward."""
         return False
 
+    def take_part(self, dy: Array) -> bool:
+        """Take over a part of dL/dy, which its next `backward` adds to the other; False if it does not."""
+        return False
+
     def can_add(self) -> bool:
         """Whether `forward_added` and `backward_added` do a residual's addition in its pass."""
         return False

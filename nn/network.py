@@ -36,7 +36,7 @@ class Network:
     `params` holds the parameters, `statistics` the running statistics in one vector, and `running` views into
     it by name. Weights come from `seed` alone. `activations` is their dtype where it is not the parameters':
     uint16, which holds the bits of bfloat16, for layers that take it (`Layer.bf16`). With `poison`, for
-    tests, see `Buffers`.
+    tests, see `Buffers`. `params` are those of a network of the same layers, to compute with its weights.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Network:
         dtype: str = "float32",
         activations: str | None = None,
         poison: bool = False,
+        params: Parameters | None = None,
     ) -> None:
         self.layers = layers = model(shape, classes, **(options or {}))
         self.shape, self.classes = tuple(shape), classes
@@ -73,7 +74,7 @@ class Network:
             raise ValueError(f"{plain[0].name}: {kind} does not compute in bf16: give another precision")
         self.buffers = Buffers(backend, activations or dtype, poison=poison)
         specs = [spec for layer in layers.walk() for spec in layer.specs()]
-        self.params = Parameters(specs, backend, dtype, narrow=activations)
+        self.params = params or Parameters(specs, backend, dtype, narrow=activations)
         sizes = {name: size for layer in layers.walk() for name, size in layer.statistics().items()}
         self.statistics = backend.xp.zeros(sum(sizes.values()), self.dtype)
         stops = np.cumsum(list(sizes.values()), dtype=int).tolist()
@@ -84,7 +85,8 @@ class Network:
         self.batches_tracked = 0
         for layer in layers.walk():
             layer.bind(self.params, self.running, self.buffers)
-        self.params.initialise(np.random.default_rng(seed))
+        if params is None:
+            self.params.initialise(np.random.default_rng(seed))
 
     def convs(self) -> list[Conv]:
         """All convolutions, in the order of their parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -95,6 +96,15 @@ class Parameters:
         made.value, made.grad = made.view(self.values), made.view(self.grads)
         made.compute = made.value if self.compute is None else made.view(self.compute)
         return made
+
+    def twin(self) -> Parameters:
+        """The same values, with gradients and step metrics of their own."""
+        twin = copy.copy(self)
+        twin.comm_buffer = self.backend.xp.zeros_like(self.comm_buffer)
+        size = self.grads.size
+        twin.grads, twin.step_metrics = twin.comm_buffer[:size], twin.comm_buffer[size:]
+        twin._named = {spec.name: twin._view(spec, self[spec.name].start) for spec in self._specs}
+        return twin
 
     def initialise(self, rng: np.random.Generator) -> None:
         """PyTorch's defaults, U(−1/√fan_in, 1/√fan_in), drawn in float64 in a fixed order and layout."""

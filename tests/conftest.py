@@ -62,7 +62,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(getattr(config, "cache_folder", ""), ignore_errors=True)
 
 
-LONG = ("test_slurm", "test_graph", "test_failures", "test_reproduce", "test_bench", "test_pictures")
+LONG = [
+    f"test_{name}"
+    for name in (
+        *("slurm", "failures", "reproduce", "graph", "bench", "bench_allreduce", "pictures", "suspend"),
+        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli", "torch_parity"),
+    )
+]
 """The longest files: where several workers share the tests, these come first."""
 
 
@@ -190,7 +196,7 @@ def losses(folder: Path) -> list[float]:
 def write_idx(path: Path, array: np.ndarray) -> None:
     """An IDX file of unsigned bytes, gzipped if the name says so; of images of one channel, without its
     axis."""
-    array = array[..., 0] if array.ndim == 4 else array
+    array = array[..., 0] if array.ndim == 4 and array.shape[3] == 1 else array
     head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     data = head + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

@@ -99,6 +99,7 @@ NEEDS = {
     "onnx": Need(packages("onnx", "onnxruntime"), "ONNX and its runtime", REPORT),
     "report": Need(packages("matplotlib", "jinja2"), "the extra report", REPORT),
     "tensorboard": Need(packages("tensorboard"), "TensorBoard", DEV),
+    "notebook": Need(packages("nbclient", "nbformat", "ipykernel"), "a notebook's kernel", DEV),
     "build": Need(packages("build"), "build", DEV),
     "cupy": Need(packages("cupy"), "CuPy", DEV),
     "nvrtc": Need(installed(*nvrtc.PACKAGES.values()), "NVRTC of CUDA 12 and 13", DEV),

@@ -22,11 +22,22 @@ class _Request:
         self._comm.call("all_reduce of a gradient bucket", self._request.Wait)
 
 
-class MpiCommunicator:
-    """All-reduce over MPI on NumPy arrays.
+class _Requests:
+    """Non-blocking calls whose wait the caller bounds."""
 
-    Overlapped sums (gradient buckets) and blocking ones (batch norm) use two duplicates of the communicator,
-    so that MPI matches them independently.
+    def __init__(self, *requests: Any) -> None:
+        self._requests = requests
+
+    def wait(self) -> None:
+        for request in self._requests:
+            request.Wait()
+
+
+class MpiCommunicator:
+    """Collectives over MPI on NumPy arrays.
+
+    Non-blocking calls (gradient buckets, say) and blocking ones (batch norm) use two duplicates of the
+    communicator, so that MPI matches them independently.
     """
 
     name, version, graph_safe, sums_bf16, staged = "mpi", "", False, False, False
@@ -35,15 +46,17 @@ class MpiCommunicator:
         self._world, self._watchdog = world, watchdog
         self._blocking, self._overlapped = world.Dup(), world.Dup()
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
+        self._closed = False
 
     def call(self, what: str, function: Any, *args: Any) -> Any:
         """Call a blocking function under the watchdog."""
         with self._watchdog.waiting(what):
             return function(*args)
 
-    def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
+    def all_reduce(self, x: Array, overlap: bool = False, op: str = "sum") -> Handle:
         from mpi4py import MPI
 
+        assert op == "sum"
         if overlap:
             return _Request(self, self._overlapped.Iallreduce(MPI.IN_PLACE, x), x)
         self.call("all_reduce of batch-norm sums", self._blocking.Allreduce, MPI.IN_PLACE, x)
@@ -59,8 +72,73 @@ class MpiCommunicator:
         self._world.Abort(1)
 
     def close(self) -> None:
-        self._blocking.Free()
-        self._overlapped.Free()
+        if not self._closed:
+            self._closed = True
+            free(self._blocking)
+            free(self._overlapped)
+
+    def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
+        from mpi4py import MPI
+
+        return _Requests(self._overlapped.Iallreduce(MPI.IN_PLACE, x, _operation(op)))
+
+    def start_broadcast(self, x: Array, root: int) -> Handle:
+        return _Requests(self._overlapped.Ibcast(x, root))
+
+    def start_gather(self, x: Array, into: Array) -> Handle:
+        return _Requests(self._overlapped.Iallgather(x, into))
+
+    def start_scatter(self, x: Array, into: Array, op: str) -> Handle:
+        return _Requests(self._overlapped.Ireduce_scatter_block(x, into, _operation(op)))
+
+    def start_exchange(
+        self, send: Array | None, to: int | None, receive: Array | None, source: int | None
+    ) -> Handle:
+        requests = []
+        if receive is not None:
+            requests.append(self._overlapped.Irecv(receive, source))
+        if send is not None:
+            requests.append(self._overlapped.Isend(send, to))
+        return _Requests(*requests)
+
+    def synchronize(self) -> None:
+        pass
+
+    def over(self, control_comm: Any) -> MpiCommunicator:
+        return MpiCommunicator(control_comm, self._watchdog)
+
+
+def _operation(name: str) -> Any:
+    from mpi4py import MPI
+
+    return {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}[name]
+
+
+def free(comm: Any) -> None:
+    """Free an mpi4py communicator, unless MPI has ended before."""
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        comm.Free()
+
+
+def split(control_comm: Any, color: int | None, key: int) -> Any:
+    """The communicator of the ranks with the same `color`, ordered by `key`; None for color None."""
+    from mpi4py import MPI
+
+    group = control_comm.Split(MPI.UNDEFINED if color is None else color, key)
+    return None if group == MPI.COMM_NULL else group
+
+
+class _Upload:
+    """Copies results from the host into device arrays, in stream order, once they are there."""
+
+    def __init__(self, comm: StagedCommunicator, handle: Handle, host: np.ndarray, x: Array) -> None:
+        self._comm, self._handle, self._host, self._x = comm, handle, host, x
+
+    def wait(self) -> None:
+        self._handle.wait()
+        self._x[...] = self._comm.backend.asarray(self._host)
 
 
 class StagedCommunicator(MpiCommunicator):
@@ -70,17 +148,53 @@ class StagedCommunicator(MpiCommunicator):
 
     def __init__(self, world: Any, watchdog: Watchdog, backend: Backend) -> None:
         super().__init__(world, watchdog)
-        self._backend = backend
+        self.backend = backend
 
-    def all_reduce(self, x: Array, overlap: bool = False) -> Handle:
-        if self._backend.side_stream:  # which computes the gradients of weights
-            self._backend.side_stream.join(self._backend.stream)
-        host = np.array(self._backend.to_host(x))
-        super().all_reduce(host)
-        x[...] = self._backend.asarray(host)
+    def _on_host(self, x: Array) -> np.ndarray:
+        """A copy of `x`, once all that was queued before has run."""
+        if self.backend.side_stream:  # which computes the gradients of weights
+            self.backend.side_stream.join(self.backend.stream)
+        return np.array(self.backend.to_host(x))
+
+    def all_reduce(self, x: Array, overlap: bool = False, op: str = "sum") -> Handle:
+        host = self._on_host(x)
+        super().all_reduce(host, op=op)
+        x[...] = self.backend.asarray(host)
         return DONE
 
     def broadcast(self, x: Array, root: int = 0) -> None:
-        host = np.array(self._backend.to_host(x))
+        host = self._on_host(x)
         super().broadcast(host, root)
-        x[...] = self._backend.asarray(host)
+        x[...] = self.backend.asarray(host)
+
+    def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
+        host = self._on_host(x)
+        return _Upload(self, super().start_reduce(host, op), host, x)
+
+    def start_broadcast(self, x: Array, root: int) -> Handle:
+        host = self._on_host(x)
+        return _Upload(self, super().start_broadcast(host, root), host, x)
+
+    def start_gather(self, x: Array, into: Array) -> Handle:
+        parts = np.empty(into.size, into.dtype)
+        return _Upload(self, super().start_gather(self._on_host(x), parts), parts, into)
+
+    def start_scatter(self, x: Array, into: Array, op: str) -> Handle:
+        part = np.empty(into.size, into.dtype)
+        return _Upload(self, super().start_scatter(self._on_host(x), part, op), part, into)
+
+    def start_exchange(
+        self, send: Array | None, to: int | None, receive: Array | None, source: int | None
+    ) -> Handle:
+        sent = None if send is None else self._on_host(send)
+        if receive is None:
+            return super().start_exchange(sent, to, None, None)
+        host = np.empty(receive.size, receive.dtype)
+        return _Upload(self, super().start_exchange(sent, to, host, source), host, receive)
+
+    def synchronize(self) -> None:
+        if self.backend.stream is not None:
+            self.backend.cuda.get_current_stream().synchronize()
+
+    def over(self, control_comm: Any) -> StagedCommunicator:
+        return StagedCommunicator(control_comm, self._watchdog, self.backend)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from distrib.comm.base import Communicator, Handle
-from nn.array import Array
+from distrib.comm.base import BF16, Handle, Sums
 from nn.ops.bf16 import from_bf16, to_bf16
 from nn.params import Parameter, Parameters
 
@@ -27,7 +26,7 @@ class Reducer:
     def __init__(
         self,
         params: Parameters,
-        comm: Communicator,
+        comm: Sums,
         dtype: str = "float32",
         bucket_bytes: int = BUCKET_BYTES,
         then: Callable[[slice, Handle], None] | None = None,
@@ -55,19 +54,19 @@ class Reducer:
         self._pending[self._bucket_of[parameter.name]] -= 1
         while len(self._handles) < len(self.buckets) and self._pending[len(self._handles)] == 0:
             bucket = self.buckets[len(self._handles)]
-            self._handles.append(self._comm.all_reduce(self._payload(bucket), overlap=True))
+            self._handles.append(self._send(bucket))
             if self._then:
                 self._then(bucket, self._handles[-1])
 
-    def _payload(self, bucket: slice) -> Array:
-        """The array to send for a bucket."""
+    def _send(self, bucket: slice) -> Handle:
+        """Start the sum of a bucket."""
         if self._bf16 is None:
-            return self._buffer[bucket]
+            return self._comm.all_reduce(self._buffer[bucket], overlap=True)
         part = slice(bucket.start, min(bucket.stop, self._bf16.size))
         # convert on the stream that computes the gradients of weights
         with self._side_stream.fork() if self._side_stream else nullcontext():
             to_bf16(self._buffer[part], self._bf16[part])
-        return self._bf16[part]
+        return self._comm.all_reduce(self._bf16[part], overlap=True, op=BF16)
 
     def wait(self) -> None:
         """Return when the whole gradient is the sum over ranks."""

@@ -1,4 +1,4 @@
-"""Joins the ranks, and chooses a backend and a communicator that all of them can use."""
+"""Joins the ranks: starts MPI where nobody has, and connects them by what all of them can use."""
 
 from __future__ import annotations
 
@@ -6,44 +6,72 @@ import atexit
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from distrib import launched_ranks
-from distrib.comm.base import Communicator, SingleCommunicator, SingleControl
-from distrib.errors import UserError
+from distrib.comm.base import SingleCommunicator, SingleControl, Transport, first_error
+from distrib.comm.choice import choose_backend, device_transport
+from distrib.comm.library import Comm
+from distrib.comm.mpi import MpiCommunicator, free
+from distrib.config import CHOICES
+from distrib.errors import OnAllRanks, UserError
 from distrib.faults.watchdog import Watchdog, abort_on_crash, kill_after
-from nn.cuda import backend as backends
-from nn.device import NUMPY, Backend
+from nn.device import Backend
 
 SLOW_IO_FACTOR = 10
 """Timeouts that the ranks wait for work of rank 0 alone, such as writing to a slow shared disk."""
 
-MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
-
 
 @dataclass
 class World:
-    """This rank's place among all ranks, and how it reaches them.
+    """This rank's place among all ranks, and how it reaches them; `connect` makes it.
 
-    `transport` moves the trainer's arrays; `control_comm` (mpi4py's, or `SingleControl`) exchanges small
-    Python objects. `hosts`
-    has the host of each rank. `choice_explanation` says why backend and communicator were chosen.
+    `comm` is for your own arrays, NumPy's or CuPy's; `transport` moves the trainer's, unchecked.
+    `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts` has the host of each
+    rank. `choice_explanation` says why backend and communicator were chosen. `host` is the transport of NumPy
+    arrays where `transport` is a device's. `resources` releases all of them.
+
+        with connect() as world:
+            world.comm.all_reduce(x).wait()
+
+    An error that all ranks have (UserError, OnAllRanks) closes the world. With another one, of this rank
+    alone, it stays open, so that the crash of this rank ends the others.
     """
 
-    transport: Communicator
+    transport: Transport
     control_comm: Any
     backend: Backend
     choice_explanation: str
     watchdog: Watchdog
     hosts: list[str]
+    host: Transport | None = None
+    resources: ExitStack = field(default_factory=ExitStack, repr=False)
 
-    @property
-    def comm(self) -> Communicator:
-        return self.transport
+    @cached_property
+    def comm(self) -> Comm:
+        """Collectives on your own arrays. Nothing is sent by reading it."""
+        device = None if self.backend.on_host else self.transport
+        host = self.transport if self.backend.on_host else self.host
+        return Comm(self.control_comm, host, device, self.backend, self.watchdog)
+
+    def close(self) -> None:
+        """Wait for what is pending in `comm`, then release all that `connect` made. Every rank calls it.
+
+        A second call does nothing. MPI itself stays up, for the next `connect`.
+        """
+        self.comm.close()
+        self.resources.close()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.size == 1 or issubclass(kind, (UserError, OnAllRanks)):
+            self.close()
 
     @property
     def comm_version(self) -> dict[str, str]:
@@ -74,10 +102,8 @@ class World:
         except UserError as error:
             message = str(error)
         found = self.allgather(message, "the errors of all ranks", timeouts)
-        for rank, text in enumerate(found):
-            if text is not None:
-                where = "" if rank == 0 or all(found) else f" (rank {rank})"
-                raise UserError(f"{text}{where}")
+        if text := first_error(found, name_rank_0=False):
+            raise UserError(text)
 
     def broadcast(self, value: Any, what: str) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -90,24 +116,28 @@ class World:
             return list(self.control_comm.allgather(value))
 
 
-MPI_INIT_SECONDS = 300
-"""MPI_Init of a large job may take minutes. After this long it is considered hung."""
+LEAST_MPI_INIT, MPI_INIT_TIMEOUTS = 60, 5
+"""MPI_Init is considered hung after so many seconds and so many timeouts: in a large job it takes long."""
+
+_mpi_is_ours = False  # whether this module started MPI, not the program before
 
 
-def import_mpi() -> Any:
+def import_mpi(timeout: float = 60.0) -> Any:
     """Import `mpi4py.MPI`, which calls MPI_Init. RuntimeError in one line if it cannot be imported."""
+    global _mpi_is_ours
     os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # saves a second in MPI_Init
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
     if "mpi4py.MPI" in sys.modules:
         return sys.modules["mpi4py.MPI"]
     try:
-        with kill_after(MPI_INIT_SECONDS, "MPI_Init"):
+        with kill_after(max(LEAST_MPI_INIT, MPI_INIT_TIMEOUTS * timeout), "MPI_Init"):
             from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
     except RuntimeError as error:  # mpi4py reports a missing library in many lines
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
+    _mpi_is_ours = True
     return MPI
 
 
@@ -118,9 +148,38 @@ def end_mpi(mpi: Any, seconds: float) -> None:
             mpi.Finalize()
 
 
-def _join(comm: str) -> tuple[Any, str]:
-    """(control communicator, explanation): MPI_COMM_WORLD if there is more than this process."""
-    launched = launched_ranks()
+def _started_ranks() -> int:
+    """Number of ranks that a launcher started, as its variables say or an MPI that is already up."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    return max(launched_ranks(), mpi.COMM_WORLD.Get_size() if mpi and up else 1)
+
+
+def _given(comm: Any) -> tuple[Any, str]:
+    """`_join` on a caller's mpi4py communicator."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not isinstance(comm, mpi.Comm):
+        raise UserError(f"comm {comm!r}: give {', '.join(CHOICES['comm'])}, or an mpi4py communicator")
+    _require_mpi_up(mpi)
+    if comm == mpi.COMM_NULL:
+        raise UserError("comm MPI.COMM_NULL: only the ranks of a communicator can connect on it")
+    if comm.Is_inter():
+        raise UserError("comm: an intercommunicator has no ranks of its own: give its Merge()")
+    return comm, f"{comm.Get_size()} ranks of the given communicator"
+
+
+def _require_mpi_up(mpi: Any) -> None:
+    if mpi.Is_finalized():
+        raise UserError("MPI has been finalized, and cannot start again: connect before MPI.Finalize()")
+    if not mpi.Is_initialized():
+        raise UserError("mpi4py was told not to start MPI: call MPI.Init() before you connect")
+
+
+def _join(comm: Any, timeout: float) -> tuple[Any, str]:
+    """(communicator, explanation): MPI_COMM_WORLD if there is more than this process, or the given one."""
+    if not isinstance(comm, str):
+        return _given(comm)
+    launched = _started_ranks()
     if comm == "none" and launched > 1:  # a shell inside srun -n 4 --pty, say
         return (
             SingleControl(),
@@ -129,9 +188,10 @@ def _join(comm: str) -> tuple[Any, str]:
     if comm in ("auto", "none") and launched == 1:
         return SingleControl(), "one process: no mpirun or srun started more"
     try:
-        mpi = import_mpi()
+        mpi = import_mpi(timeout)
     except RuntimeError as error:
         raise UserError(f"--comm {comm} with {launched} ranks: {error}") from None
+    _require_mpi_up(mpi)
     world = mpi.COMM_WORLD
     if world.Get_size() == 1 and launched > 1:
         raise UserError(
@@ -139,95 +199,6 @@ def _join(comm: str) -> tuple[Any, str]:
             " use the mpirun of this MPI library, or srun --mpi=pmix; for one process alone give --comm none"
         )
     return world, f"{world.Get_size()} ranks over MPI"
-
-
-def _local_rank(control_comm: Any) -> int:
-    """Number of lower ranks on this host."""
-    hosts = control_comm.allgather(socket.gethostname())
-    return int(hosts[: control_comm.rank].count(hosts[control_comm.rank]))
-
-
-def _choose_backend(name: str, precision: str, control_comm: Any) -> tuple[Backend, str]:
-    """(backend, explanation): one that all ranks can use. UserError if it is not the one asked for."""
-    missing, local_rank = None, _local_rank(control_comm)
-    if name != "numpy":
-        try:
-            cupy = backends.cupy_backend(precision, local_rank)
-        except RuntimeError as error:
-            missing = str(error)
-    everyone = control_comm.allgather(missing)
-    absent = next(
-        (f"rank {rank}: {why}" if len(everyone) > 1 else why for rank, why in enumerate(everyone) if why),
-        None,
-    )
-    if name == "cupy" and absent:
-        raise UserError(f"--backend cupy: {absent}")
-    if name == "numpy":
-        chosen, why = NUMPY, "asked for"
-    elif absent:
-        chosen, why = NUMPY, absent
-    else:
-        chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
-    if chosen is NUMPY and precision in ("tf32", "bf16"):
-        raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
-    algorithms = control_comm.allgather(sorted(chosen.algorithms))
-    if algorithms != algorithms[:1] * len(algorithms):
-        odd = next(rank for rank, other in enumerate(algorithms) if other != algorithms[0])
-        raise UserError(
-            f"rank {odd} has the convolutions {', '.join(algorithms[odd])}, rank 0"
-            f" {', '.join(algorithms[0])}: install the same libraries for all ranks"
-        )
-    if precision == "bf16" and "cudnn" not in chosen.algorithms:
-        raise UserError(f"--precision bf16 needs cuDNN: {' '.join(chosen.notes)}")
-    return chosen, why
-
-
-def _devices(control_comm: Any, backend: Backend) -> tuple[int, int]:
-    """(this rank's device, the largest number of ranks on one GPU)."""
-    runtime = backend.xp.cuda.runtime
-    device = int(runtime.getDevice())
-    # both: CuPy cuts the UUID at a zero byte, and the parts of a divided GPU share the bus id
-    identity = f"{runtime.deviceGetPCIBusId(device)} {runtime.getDeviceProperties(device)['uuid']!r}"
-    places = control_comm.allgather((socket.gethostname(), identity))
-    return device, max(places.count(place) for place in places)
-
-
-def _device_communicator(
-    name: str, control_comm: Any, backend: Backend, watchdog: Watchdog
-) -> tuple[Communicator, str]:
-    """(communicator, explanation): NCCL if all ranks can use it, else MPI through the host."""
-    from distrib.comm.mpi import StagedCommunicator
-
-    device, sharing = _devices(control_comm, backend)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CuPy's warning has many lines, ours one
-        from cupy.cuda import nccl
-    version: int = 0
-    missing: str | None = "CuPy finds no NCCL library: pip install nvidia-nccl-cu12 (or -cu13)"
-    if nccl.available:
-        version, missing = nccl.get_version(), None
-    may_share = version >= MULTI_RANK_NCCL and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    if sharing > 1 and not missing and not may_share:
-        missing = (
-            f"{sharing} ranks share one GPU, which takes NCCL 2.30 (found {version}) and"
-            " NCCL_MULTI_RANK_GPU_ENABLE=1: start one rank per GPU, or use --comm mpi"
-        )
-    missing = next((why for why in control_comm.allgather(missing) if why), None)
-    if name == "mpi" or (name == "auto" and missing):
-        return StagedCommunicator(control_comm, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
-    if missing:
-        raise UserError(f"--comm nccl: {missing}")
-    from distrib.comm.nccl import NcclCommunicator
-
-    return NcclCommunicator(
-        control_comm,
-        backend.xp.cuda,
-        nccl,
-        device,
-        watchdog,
-        lambda: backend.xp.zeros(1, "float32"),
-        backend.side_stream,
-    ), ""
 
 
 def _check_same_options(control_comm: Any, options: dict[str, str]) -> None:
@@ -242,42 +213,97 @@ def _check_same_options(control_comm: Any, options: dict[str, str]) -> None:
                 )
 
 
+def _check_names(**options: str) -> None:
+    for option, value in options.items():
+        if value not in CHOICES[option]:
+            raise UserError(f"--{option} {value}: give one of {', '.join(CHOICES[option])}")
+
+
+def _leave_stream(backend: Backend) -> None:
+    """Make the caller's stream the current one again."""
+    current = backend.cuda.get_current_stream()
+    current.synchronize()
+    if current == backend.stream:
+        current.__exit__(None, None, None)
+
+
+def _own(joined: Any, watchdog: Watchdog, resources: ExitStack) -> Any:
+    """A duplicate of an mpi4py communicator: what a program sends there never meets what we send."""
+    with watchdog.waiting("the meeting of all ranks"):
+        control_comm = joined.Dup()
+    resources.callback(free, control_comm)
+    if _mpi_is_ours:
+        resources.callback(abort_on_crash(watchdog, lambda: control_comm.Abort(1)))
+        atexit.unregister(end_mpi)
+        # while rank 0 may still write a checkpoint
+        atexit.register(end_mpi, import_mpi(), SLOW_IO_FACTOR * watchdog.timeout)
+    return control_comm
+
+
 def connect(
-    comm: str = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0
+    comm: Any = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0
 ) -> World:
     """Join the other ranks and choose backend and communicator, given the options of the command line.
 
-    Raises the same UserError on every rank if an option asks for something that is not available, or if the
-    ranks were started with different options.
-    """
-    control_comm, ranks = _join(comm)
-    single = isinstance(control_comm, SingleControl)
-    rank = 0 if single else int(control_comm.Get_rank())
-    watchdog = Watchdog(rank, timeout)
-    if not single:
-        abort_on_crash(watchdog, lambda: control_comm.Abort(1))
-        atexit.register(
-            end_mpi, import_mpi(), SLOW_IO_FACTOR * timeout
-        )  # while rank 0 may still write a checkpoint
-    with watchdog.waiting("the choice of backend and communicator"):
-        _check_same_options(control_comm, {"comm": comm, "backend": backend, "precision": precision})
-        chosen, why = _choose_backend(backend, precision, control_comm)
-        communicator: Communicator
-        if chosen.on_host and comm == "nccl":
-            raise UserError(
-                f"--comm nccl needs a GPU: {why}"
-                if why != "asked for"
-                else "--comm nccl needs --backend cupy"
-            )
-        if single:
-            communicator = SingleCommunicator()
-        elif chosen.on_host:
-            from distrib.comm.mpi import MpiCommunicator
+    `comm` may also be an mpi4py communicator, of any subset of ranks: the world then is a duplicate of it.
+    A program that imported `mpi4py.MPI` before keeps its own excepthook and end of MPI. Otherwise MPI is
+    started here, and until `World.close` an uncaught exception of one rank ends the job.
 
-            communicator = MpiCommunicator(control_comm, watchdog)
-        else:
-            communicator, note = _device_communicator(comm, control_comm, chosen, watchdog)
-            ranks += note
-        hosts = control_comm.allgather(socket.gethostname())
-    explanation = f"backend {chosen.name} ({why}), communicator {communicator.name} ({ranks})"
-    return World(communicator, control_comm, chosen, explanation, watchdog, hosts)
+    No wait for other ranks is longer than `timeout` seconds; for the start of MPI it is a minute or five
+    timeouts. Then the rank prints what it waited for, and the job ends.
+
+    Raises the same UserError on every rank if an option asks for something that is not available, if the
+    ranks were started with different options, or if the set-up fails on one of them.
+    """
+    _check_names(backend=backend, precision=precision, **({"comm": comm} if isinstance(comm, str) else {}))
+    if not timeout > 0:
+        raise UserError(f"--timeout {timeout}: must be a number of seconds above 0")
+    joined, ranks = _join(comm, timeout)
+    rank = 0 if isinstance(joined, SingleControl) else int(joined.Get_rank())
+    watchdog = Watchdog(rank, timeout)
+    resources = ExitStack()
+    resources.callback(watchdog.stop)
+    try:
+        control_comm = joined if isinstance(joined, SingleControl) else _own(joined, watchdog, resources)
+        with watchdog.waiting("the choice of backend and communicator"):
+            return _choose(comm, backend, precision, control_comm, ranks, watchdog, resources)
+    except UserError:  # all ranks have it; after any other the crash of this rank must end the others
+        resources.close()
+        raise
+
+
+def _choose(
+    comm: Any,
+    backend: str,
+    precision: str,
+    control_comm: Any,
+    ranks: str,
+    watchdog: Watchdog,
+    resources: ExitStack,
+) -> World:
+    """`connect` on joined ranks."""
+    name = comm if isinstance(comm, str) else "auto"
+    _check_same_options(control_comm, {"comm": name, "backend": backend, "precision": precision})
+    chosen, why = choose_backend(backend, precision, control_comm)
+    if chosen.stream is not None:
+        chosen.cuda.runtime.deviceSynchronize()  # what the caller has queued on another stream
+        resources.callback(_leave_stream, chosen)
+    if chosen.on_host and name == "nccl":
+        raise UserError(
+            f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy"
+        )
+    transport: Transport
+    host: Transport | None = None
+    if isinstance(control_comm, SingleControl):
+        transport = host = SingleCommunicator()
+    elif chosen.on_host:
+        transport = MpiCommunicator(control_comm, watchdog)
+    else:
+        transport, note = device_transport(name, control_comm, chosen, watchdog)
+        ranks += note
+        host = MpiCommunicator(control_comm, watchdog)
+        resources.callback(host.close)
+    resources.callback(transport.close)
+    hosts = control_comm.allgather(socket.gethostname())
+    explanation = f"backend {chosen.name} ({why}), communicator {transport.name} ({ranks})"
+    return World(transport, control_comm, chosen, explanation, watchdog, hosts, host, resources)

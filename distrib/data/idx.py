@@ -21,7 +21,11 @@ SHIPPED = Path(__file__).parent / "mnist"
 LEAST_CLASSES = 10
 """Number of classes of a set that has images of fewer, as a small part of MNIST may."""
 
-IMAGES, LABELS = 0x00000803, 0x00000801  # magic: two zero bytes, unsigned byte, number of dimensions
+IMAGES, COLOURED, LABELS = (
+    0x00000803,
+    0x00000804,
+    0x00000801,
+)  # magic: two zero bytes, unsigned byte, number of dimensions
 
 SHA256 = {
     "t10k-images-idx3-ubyte.gz": "1a1a05eab793c14bb050b398624a11b0ffd1a2953baed553b1b9bd079e2a20be",
@@ -42,17 +46,17 @@ CLASSES = {
 """Of EMNIST's splits that are no digits, by label (Cohen et al. 2017, table 2); letters count from 1."""
 
 NAMES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-"""Names of the four files, without .gz."""
+"""Names of the four files, without .gz; images of several channels are idx4."""
 
 
 def read_idx(path: Path, magic: int, limit: int | None = None) -> np.ndarray:
-    """Read an IDX file: uint8 (N, H, W) for IMAGES, (N,) for LABELS.
+    """Read an IDX file: uint8 (N, H, W) for IMAGES, (N, H, W, C) for COLOURED, (N,) for LABELS.
 
     Reads and inflates no more than the header says; of the package's files, which a checksum vouches for, no
     more than `limit` items. UserError if the file is unreadable, differs from its checksum, is not IDX,
     exceeds the machine's memory, or is truncated or over-long.
     """
-    kind = "images" if magic == IMAGES else "labels"
+    kind = "labels" if magic == LABELS else "images"
     with _user_errors(path, kind):
         raw, is_shipped = read_bytes(path, memory()), path.parent == SHIPPED
         if is_shipped and hashlib.sha256(raw).hexdigest() != SHA256.get(path.name):
@@ -75,7 +79,7 @@ def read_idx(path: Path, magic: int, limit: int | None = None) -> np.ndarray:
 
 def read_images(path: Path, limit: int | None = None) -> np.ndarray:
     """The images of an IDX file, upright: EMNIST's, which their name tells, lie transposed."""
-    images = read_idx(path, IMAGES, limit)
+    images = read_idx(path, COLOURED if "idx4" in path.name.lower() else IMAGES, limit)
     is_emnist = path.name.lower().startswith("emnist")
     return np.ascontiguousarray(images.swapaxes(1, 2)) if is_emnist else images
 
@@ -105,7 +109,7 @@ def _user_errors(path: Path, kind: str) -> Iterator[None]:
 
 def _shape(path: Path, magic: int, head: bytes, source: Plain | Gzip) -> tuple[int, ...]:
     """The shape in the header of an IDX file; UserError if it is not of the right kind."""
-    kind = "images" if magic == IMAGES else "labels"
+    kind = "labels" if magic == LABELS else "images"
     if int.from_bytes(head[:4], "big") != magic or len(head) < 4 + 4 * (magic & 0xFF):
         start = head + source.take(SNIFF)
         found = what_is(start) or f"starts with {start[:4].hex()}, IDX {kind} start with {magic:08x}"
@@ -148,9 +152,9 @@ def _plain(entry: str) -> str:
 
 def _prefixes(folder: Path) -> list[str]:
     """What precedes train-images-idx3-ubyte in file names: "" for MNIST, "emnist-letters-", …"""
-    ending = _plain("train-images-idx3-ubyte")
-    names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(ending) and entry[0] != "."]
-    return sorted({entry[: len(_plain(entry)) - len(ending)] for entry in names})
+    endings = _plain("train-images-idx3-ubyte"), _plain("train-images-idx4-ubyte")
+    names = [entry for entry in os.listdir(folder) if _plain(entry).endswith(endings) and entry[0] != "."]
+    return sorted({entry[: len(_plain(entry)) - len(endings[0])] for entry in names})
 
 
 def _find(folder: Path, *names: str) -> Path:
@@ -180,7 +184,7 @@ def _folder(path: Path) -> Path:
 
 def _part(folder: Path, limit: int | None, *names: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels from the files whose names start with one of `names`; `limit` as in `read_idx`."""
-    image_path = _find(folder, *(f"{name}-images-idx3-ubyte" for name in names))
+    image_path = _find(folder, *(f"{name}-images-idx{axes}-ubyte" for axes in (3, 4) for name in names))
     label_path = _find(folder, *(f"{name}-labels-idx1-ubyte" for name in names))
     images, labels = read_images(image_path, limit), read_idx(label_path, LABELS, limit)
     if len(images) != len(labels):

@@ -25,41 +25,46 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
 
     Python's C handler writes each signal's number into a pipe, which a thread reads. With several ranks,
     SIGTERM may also come from the launcher because a rank died: if one of this host has, that is reported
-    and this process ends at once. A second Ctrl-C also ends the process at once. SIGHUP and SIGINT stay
+    and this process ends at once. With `exiting` a second Ctrl-C also ends it at once. SIGHUP and SIGINT stay
     ignored if they were, as nohup and a shell's background jobs want it.
 
     Afterwards the former handlers are back. With `exiting`, because the process is about to end, all these
-    signals are ignored instead: a late one must not change the exit code. SIGUSR1, which kills by default, is
-    ignored afterwards in any case.
+    signals are ignored instead: a late one must not change the exit code. Outside the main thread,
+    which alone may set handlers, signals stay as they are.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handled = [
-        number for number in STOP_SIGNALS if number in NEVER_IGNORED or before[number] != signal.SIG_IGN
+        number
+        for number, handler in before.items()
+        if handler is not None and (number in NEVER_IGNORED or handler != signal.SIG_IGN)  # None: set in C
     ]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     for number in handled:
         signal.signal(number, lambda *_: None)
     wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(read_end, trainer), daemon=True, name="signals").start()
+    threading.Thread(target=_listen, args=(read_end, trainer, exiting), daemon=True, name="signals").start()
     try:
         yield
     finally:
         for number in handled:  # before the wakeup pipe goes, so that no signal finds Python's default
-            ignore = exiting or number == signal.SIGUSR1
-            signal.signal(number, signal.SIG_IGN if ignore else before[number])
+            signal.signal(number, signal.SIG_IGN if exiting else before[number])
         signal.set_wakeup_fd(wakeup)
         os.close(write_end)  # ends the thread
 
 
-def _listen(read_end: int, trainer: Trainer) -> None:
+def _listen(read_end: int, trainer: Trainer, exiting: bool) -> None:
     with os.fdopen(read_end, "rb", buffering=0) as pipe:
         interrupts = 0
         while numbers := pipe.read(1):
             number = numbers[0]
-            trainer.stop_requested = trainer.stop_requested or number in STOP_SIGNALS
+            if number in STOP_SIGNALS:
+                trainer.stop_requested = trainer.stop_requested or number
             interrupts += number == signal.SIGINT
-            if interrupts > 1:
+            if interrupts > 1 and exiting:
                 os._exit(EXIT_CRASH)
             if number == signal.SIGTERM and trainer.world.size > 1:
                 _exit_if_a_rank_died(trainer)

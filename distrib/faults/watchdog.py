@@ -68,9 +68,22 @@ class Watchdog:
         self.checks: list[Callable[[], None]] = []
         self._checking = threading.Lock()
         self._calls = queue.SimpleQueue[Callable[[], None]]()  # for the heartbeat thread
+        self._stopped = threading.Event()
         RESERVE.take()
-        for name, loop in (("watchdog", self._watch_loop), ("heartbeat", self._publish_loop)):
-            threading.Thread(target=self._run_forever, args=(loop,), daemon=True, name=name).start()
+        loops = {"watchdog": self._watch_loop, "heartbeat": self._publish_loop}
+        self._threads = [
+            threading.Thread(target=self._run_forever, args=(loop,), daemon=True, name=name)
+            for name, loop in loops.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End both threads: from now on no wait is bounded."""
+        self._stopped.set()
+        self._calls.put(lambda: None)  # wakes the heartbeat thread
+        for thread in self._threads:
+            thread.join()
 
     @contextmanager
     def waiting(self, what: str, timeouts: float = 1) -> Iterator[None]:
@@ -84,10 +97,10 @@ class Watchdog:
         finally:
             self._wait = outer
 
-    def forget_checks(self) -> None:
-        """Remove all `checks`; none runs after this returns."""
+    def forget_check(self, check: Callable[[], None]) -> None:
+        """Remove one of `checks`; it does not run after this returns."""
         with self._checking:
-            self.checks.clear()
+            self.checks.remove(check)
 
     def publish(self, now: bool = False, **changes: str) -> None:
         """Publish this rank's heartbeat, if there is a run's folder."""
@@ -97,7 +110,7 @@ class Watchdog:
             self.heartbeats.publish(now, step=self.step, doing=doing, collectives=self._begun, **changes)
 
     def _publish_loop(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             with suppress(queue.Empty):
                 self._calls.get(timeout=TICK)()
             self.publish()
@@ -119,8 +132,7 @@ class Watchdog:
 
     def _watch_loop(self) -> None:
         before = time.monotonic()
-        while True:
-            time.sleep(TICK)
+        while not self._stopped.wait(TICK):
             now = time.monotonic()
             if wait := self._wait:
                 wait.seconds += min(now - before, 2 * TICK)
@@ -137,7 +149,7 @@ class Watchdog:
         """Run a thread's `loop`, and restart it if memory runs out: without it, waits would be unbounded."""
         while True:
             try:
-                loop()
+                return loop()
             except MemoryError:
                 RESERVE.release()
 
@@ -261,16 +273,28 @@ def kill_after(seconds: float, what: str) -> Iterator[None]:
         guard.wait()
 
 
-def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> None:
-    """Make an uncaught exception in this rank print its traceback, report the failure and abort the job."""
+def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> Callable[[], None]:
+    """Make an uncaught exception in this rank print its traceback, report the failure and abort the job.
+
+    Returns a function that undoes it.
+    """
+    before, undone = sys.excepthook, threading.Event()
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if undone.is_set():  # but somebody kept the hook
+            return before(kind, error, trace)
         RESERVE.release()
         with suppress(Exception):  # if memory has run out, only the report counts
             traceback.print_exception(kind, error, trace)
         abort_job(watchdog, error, abort)
 
+    def undo() -> None:
+        undone.set()
+        if sys.excepthook is hook:
+            sys.excepthook = before
+
     sys.excepthook = hook
+    return undo
 
 
 def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:

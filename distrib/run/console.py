@@ -9,14 +9,12 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from distrib import LAUNCHERS, parent
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines of progress if the output is a file."""
@@ -74,22 +72,35 @@ def secure_output() -> None:
 
 
 class Screen:
-    """Shows the progress of a run: a bar on a terminal, a line every few seconds in a log file."""
+    """Shows the progress of a run: a bar on a terminal, a line every few seconds in a log file.
+
+    Rich is imported where it prints, because each rank would start later by it.
+    """
 
     def __init__(self, active: bool) -> None:
-        self._console = Console(quiet=not active, highlight=False, force_terminal=on_terminal())
-        if not self._console.is_terminal:  # a log file has no width to wrap at
-            self._console.width = 200
         self._bar: Progress | None = None
         self._last_line = time.monotonic()
         self._active = active
+        if not active:
+            return
+        from rich.console import Console
+
+        self._console = Console(highlight=False, force_terminal=on_terminal())
+        if not self._console.is_terminal:  # a log file has no width to wrap at
+            self._console.width = 200
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        if self._active:
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Print names and values, one per line."""
+        if not self._active:
+            return
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
             table.add_row(name, Text(str(value)))
@@ -100,6 +111,8 @@ class Screen:
         self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
         if not (self._active and self._console.is_terminal):
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._bar = bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

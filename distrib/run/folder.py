@@ -279,6 +279,13 @@ class Run:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
 
 
+def blas_threads() -> int:
+    """Threads that BLAS uses for matrix products."""
+    return max(
+        (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
+    )
+
+
 def environment(threads: int, backend: Backend) -> dict[str, Any]:
     """What must not change, besides the configuration, if a resumed run is to agree to the bit."""
     blas = next(

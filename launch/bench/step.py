@@ -18,8 +18,9 @@ from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
 from distrib.results import HISTORY
+from distrib.run.folder import blas_threads
 from distrib.timing import PHASES
-from distrib.trainer import Trainer, blas_threads
+from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from launch.bench.measure import (
     BackendName,
@@ -227,6 +228,7 @@ class Bench:
             if worker:
                 worker.close()
         self.trainer.close()
+        self.trainer.world.transport.close()
 
 
 def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str, Any]]:

@@ -23,7 +23,7 @@ from distrib.data import formats, idx
 from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
-from distrib.files import open_to_read, printable
+from distrib.files import open_to_read
 from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
 from launch.report.records import REMEDY, line_of, read_config, read_summary, shown, whole_lines
@@ -246,28 +246,6 @@ def training_images(data: str | None) -> int | None:
     return None
 
 
-def load_model(path: Path, own: str | None = None) -> Loaded:
-    """`distrib.predict.load`, where whatever a file says of its model is a UserError at worst."""
-    try:
-        return predict.load(path, own)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        if isinstance(error, UserError):
-            raise
-        said = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{path}: its description of the model is damaged ({printable(said, 100)}):"
-            " use another checkpoint"
-        ) from None
-
-
 @functools.lru_cache(maxsize=2)
 def all_test_images(data: str | None, reading: Reading) -> Dataset:
     """A data set with one training image, remembered for the next run of a report."""
@@ -289,7 +267,7 @@ def logits_of_test_images(run: RunData, compute: bool = True) -> tuple[np.ndarra
         return kept[0], data, kept[1]
     if not compute:
         raise UserError(f"not computed here, as many runs are compared: distrib report {run.path} shows them")
-    loaded = load_model(run.path)
+    loaded = predict.load(run.path)
     loaded.require_fit(data)
     model = loaded.model
     found = [

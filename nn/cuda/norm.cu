@@ -193,12 +193,20 @@ static __device__ __forceinline__ ACC passed(
     return (y ? value(y[at]) : norm.activation(z)) > 0 ? dy : (ACC)0;
 }
 
+// dy, to which `part` is added where it comes in two.
+static __device__ __forceinline__ ACC whole(ELEM* dy, const ELEM* part, size_t at) {
+    ELEM sum = dy[at];
+    if (part) dy[at] = sum = element(value(sum) + value(part[at]));
+    return value(sum);
+}
+
 // sums (2, C): Σg and Σg·x̂, for d_beta and d_gamma and, summed over ranks, for norm_input_gradient. With y,
 // g also replaces dy. partial (gridDim.x, C, 2), arrived (gridDim.y) zeros.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_gradient_sums(
-    ELEM* dy, const ELEM* __restrict__ z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
-    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, double* partial, unsigned* arrived,
-    double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
+    ELEM* dy, const ELEM* __restrict__ part, const ELEM* __restrict__ z, const ELEM* __restrict__ y,
+    const ACC* __restrict__ saved, const REAL* __restrict__ gamma, const REAL* __restrict__ beta,
+    double* partial, unsigned* arrived, double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c,
+    int pool, int relu) {
     __shared__ double shared[2 * THREADS];
     int channel = blockIdx.y * blockDim.x + threadIdx.x;
     int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
@@ -214,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_gradient_sums(
 #pragma unroll
                 for (int k = 0; k < 4; k++) four[k] = value(z[(size_t)row[k] * c + channel]);
                 ACC top = Winner(norm, gamma[channel], four).z;
-                ACC g = passed(value(dy[(size_t)out * c + channel]), norm, top, 0, 0, relu);
+                ACC g = passed(whole(dy, part, (size_t)out * c + channel), norm, top, 0, 0, relu);
                 total += g;
                 product += g * norm.centred(top);
             }
@@ -223,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_gradient_sums(
 #pragma unroll 4
             for (int row = lane; row < rows; row += lanes) {
                 size_t at = (size_t)row * c + channel;
-                ACC x = value(z[at]), g = passed(value(dy[at]), norm, x, y, at, relu);
+                ACC x = value(z[at]), g = passed(whole(dy, part, at), norm, x, y, at, relu);
                 if (y) dy[at] = element(g);
                 total += g;
                 product += g * norm.centred(x);

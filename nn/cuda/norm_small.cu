@@ -83,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_sm
 
 template <int PER>
 static __device__ void small_backward(
-    ELEM* dy, ELEM* z, const ELEM* y, const ACC* saved, const REAL* gamma, const REAL* beta, REAL* d_gamma,
-    REAL* d_beta, int n, int h, int w, int c, int relu, double* shared) {
+    ELEM* dy, const ELEM* part, ELEM* z, const ELEM* y, const ACC* saved, const REAL* gamma, const REAL* beta,
+    REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int relu, double* shared) {
     int channel = blockIdx.x * SMALL_LANES + threadIdx.x;
     bool live = channel < c;
     Windows windows = {h, w};
@@ -102,7 +102,7 @@ static __device__ void small_backward(
         if (!live || out < 0) continue;
         int at = out * c + channel;
         ACC top = PER == 1 ? x[i][0] : Winner(norm, gamma[channel], x[i]).z;
-        ACC g = passed(value(dy[at]), norm, top, y, at, relu);
+        ACC g = passed(whole(dy, part, at), norm, top, y, at, relu);
         if (y) dy[at] = element(g);
         total += g;
         product += g * norm.centred(top);
@@ -134,14 +134,14 @@ static __device__ void small_backward(
     }
 }
 
-// dz over z, and with y, g over dy.
+// dz over z; `part` is added to dy, and with y, g replaces it.
 extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_small_backward(
-    ELEM* dy, ELEM* z, const ELEM* __restrict__ y, const ACC* __restrict__ saved,
-    const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* d_gamma, REAL* d_beta, int n, int h,
-    int w, int c, int pool, int relu) {
+    ELEM* dy, const ELEM* __restrict__ part, ELEM* z, const ELEM* __restrict__ y,
+    const ACC* __restrict__ saved, const REAL* __restrict__ gamma, const REAL* __restrict__ beta,
+    REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
     __shared__ double shared[2 * SMALL_LANES * SMALL_ROWS];
     if (pool)
-        small_backward<4>(dy, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
+        small_backward<4>(dy, part, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
     else
-        small_backward<1>(dy, z, y, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
+        small_backward<1>(dy, part, z, y, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
 }

@@ -133,19 +133,20 @@ class CudaOps:
         d_beta: Array,
         count: Count,
         buffers: Buffers,
+        part: Array | None = None,
     ) -> tuple[Array, Array | None]:
         z, statistics, y, (relu, pool, residual) = saved
         c, rows, d_residual = z.shape[3], rows_of(z, pool), None if residual is None else dy
         known = statistics, norm.gamma, norm.beta
         if self._is_small(z, pool, count):
-            arguments = dy, z, y, *known, d_gamma, d_beta, *saved.shape(), relu
+            arguments = dy, part, z, y, *known, d_gamma, d_beta, *saved.shape(), relu
             self._launch(z, "norm_small_backward", small_tiling(c), *arguments)
             return z, d_residual
         tiles = grid, _ = tiling(rows, c, 8)
         sums = buffers.temporary("norm.moments", (2, c), "float64")
         partial = buffers.temporary("norm.partial", (grid[0], c, 2), "float64")
         into = partial, buffers.zeros("arrived", grid[1], "uint32"), sums, d_gamma, d_beta
-        self._launch(z, "norm_gradient_sums", tiles, dy, z, y, *known, *into, *saved.shape(), relu)
+        self._launch(z, "norm_gradient_sums", tiles, dy, part, z, y, *known, *into, *saved.shape(), relu)
         if count.all_reduce:
             count.all_reduce(sums.reshape(-1))
         arguments = dy, z, *known, sums, count.values, *saved.shape(), relu and y is None

@@ -24,6 +24,8 @@ def fuse(layers: Sequence[Layer]) -> list[Layer]:
     for before, after in pairwise(passes):
         if isinstance(after, BatchNorm) and does_as(after, BatchNorm):
             after.owns_input = before.hand_over()
+        if isinstance(after, Residual) and does_as(after, Residual):
+            after.before = before
     return passes
 
 
@@ -64,6 +66,9 @@ class Sequential(Layer):
 
     def hand_over(self) -> bool:
         return does_as(self, Sequential) and self.passes[-1].hand_over()
+
+    def take_part(self, dy: Array) -> bool:
+        return does_as(self, Sequential) and self.passes[-1].take_part(dy)
 
     def can_add(self) -> bool:
         return does_as(self, Sequential) and self.passes[-1].can_add()
@@ -114,6 +119,7 @@ class Residual(Layer):
 
     def __init__(self, *body: Layer, shortcut: Layer | None = None) -> None:
         self.body, self.shortcut = body, shortcut
+        self.before: Layer | None = None  # whose pass may add the gradients of body and shortcut
 
     def infer(self, shape: Shape) -> Shape:
         require_layers(self, self.body)
@@ -137,6 +143,9 @@ class Residual(Layer):
 
     def children(self) -> Sequence[Layer]:
         return (self.shortcut, *self.body) if self.shortcut else self.body
+
+    def take_part(self, dy: Array) -> bool:
+        return self.adder is not None and does_as(self, Residual) and self.adder.take_part(dy)
 
     def forward(self, x: Array, step: StepContext) -> Array:
         buffers, (*body, last) = self.buffers, self.passes
@@ -169,6 +178,8 @@ class Residual(Layer):
         if self.shortcut:
             d_residual = self.shortcut.backward(d_residual, step, on_grad)
         if self.need_dx:
+            if self.before and self.before.take_part(d_residual):
+                return dx
             add(dx, d_residual)
         buffers.release(d_residual)
         return dx

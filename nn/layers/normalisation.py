@@ -34,6 +34,7 @@ class BatchNorm(Layer):
     def __init__(self) -> None:
         self.relu, self.pool = False, False  # what it absorbed
         self.owns_input = False
+        self.part: Array | None = None  # of dL/dy
 
     def infer(self, shape: Shape) -> Shape:
         if len(shape) not in (1, 3):
@@ -52,6 +53,12 @@ class BatchNorm(Layer):
             self.pool, self.y_shape = True, layer.out_shape
             return True
         return False
+
+    def take_part(self, dy: Array) -> bool:
+        if len(self.in_shape) == 1 or not does_as(self, BatchNorm):
+            return False
+        self.part = dy
+        return True
 
     def can_add(self) -> bool:
         plain = not self.relu and not self.pool and len(self.in_shape) == 3
@@ -113,9 +120,12 @@ class BatchNorm(Layer):
         return dx
 
     def backward_added(self, dy: Array, step: StepContext, on_grad: OnGrad) -> tuple[Any, Any]:
-        buffers, (saved, over) = self.buffers, self.saved
+        buffers, (saved, over), part = self.buffers, self.saved, self.part
         grads = self.gamma.grad, self.beta.grad
-        dz, d_residual = norm_backward(image(dy), saved, self.norm, *grads, over, buffers)
+        dz, d_residual = norm_backward(image(dy), saved, self.norm, *grads, over, buffers, part)
+        if part is not None:
+            buffers.release(part)
+            self.part = None
         for parameter in (self.beta, self.gamma):
             on_grad(parameter)
         if dy.ndim == 2:

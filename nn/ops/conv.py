@@ -1,10 +1,11 @@
-"""Convolution, by three algorithms with one interface.
+"""Convolution, by four algorithms with one interface.
 
     y[n,p,q,o] = Σ_{i,j,c} x[n, p·stride + i·dilation − padding, q·stride + j·dilation − padding, c]
                           · w[i,j,c,o]
 
 - `loop`: the textbook loop over patches, kept as the oracle of the tests and as the time table's slow row;
 - `patches`: patches copied into a matrix, one matrix product, a bounded number of images at a time;
+- `strips`: patches of several outputs in a row at a time (`nn/ops/strips.py`), for other kernels and strides;
 - `winograd`: minimal filtering for 3×3 kernels at stride 1 (`nn/ops/winograd.py`), up to 4 times less work.
 
 An algorithm is a pair: `forward(x, w, geometry, y, buffers, keep)` returns, where `keep`, what its `backward`
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from nn.array import Array, memory_axes, namespace, pixels
 from nn.buffers import Buffers
 from nn.device import Backend
-from nn.ops import winograd
+from nn.ops import strips, winograd
 
 PATCH_ELEMENTS = 1 << 20
 """Patches copied at a time: 4 MiB of float32, however large the batch."""
@@ -209,7 +210,12 @@ def _as_matrix(w: Array) -> Array:
     return w.transpose(3, 0, 1, 2).reshape(w.shape[3], -1).T
 
 
-ALGORITHMS: dict[str, Any] = {"loop": Loop, "patches": Patches, "winograd": winograd.Winograd}
+ALGORITHMS: dict[str, Any] = {
+    "loop": Loop,
+    "patches": Patches,
+    "strips": strips.Strips,
+    "winograd": winograd.Winograd,
+}
 
 
 def choose_algorithm(
@@ -221,10 +227,10 @@ def choose_algorithm(
 ) -> str:
     """The fastest algorithm: a pure function of shape and backend. On a device, the first of its own.
 
-    On the host, counted in products a channel pair: patches take 9 a pixel. Winograd takes one at each
-    position of its planes, and for its kernel, which is transformed and read from beyond the caches, as much
-    as √(C·O)/8 more images' worth of tiles: where measured, both were then within 20 % of each other
-    (docs/benchmarks.md).
+    On the host strips, but for kernels of 1×1 (patches), and of 3×3 at stride 1 in a frame of one pixel.
+    There, counted in products a channel pair, patches take 9 a pixel. Winograd takes one at each position of
+    its planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8
+    more images' worth of tiles: where measured, both were within 20 % of each other (docs/benchmarks.md).
     """
     for name, algorithm in backend.algorithms.items():
         if algorithm.supports(x_shape, w_shape, geometry, need_dx):
@@ -235,7 +241,9 @@ def choose_algorithm(
 @functools.lru_cache(256)
 def _choose_on_host(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry) -> str:
     n, h, w, c = x_shape
-    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1) or c == 1:
+    if w_shape[:2] != (3, 3) or geometry != Geometry(1, 1, 1):
+        return "patches" if w_shape[:2] == (1, 1) else "strips"
+    if c == 1:
         return "patches"
     (rows, a_h), (cols, a_w) = winograd.extent(h), winograd.extent(w)
     overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 8

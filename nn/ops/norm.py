@@ -15,6 +15,7 @@ from nn.array import Array, blocks, memory_axes, namespace, op
 from nn.buffers import Buffers
 from nn.ops.channels import add_lines, per_channel, totals
 from nn.ops.pool import mark_winners, max_pool_forward, pool_views
+from nn.ops.residual import add
 
 EPS, MOMENTUM = 1e-5, 0.1
 """Of batch norm."""
@@ -102,13 +103,22 @@ def norm_forward(z: Array, norm: Norm, y: Array, after: After, count: Count, buf
 
 @op
 def norm_backward(
-    dy: Array, saved: Any, norm: Norm, d_gamma: Array, d_beta: Array, count: Count, buffers: Buffers
+    dy: Array,
+    saved: Any,
+    norm: Norm,
+    d_gamma: Array,
+    d_beta: Array,
+    count: Count,
+    buffers: Buffers,
+    part: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Writes this rank's d_gamma and d_beta; returns dz and, where a residual was added, its gradient.
 
-    `saved` comes from `norm_forward`, in the same step. dy is overwritten. dz lies in the memory of z or of
-    dy, the residual's gradient in that of dy.
+    `saved` comes from `norm_forward`, in the same step. dy is overwritten, and `part`, where given, is added
+    to it first. dz lies in the memory of z or of dy, the residual's gradient in that of dy.
     """
+    if part is not None:
+        add(dy, part)
     keep_dy = saved.has_residual or saved.mask is None or saved.mask.pooled is not None
     dz = saved.centred if keep_dy else dy
     d_gamma[...], d_beta[...] = batch_norm_backward(dy, saved, norm.gamma, count, dz, buffers)

@@ -185,7 +185,7 @@ def test_a_rank_alone_with_a_mistake_before_mpi_says_it(small_data: Path, tmp_pa
     code = (
         "import os, sys; from distrib.comm import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
         "plain = world.import_mpi\n"
-        "def missing():\n    raise RuntimeError('no MPI library (planted)')\n"
+        "def missing(*_):\n    raise RuntimeError('no MPI library (planted)')\n"
         "world.import_mpi = missing if alone else plain\n"
         "from distrib.train import main; sys.exit(main())"
     )

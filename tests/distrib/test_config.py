@@ -161,6 +161,7 @@ OTHER = {
     "model": "lenet",
     "variant": "avgpool",
     "width": 0.5,
+    "reproducible": True,
     "batch_norm": "local",
     "precision": "float64",
     "limit_train": 5,
@@ -195,15 +196,16 @@ def test_an_older_version_s_run_has_what_came_later_at_its_default() -> None:
     assert build({"shift": 2.0}).differences(stored) == ["--shift 2.0 (the run has 0.0)"]
 
 
-HELD_BACK = {"keep_best": (True, False), "patience": (3, None)}
-"""Options that need --validation: a value, and the default."""
+HELD_BACK = {"keep_best": (True, False), "patience": (3, None), "shards": (5, None)}
+"""Options that need --validation or --reproducible: a value, and the default."""
 
 
 @pytest.mark.parametrize("name", HELD_BACK)
-def test_differences_of_what_needs_a_validation_set(name: str) -> None:
+def test_differences_of_what_needs_another_option(name: str) -> None:
     (value, default), option = HELD_BACK[name], f"--{name.replace('_', '-')}"
-    stored = dataclasses.asdict(build({"validation": 0.1}))
-    found = build({"validation": 0.1, name: value}).differences(stored)
+    needed = {"validation": 0.1, "reproducible": True}
+    stored = dataclasses.asdict(build(needed))
+    found = build({**needed, name: value}).differences(stored)
     assert found == [f"{option} {value} (the run has {default})"]
 
 

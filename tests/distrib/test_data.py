@@ -363,6 +363,21 @@ def test_pictures_are_upright(tmp_path: Path) -> None:
 
 
 @pytest.mark.quick
+def test_idx_images_of_several_channels(tmp_path: Path) -> None:
+    images, labels = RNG.integers(0, 256, (12, 5, 7, 3), np.uint8), np.arange(12) % 4
+    for name, count in (("train", 12), ("t10k", 4)):
+        write_idx(tmp_path / f"{name}-images-idx4-ubyte.gz", images[:count])
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", labels[:count])
+    data = formats.load(str(tmp_path))
+    assert data.shape == (5, 7, 3)
+    np.testing.assert_array_equal(data.train_images, images)
+    np.testing.assert_array_equal(data.test_labels, labels[:4])
+    write_idx(tmp_path / "t10k-images-idx4-ubyte.gz", images[:4, ..., 0])
+    with pytest.raises(UserError, match="starts with 00000803, IDX images start with 00000804"):
+        formats.load(str(tmp_path))
+
+
+@pytest.mark.quick
 def test_files_beside_mnist_s_are_left_alone(tmp_path: Path) -> None:
     for name in ("train", "t10k"):
         x, y = part(20, 10, 28, 28)

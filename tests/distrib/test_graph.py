@@ -28,13 +28,15 @@ from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn.cuda.plans import KINDS, Operation
 from nn.device import NUMPY, Backend
-from nn.layers import containers
+from nn.layers import pooling
+from nn.ops.pool import global_pool_forward
 from nn.resnet9 import VARIANTS
 
 pytestmark = needs_device
 
+BATCH = 8 if REAL else 4
 OPTIONS: dict[str, Any] = {
-    "batch_size": 8,
+    "batch_size": BATCH,
     "width": 0.125 if REAL else 0.0625,
     "epochs": 3,
     "schedule": "onecycle",
@@ -48,10 +50,11 @@ def random_data(images: int) -> Dataset:
     return make("random", part, part, least=10)
 
 
-DATA = random_data(20)
+IMAGES = 5 * BATCH // 2  # two batches and half a one
+DATA = random_data(IMAGES)
 
 
-def a_trainer(backend: Backend, images: int = 20, **options: Any) -> Trainer:
+def a_trainer(backend: Backend, images: int = IMAGES, **options: Any) -> Trainer:
     data = random_data(images)
     world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
     return Trainer(Config(**{**OPTIONS, **options}), world, data)
@@ -160,14 +163,14 @@ def test_updates_beside_the_backward_are_those_after_it(precision: str, optimize
             trainer.updates_early = bucket_bytes is not None
             then = {"bucket_bytes": bucket_bytes, "then": trainer._update} if bucket_bytes else {}
             trainer.reducer = Reducer(trainer.params, trainer.world.transport, **then)
-            found.append((steps(trainer, 5), backend.to_host(trainer.params.values).tobytes()))
+            found.append((steps(trainer, 4), backend.to_host(trainer.params.values).tobytes()))
     assert all(each == found[0] for each in found)
 
 
 @double_only
 def test_the_host_waits_for_nothing() -> None:
     with device("float32") as backend:
-        trainer = a_trainer(backend, images=64)
+        trainer = a_trainer(backend, images=8 * BATCH)
         reset_syncs()
         for _ in range(6):
             trainer.step()
@@ -214,7 +217,7 @@ def test_warming_up_changes_nothing(precision: str, tmp_path: Path) -> None:
                 )
                 stored = json.loads((run_folder.path / "plans.json").read_text())
                 assert stored["about"] == backend.describe()
-                wanted = operations(trainer, (8, 4), 20, precision)
+                wanted = operations(trainer, (BATCH, BATCH // 2), IMAGES, precision)
                 assert len(wanted) == 5 * 3 * 2 + 5
                 # on a GPU all backends of a process share their plans
                 assert wanted <= stored["plans"].keys() if REAL else wanted == stored["plans"].keys()
@@ -228,10 +231,10 @@ def test_stored_plans_are_taken_and_those_of_another_gpu_are_not(tmp_path: Path)
     folder = Run(tmp_path)
     for about, taken in (("double", True), ("another", False)):
         with device("tf32") as backend:
-            folder.keep_plans({"gpu": about}, {"forward 8x28x28x4 3x3x4x8 s1p1d1 tf32": "lost"})
+            folder.keep_plans({"gpu": about}, {f"forward {BATCH}x28x28x4 3x3x4x8 s1p1d1 tf32": "lost"})
             if taken:
                 with pytest.raises(
-                    UserError, match=r"'lost' stored for 'forward 8x28x28x4 .* remove plans.json"
+                    UserError, match=rf"'lost' stored for 'forward {BATCH}x28x28x4 .* remove plans.json"
                 ):
                     warm_up(a_trainer(backend, precision="tf32"), folder)
             else:
@@ -246,8 +249,8 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         options = Config(
             **OPTIONS | {"epochs": 2, "log_every": 2, "checkpoint_every": 5, "lr": 1e-3},
             backend="auto" if name == "device" else "numpy",
-            limit_train=44,
-            limit_test=30,
+            limit_train=5 * BATCH + BATCH // 2,
+            limit_test=4 * BATCH,
             run_dir=str(tmp_path / name),
             comm="none",
         )
@@ -282,7 +285,7 @@ def test_checkpoints_on_a_device_come_by_time(
     """Where --checkpoint-every does not say otherwise; five steps, with two as the default."""
     monkeypatch.setattr(distrib.loop, "CHECKPOINT_STEPS", 2)
     monkeypatch.setattr(distrib.loop, "CHECKPOINT_SECONDS", seconds)
-    options = {**OPTIONS, "epochs": 1, "limit_train": 40, "limit_test": 10, "keep": 9}
+    options = {**OPTIONS, "epochs": 1, "limit_train": 5 * BATCH, "limit_test": 10, "keep": 9}
     with device("float32") as backend:
         world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
         monkeypatch.setattr(distrib.loop, "connect", lambda *_: world)
@@ -293,7 +296,7 @@ def test_checkpoints_on_a_device_come_by_time(
 
 def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     with device("float32") as backend:
-        trainer = a_trainer(backend, images=400, log_every=2)
+        trainer = a_trainer(backend, images=20 * BATCH, log_every=2)
         screen = Screen(active=False)
         step = trainer.step
 
@@ -305,7 +308,7 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         distrib.loop.train_epoch(trainer, 0, None, screen)
         assert trainer.results.stopped
         assert 11 < trainer.progress.step <= 11 + 2 * 2, "the results of one logged step more are under way"
-        assert trainer.progress.images == 8 * trainer.progress.step, (
+        assert trainer.progress.images == BATCH * trainer.progress.step, (
             "the checkpoint that follows needs the results of every step"
         )
         assert not trainer.results.in_flight
@@ -341,7 +344,7 @@ def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.
         options = Config(
             **OPTIONS | {"optimizer": "sgd", "schedule": "constant", "lr": 1e10, "log_every": 1},
             backend="auto" if name == "device" else "numpy",
-            limit_train=64,
+            limit_train=8 * BATCH,
             limit_test=10,
             run_dir=str(tmp_path / name),
             comm="none",
@@ -390,38 +393,47 @@ def test_nothing_races_in_a_whole_step(variant: str, precision: str, order: str)
 
 @double_only
 def test_what_a_step_takes() -> None:
-    """At batch 8 a step of this narrow baseline is 53 launches, and each execution of cuDNN's counts as one.
+    """At batch 8 a step of this narrow baseline is 51 launches, and each execution of cuDNN's counts as one.
 
     STEP_WIDTH=1 in the environment prints what it takes at the real width, where updates come in buckets,
     and what our own kernels bring from memory and back.
     """
     width = float(os.environ.get("STEP_WIDTH", OPTIONS["width"]))
     with device("tf32", races=True) as backend:
-        trainer = a_trainer(backend, images=64, precision="tf32", width=width)
+        trainer = a_trainer(backend, images=64, batch_size=8, precision="tf32", width=width)
         graph = captured(trainer)
         module = backend.algorithms["stem"].kernels._modules["float32"].module
         before = module.bytes
         trainer.step()
         moved = module.bytes - before
     print(f"launches {len(graph.work)}, one after another {graph.depth}, bytes of our kernels {moved:,}")
-    assert (len(graph.work), graph.depth) == (52 + len(trainer.reducer.buckets), 46)
+    assert (len(graph.work), graph.depth) == (50 + len(trainer.reducer.buckets), 44)
 
 
 @double_only
 def test_an_operation_outside_the_kernels_cannot_hide_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     with device("float32") as backend:
-        trainer = a_trainer(backend, images=64)
-        monkeypatch.setattr(containers, "add", containers.add.plain)
+        trainer = a_trainer(backend)
+        monkeypatch.setattr(pooling, "global_pool_forward", global_pool_forward.plain)
         with pytest.raises(CaptureError):
             trainer.step()  # eagerly, then captured
         assert backend.cuda.captured is None
 
 
+BY_EIGHT = {"batch_size": 8, "lr": 1e-3}
+"""Of the runs on up to four ranks."""
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    """The losses of the same steps on one rank."""
+    with device("float32") as backend:
+        return steps(a_trainer(backend, images=18, **BY_EIGHT), 6)
+
+
 RANKS = """
-import sys
 from mpi4py import MPI
 from device_double import CapturedNccl, device
-from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.faults.watchdog import Watchdog
 from distrib.comm.nccl import NcclCommunicator
 from distrib.comm.reducer import Reducer
@@ -429,40 +441,33 @@ from distrib.trainer import Trainer
 from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
-rng = np.random.default_rng(1)
-part = rng.integers(0, 256, (18, 28, 28), np.uint8), rng.integers(0, 10, 18, np.uint8)
-data = make("random", part, part, least=10)
 
-def train(alone, graph):
+def train(graph):
     with device("float32") as backend:
-        if alone:
-            comm, control = SingleCommunicator(), SingleControl()
-        else:
-            nccl = CapturedNccl(world, backend.cuda, [])
-            side, zero = BRANCH and backend.side_stream, lambda: backend.xp.zeros(1, "float32")
-            comm, control = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, side), world
-        options = {**OPTIONS, "lr": 1e-3, "gradients": GRADIENTS if not alone else "float32"}
-        all_ranks = World(comm, control, backend, "", watchdog, [""] * comm.size)
-        trainer = Trainer(Config(**options, cuda_graph=graph), all_ranks, data)
+        nccl = CapturedNccl(world, backend.cuda, [])
+        side, zero = BRANCH and backend.side_stream, lambda: backend.xp.zeros(1, "float32")
+        comm = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, side)
+        config = Config(**OPTIONS | BY_EIGHT, gradients=GRADIENTS, cuda_graph=graph)
+        all_ranks = World(comm, world, backend, "", watchdog, [""] * comm.size)
+        trainer = Trainer(config, all_ranks, random_data(18))
         trainer.reducer = Reducer(
             trainer.params, comm, trainer.config.gradients, 1 << 12, trainer.updates_early and trainer._update
         )
         plain = trainer.reducer.ready
         trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
         warm_up(trainer, None)
-        losses = steps(trainer, 9)
-        # nine replays: six full batches, three of 2 images (on four ranks: none on two)
-        assert not graph or trainer.graphs.replays == 9, trainer.graphs.replays
+        losses = steps(trainer, 6)
+        # six replays: four full batches, two of 2 images (on four ranks: none on two)
+        assert not graph or trainer.graphs.replays == 6, trainer.graphs.replays
         state = trainer.model.state_dict()
-        trainer.close()
+        trainer.close(), comm.close()
         return losses, state, trainer
 
-losses, state, trainer = train(False, True)
-eager, eager_state, _ = train(False, False)
+losses, state, trainer = train(True)
+eager, eager_state, _ = train(False)
 assert losses == eager, "a graph and eager steps differ"
 assert all((state[name] == eager_state[name]).all() for name in state)
-one, _, _ = train(True, True)
-np.testing.assert_allclose(losses, one, rtol=BOUND)
+np.testing.assert_allclose(losses, ALONE, rtol=BOUND)
 everyone = world.allgather(b"".join(value.tobytes() for value in state.values()))
 assert all(other == everyone[0] for other in everyone)
 """
@@ -472,9 +477,10 @@ assert all(other == everyone[0] for other in everyone)
 @pytest.mark.parametrize(
     ("ranks", "gradients", "bound"), [(1, "float32", 0), (2, "bf16", 5e-2), (4, "float32", 1e-3)]
 )
-def test_graphs_with_nccl_inside(ranks: int, gradients: str, bound: float) -> None:
+def test_graphs_with_nccl_inside(alone: list[float], ranks: int, gradients: str, bound: float) -> None:
     """Collectives in the graph: as eager to the bit, on all ranks alike, and as one rank within rounding."""
-    run("-c", f"GRADIENTS, BOUND, BRANCH = {gradients!r}, {bound}, True\n" + RANKS, ranks=ranks, env=HELPERS)
+    given = f"GRADIENTS, BOUND, BRANCH, ALONE = {gradients!r}, {bound}, True, {alone}\n"
+    run("-c", given + RANKS, ranks=ranks, env=HELPERS)
 
 
 AGREE = """
@@ -487,7 +493,7 @@ world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
 with device("float32") as backend:
     comm = NcclCommunicator(world, backend.cuda, CapturedNccl(world, backend.cuda, []), 0, watchdog,
                             lambda: backend.xp.zeros(1, "float32"), backend.side_stream)
-    config = Config(**OPTIONS | {"lr": 1e-3, "batch_norm": "local"})
+    config = Config(**OPTIONS | BY_EIGHT, batch_norm="local")
     trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), random_data(18))
     plain = trainer.reducer.ready
     trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
@@ -498,7 +504,7 @@ with device("float32") as backend:
     steps(trainer, 6)
     assert world.allgather(trainer.graphs is None) == [UNWILLING] * comm.size
     assert UNWILLING or trainer.graphs.replays - replays == 6
-    trainer.close()
+    trainer.close(), comm.close()
 """
 
 
@@ -514,7 +520,7 @@ def test_a_communicator_is_not_closed_under_a_graph() -> None:
     """The real NCCL would wait for ever: `Trainer.close` lets go of the graphs first."""
     done = run(
         "-c",
-        "UNWILLING = False\n" + AGREE.replace("trainer.close()", "comm.close()"),
+        "UNWILLING = False\n" + AGREE.replace("trainer.close(), comm.close()", "comm.close()"),
         ranks=2,
         env=HELPERS,
         check=False,

@@ -15,7 +15,7 @@ SAME = (
     "--batch-size",
     26,
     "--limit-train",
-    522,
+    262,
     "--limit-test",
     103,
     "--width",
@@ -50,9 +50,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_losses_and_parameters_equal_one_rank(runs: dict[int, Path], ranks: int) -> None:
     alone, together = losses(runs[1]), losses(runs[ranks])
-    assert len(alone) == 2 * 21
+    assert len(alone) == 2 * 11
     np.testing.assert_allclose(together, alone, rtol=1e-9)
-    name = "checkpoints/step-00000042.safetensors"
+    name = "checkpoints/step-00000022.safetensors"
     expected, found = load_file(runs[1] / name), load_file(runs[ranks] / name)
     for key, value in expected.items():
         scale = np.abs(value).max()
@@ -66,8 +66,8 @@ def test_every_rank_holds_the_same_model_and_every_image_counts_once(
     found = summary(runs[ranks])
     assert found["world_size"] == ranks
     assert found["rank_digests"] == [found["parameter_digest"]] * ranks
-    assert sum(found["images_per_rank"]) == 2 * 522
-    assert max(found["images_per_rank"]) - min(found["images_per_rank"]) <= 2 * 21
+    assert sum(found["images_per_rank"]) == 2 * 262
+    assert max(found["images_per_rank"]) - min(found["images_per_rank"]) <= 2 * 11
     assert found["test_accuracy"] == summary(runs[1])["test_accuracy"]
     # on 103 images, an accuracy is a whole number of images
     assert found["test_accuracy"] * 103 / 100 == pytest.approx(

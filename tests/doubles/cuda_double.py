@@ -215,7 +215,7 @@ def _triple(what: str, sizes: Any, limits: tuple[int, ...]) -> list[int]:
 def _address(array: Any) -> int | None:
     """Of an array's first element; None for what is no array."""
     if isinstance(array, np.ndarray):
-        return array.ctypes.data
+        return array.__array_interface__["data"][0]  # as .ctypes.data, sooner
     return getattr(getattr(array, "data", None), "ptr", None)
 
 
@@ -227,10 +227,11 @@ def _describe(argument: Any) -> str:
 
 def _span(array: Any) -> range:
     """The bytes of a dense array; empty for others, whose elements may interleave with another's."""
+    bytes_, item = array.nbytes, array.dtype.itemsize
     steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides)]
-    dense = array.size and min(steps, default=0) >= 0 and sum(steps) + array.dtype.itemsize == array.nbytes
+    dense = bytes_ and min(steps, default=0) >= 0 and sum(steps) + item == bytes_
     start = _address(array) or 0
-    return range(start, start + array.nbytes if dense else start)
+    return range(start, start + bytes_ if dense else start)
 
 
 class _ArgumentSpan(ctypes.Structure):

@@ -87,7 +87,7 @@ def memory(pointer: int, dim: list[int], stride: list[int], kind: data_type) -> 
     elements)."""
     dtype: Any = np.dtype(CODES[kind])
     span = sum((d - 1) * s for d, s in zip(dim, stride, strict=True)) + 1
-    flat = np.ctypeslib.as_array((ctypes.c_uint8 * (span * dtype.itemsize)).from_address(pointer)).view(dtype)
+    flat: Any = np.frombuffer((ctypes.c_uint8 * (span * dtype.itemsize)).from_address(pointer), dtype)
     return np.lib.stride_tricks.as_strided(flat, dim, [s * dtype.itemsize for s in stride])
 
 
@@ -321,11 +321,11 @@ class _pygraph:
                 rows = slice(i * dil_h, i * dil_h + step_h * (y.shape[2] - 1) + 1, step_h)
                 cols = slice(j * dil_w, j * dil_w + step_w * (y.shape[3] - 1) + 1, step_w)
                 if self.node == "conv_fprop":
-                    out += np.einsum("nchw,oc->nohw", padded[:, :, rows, cols], w[:, :, i, j])
+                    out += np.tensordot(padded[:, :, rows, cols], w[:, :, i, j], (1, 1)).transpose(0, 3, 1, 2)
                 elif self.node == "conv_dgrad":
-                    dx[:, :, rows, cols] += np.einsum("nohw,oc->nchw", y, w[:, :, i, j])
+                    dx[:, :, rows, cols] += np.tensordot(y, w[:, :, i, j], (1, 0)).transpose(0, 3, 1, 2)
                 else:
-                    dw[:, :, i, j] = np.einsum("nchw,nohw->oc", padded[:, :, rows, cols], y)
+                    dw[:, :, i, j] = np.tensordot(y, padded[:, :, rows, cols], ((0, 2, 3),) * 2)
         dx = dx[:, :, pad_h : pad_h + x.shape[2], pad_w : pad_w + x.shape[3]]
         return {"conv_fprop": (out, 2), "conv_dgrad": (dx, 0), "conv_wgrad": (dw, 1)}[self.node]
 

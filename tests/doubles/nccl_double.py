@@ -212,6 +212,15 @@ class Cuda:
     def getDeviceCount(self) -> int:
         return self.devices
 
+    def getDevice(self) -> int:
+        return self.device or 0
+
+    def deviceGetPCIBusId(self, device: int) -> str:
+        return f"0000:{device:02x}:00.0"
+
+    def getDeviceProperties(self, device: int) -> dict[str, bytes]:
+        return {"name": b"Double", "uuid": bytes([device])}
+
     def setDevice(self, device: int) -> None:
         self.log.append(("setDevice", device))
         if not 0 <= device < self.devices:
@@ -264,6 +273,8 @@ class _NcclCommunicator:
             raise TypeError(f"Argument 'commId' has incorrect type (expected bytes, got {type(commId)})")
         if len(commId) != 128:
             raise ValueError(f"commId length {len(commId)} != 128.")
+        self._mpi = mpi if ndev == mpi.size else self._meet(ndev, commId, rank)
+        mpi = self._mpi
         gpu = self.nccl.gpu or (mpi.rank, device)
         ranks = mpi.allgather((commId, (ndev, rank) == (mpi.size, mpi.rank), device is not None))
         shared = len(set(mpi.allgather(gpu))) < mpi.size
@@ -276,6 +287,18 @@ class _NcclCommunicator:
         if shared and (self.nccl.version < 23000 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"):
             raise NcclError(INVALID_USAGE, "Duplicate GPU detected")
         self._rank, self._size, self._device, self._live = rank, ndev, device, True
+
+    def _meet(self, ndev: int, unique_id: bytes, rank: int) -> MPI.Intracomm:
+        """The MPI communicator of the `ndev` ranks that have the id, whose first byte is its maker's rank."""
+        mpi, maker, tag = self.nccl.mpi, unique_id[0], unique_id[1]
+        sent = [mpi.isend((rank, mpi.rank), maker, tag)]
+        if mpi.rank == maker:
+            members = [where for _, where in sorted(mpi.recv(tag=tag) for _ in range(ndev))]
+            sent += [mpi.isend(members, member, tag + 256) for member in members]
+        members = mpi.recv(source=maker, tag=tag + 256)
+        for request in sent:
+            request.wait()
+        return mpi.Create_group(mpi.group.Incl(members), tag)
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         self._submit(Call("allReduce", sendbuf, recvbuf, count, datatype, stream, op))
@@ -362,7 +385,7 @@ class _NcclCommunicator:
         """Carry out a call that was queued; return what to wait for at the end of its group."""
         if not self._live:
             return []
-        mpi = self.nccl.mpi
+        mpi = self._mpi
         self.nccl.log.append(("run", call.name, call.elements, call.stream))
         if call.name in ("send", "recv"):
             data = host_view(call.sendbuf or call.recvbuf, call.elements, call.datatype).view(np.uint8)
@@ -377,7 +400,7 @@ class _NcclCommunicator:
 
     def _result(self, call: Call) -> np.ndarray:
         """What the collective leaves in a receive buffer; reductions go in rank order and keep the dtype."""
-        mpi = self.nccl.mpi
+        mpi = self._mpi
         if call.name in ("broadcast", "bcast"):
             source = call.sendbuf if call.root == mpi.rank else call.recvbuf
             data = host_view(source, call.elements, call.datatype).copy()
@@ -433,7 +456,7 @@ class Nccl:
 
     def get_unique_id(self) -> bytes:
         self.log.append(("get_unique_id",))
-        return os.urandom(128)
+        return bytes([self.mpi.rank]) + os.urandom(127)
 
     def groupStart(self) -> None:
         self.log.append(("groupStart",))

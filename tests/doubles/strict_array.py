@@ -31,6 +31,7 @@ ATTRIBUTES = {
     "imag",
     "base",
 }
+ARRAYS = {"T", "mT", "real", "imag", "base"}  # those of them that are arrays
 DTYPE_CHARS = "?bBhHiIlLqQefdFD"
 SYNC_METHODS = {
     "item",
@@ -211,6 +212,9 @@ def _bind(name, words, args, kwargs, array=None):
     return bound
 
 
+_Pointer = collections.namedtuple("_Pointer", "ptr")
+
+
 class StrictArray:
     """Wraps the NumPy array `_a`; behaves like `cupy.ndarray` in what it refuses."""
 
@@ -235,8 +239,6 @@ class StrictArray:
         kind, words = ARRAY_NAMES.get(name, (None, ()))
         if kind == "method" and hasattr(np.ndarray, name):
             return functools.partial(self._method, name, words)
-        if kind == "attribute" and name in ATTRIBUTES:
-            return _device(getattr(self._a, name), {})
         raise AttributeError(f"cupy.ndarray.{name} " + ("is not modelled here" if kind else "does not exist"))
 
     def _method(self, name, words, *args, **kwargs):
@@ -248,7 +250,7 @@ class StrictArray:
     @property
     def data(self):
         """An object whose `ptr` is the address of the first element."""
-        return types.SimpleNamespace(ptr=self._a.__array_interface__["data"][0])
+        return _Pointer(self._a.__array_interface__["data"][0])
 
     @property
     def flags(self):
@@ -348,7 +350,22 @@ def _add_operators():
         setattr(StrictArray, f"__{to.__name__}__", _conversion(to))
 
 
+def _add_attributes():
+    """Give StrictArray the attributes of cupy.ndarray as properties, which are looked up fast."""
+
+    def attribute(name):
+        return property(lambda self: _device(getattr(self._a, name), {}))
+
+    def plain(name):  # neither an array nor a scalar
+        return property(operator.attrgetter(f"_a.{name}"))
+
+    for name in ATTRIBUTES:
+        if ARRAY_NAMES.get(name, ("",))[0] == "attribute":
+            setattr(StrictArray, name, (attribute if name in ARRAYS else plain)(name))
+
+
 _add_operators()
+_add_attributes()
 
 
 def _call_ufunc(name, words, *args, **kwargs):

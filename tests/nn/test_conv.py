@@ -1,4 +1,4 @@
-"""Convolution in its three algorithms against PyTorch and against each other."""
+"""Convolution in its four algorithms against PyTorch and against each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_torch_parity import import_torch
 
 from nn.buffers import Buffers
 from nn.device import NUMPY, Backend
-from nn.ops import conv, winograd
+from nn.ops import conv, strips, winograd
 from nn.ops.conv import Geometry, conv_backward, conv_forward
 
 pytestmark = pytest.mark.quick
@@ -86,8 +86,9 @@ def draw(rng: np.random.Generator, x_shape: tuple[int, ...], w_shape: tuple[int,
     return x, w, rng.standard_normal(g.out_shape(x_shape, w_shape))
 
 
-@both_orders
-@pytest.mark.parametrize("algorithm", ["loop", "patches"])
+@pytest.mark.parametrize(
+    ("algorithm", "order"), [*product(("loop", "patches"), ("NHWC", "HWNC")), ("strips", "HWNC")]
+)
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 def test_any_geometry(kernel: int, stride: int, algorithm: str, order: str) -> None:
@@ -131,11 +132,32 @@ def test_patches_in_chunks(elements: int, order: str, seed: int, monkeypatch: py
         assert_close(run(workspace(order), "patches", x, w, dy, g), reference(x, w, dy, g), BOUND, (n, g))
 
 
-def test_winograd_refuses_another_memory_order() -> None:
+@each_seed
+@pytest.mark.parametrize("elements", [1, 500, 1 << 20])
+@pytest.mark.parametrize("columns", [1, 4, 12, 64])
+def test_strips(columns: int, elements: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of one output, of some, the last one with outputs beyond the image, and of whole rows."""
+    monkeypatch.setattr(strips, "CHUNK", elements)
+    monkeypatch.setattr(strips, "COLUMNS", columns)
+    strips.cut.cache_clear()
+    rng, wide = np.random.default_rng(seed), set()
+    for n, g in product(
+        (0, 1, 5), (Geometry(1, 2, 1), Geometry(2, 1, 1), Geometry(1, 0, 2), Geometry(4, 0, 1))
+    ):
+        x, w, dy = draw(rng, (n, 6, 9, 2), (3, 3, 2, 3), g)
+        assert_close(run(workspace("HWNC"), "strips", x, w, dy, g), reference(x, w, dy, g), BOUND, (n, g))
+        wide.add(strips.cut(dy.shape[1:3], w.shape, g)[:2])
+    strips.cut.cache_clear()
+    found = {1: {(1, 11), (1, 5), (1, 2)}, 4: {(3, 4), (3, 2), (2, 1)}}
+    assert wide == found.get(columns, wide)
+
+
+@pytest.mark.parametrize("algorithm", ["strips", "winograd"])
+def test_another_memory_order_is_refused(algorithm: str) -> None:
     buffers = workspace("NHWC")
     x = activations(buffers, np.ones((2, 4, 4, 3)), "x")
     with pytest.raises(ValueError, match="H,W,N,C order"):
-        conv_forward(x, np.ones((3, 3, 3, 3)), Geometry(1, 1, 1), x, buffers, "winograd")
+        conv_forward(x, np.ones((3, 3, 3, 3)), Geometry(1, 1, 1), x, buffers, algorithm)
     assert conv.choose_algorithm(x.shape, (3, 3, 3, 3), Geometry(1, 1, 1), Backend("test", np)) == "patches"
 
 
@@ -179,7 +201,8 @@ def test_winograd_error_in_float32(size_channels: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
-    ("algorithm", "order"), [("patches", "HWNC"), ("patches", "NHWC"), ("winograd", "HWNC")]
+    ("algorithm", "order"),
+    [("patches", "HWNC"), ("patches", "NHWC"), ("strips", "HWNC"), ("winograd", "HWNC")],
 )
 def test_scratch_does_not_grow_with_the_batch(
     algorithm: str, order: str, keep: bool, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +210,7 @@ def test_scratch_does_not_grow_with_the_batch(
     """Eight times the images need the same scratch: only what is kept for the backward is as large as the
     batch."""
     monkeypatch.setattr(conv, "PATCH_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(strips, "CHUNK", 1 << 14)
     monkeypatch.setattr(winograd, "CHUNK", 64)
     g, w, held = Geometry(1, 1, 1), np.ones((3, 3, 4, 5)), []
     for n in (16, 128):
@@ -216,14 +240,15 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 def test_chosen_form() -> None:
-    for kernel, c, g in (
-        (3, 2, Geometry(1, 1, 1)),
-        (3, 1, Geometry(1, 1, 1)),
-        (1, 2, Geometry()),
-        (3, 2, Geometry(2, 1, 1)),
-        (3, 2, Geometry(1, 0, 1)),
+    for kernel, c, g, algorithm in (
+        (3, 2, Geometry(1, 1, 1), "winograd"),
+        (3, 1, Geometry(1, 1, 1), "patches"),
+        (1, 2, Geometry(), "patches"),
+        (1, 2, Geometry(2), "patches"),
+        (3, 2, Geometry(2, 1, 1), "strips"),
+        (3, 2, Geometry(1, 0, 1), "strips"),
+        (5, 1, Geometry(1, 2, 1), "strips"),
     ):
-        algorithm = "winograd" if (kernel, c, g) == (3, 2, Geometry(1, 1, 1)) else "patches"
         assert conv.choose_algorithm((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == algorithm
     deep = (3, 3, 256, 256)  # where reading the kernel counts
     assert [conv.choose_algorithm((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == [

@@ -103,6 +103,7 @@ def both(request: pytest.FixtureRequest) -> Iterator[Both]:
 
 SHAPES = [(2, 6, 6, 8), (3, 7, 5, 5), (1, 3, 3, 40), (5, 2, 4, 1), (2, 28, 28, 3)]
 LARGE = (3, 36, 31, 33)  # 3348 rows: more than one block, and two groups of channels
+IN_PARTS = (*SHAPES[:2], LARGE)
 
 
 def norm_case(
@@ -117,7 +118,8 @@ def norm_case(
     both.add("mean", rng.normal(0, 1, c), real=True)
     both.add("var", rng.uniform(0.5, 2, c), real=True)
     both.add("y", np.full(out, np.nan))
-    both.add("dy", rng.normal(0, 1, out))
+    for name in ("dy", "part"):  # their sum is exact in bfloat16
+        both.add(name, np.clip(np.round(32 * rng.normal(0, 1, out)), -128, 128) / 32)
     both.add("dgamma", np.full(c, np.nan), real=True)
     both.add("dbeta", np.full(c, np.nan), real=True)
     if residual:
@@ -139,10 +141,12 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
+@pytest.mark.parametrize(
+    ("shape", "parts"), [*((shape, 1) for shape in (*SHAPES, LARGE)), *((shape, 2) for shape in IN_PARTS)]
+)
 @pytest.mark.parametrize(("pool", "relu", "residual"), KINDS)
-def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool) -> None:
-    """Forward and backward, one launch each for few rows, two for many."""
+def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residual: bool, parts: int) -> None:
+    """Forward and backward, one launch each for few rows, two for many; dL/dy in one part or two."""
     _, kind = norm_case(both, shape, pool, relu, residual)
     count = shape[0] * shape[1] * shape[2]
     saved, results = [], []
@@ -156,13 +160,13 @@ def test_norm(both: Both, shape: tuple[int, ...], pool: bool, relu: bool, residu
     both.clear("dy", (expected > 0) != (both.found(found) > 0))
     for side, backward in enumerate((F.norm_backward.plain, F.norm_backward)):
         a, grads = both[side], (both[side]("dgamma"), both[side]("dbeta"))
-        dz, d_residual = backward(
-            a("dy"), saved[side], norm_of(a), *grads, F.Count(count), both.buffers[side]
-        )
+        given = both.buffers[side], a("part") if parts > 1 else None
+        dz, d_residual = backward(a("dy"), saved[side], norm_of(a), *grads, F.Count(count), *given)
         results.append(dz)
         assert d_residual is (a("dy") if residual else None)
     both.check("dgamma", "dbeta", bound={"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-5}[both.element])
     both.near("dz", *results)
+    both.check("part")
     if residual:
         both.check("dy")
     small = rows_of(both.pairs["z"][0], pool) <= SMALL_ROWS * KEEP[both.element] // (4 if pool else 1)

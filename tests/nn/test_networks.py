@@ -340,6 +340,14 @@ DERIVED: dict[str, Callable[[], tuple[Layer, ...]]] = {
         Residual(Conv(3), DoubledBN()),
         Residual(DoubledSequence(Conv(3), BatchNorm())),
     ),
+    "before a residual": lambda: (
+        DoubledConv(3),
+        DoubledBN(),
+        Residual(Conv(3), BatchNorm()),
+        DoubledSequence(Conv(3), BatchNorm()),
+        Residual(Conv(3), BatchNorm()),
+        Residual(Conv(3), BatchNorm(), shortcut=Conv(3)),
+    ),
 }
 
 

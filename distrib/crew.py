@@ -1,0 +1,103 @@
+"""Runs work in threads that meet: all give an array, and all get the sum.
+
+So the passes of several virtual shards run side by side, as if each were a process, and no layer knows of it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+Meet = Callable[[np.ndarray], None]
+"""Called by each piece of work at the same points; returns once its array holds the sum of all."""
+
+
+class Abandoned(BaseException):
+    """Ends a piece of work because another one has failed."""
+
+
+class Crew:
+    """As many threads as there may be pieces of work. `at_once` of them run, the others wait their turn."""
+
+    def __init__(self, size: int, at_once: int) -> None:
+        self._at_once = at_once
+        self._turns = [threading.Semaphore(0) for _ in range(size)]
+        self._works: list[Callable[[Meet], None] | None] = [None] * size
+        self._given: list[np.ndarray | None] = [None] * size
+        self._news: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        self._failed = False
+        for number in range(size):
+            name = f"shard {number}"
+            threading.Thread(target=self._serve, args=(number,), daemon=True, name=name).start()
+
+    def run(
+        self, works: Sequence[Callable[[Meet], None]], add: Callable[[list[np.ndarray]], np.ndarray]
+    ) -> None:
+        """Run all `works`. Where they meet, `add` makes one array of theirs, in their order, in this thread.
+
+        What a piece of work raises is raised here, once the others have ended.
+        """
+        for number, work in enumerate(works):
+            self._works[number] = work
+        ready, running, met, error = deque(range(len(works))), 0, list[int](), None
+        while ready or running or met:
+            if not ready and not running:  # all have met
+                ready, met = deque(sorted(met)), []
+                if error is None:
+                    error = self._share([self._given[number] for number in ready], add)
+                    self._failed = error is not None
+            while ready and running < self._at_once:
+                self._turns[ready.popleft()].release()
+                running += 1
+            if running:
+                number, raised = self._news.get()
+                running -= 1
+                if self._given[number] is not None:
+                    met.append(number)
+                if raised is not None and not isinstance(raised, Abandoned):
+                    error, self._failed = error or raised, True
+        self._failed = False
+        if error is not None:
+            raise error
+
+    def _share(self, given: list, add: Callable[[list[np.ndarray]], np.ndarray]) -> BaseException | None:
+        try:
+            total = add(given)
+        except BaseException as raised:
+            return raised
+        for x in given:
+            x[...] = total
+        return None
+
+    def close(self) -> None:
+        """End the threads."""
+        self._works = [None] * len(self._works)
+        for turn in self._turns:
+            turn.release()
+
+    def _serve(self, number: int) -> None:
+        while True:
+            self._turns[number].acquire()
+            work, raised = self._works[number], None
+            if work is None:
+                return
+            try:
+                with np.errstate(all="ignore"):
+                    work(partial(self._meet, number))
+            except BaseException as error:
+                raised = error
+            self._works[number] = None
+            self._news.put((number, raised))
+
+    def _meet(self, number: int, x: np.ndarray) -> None:
+        self._given[number] = x
+        self._news.put((number, None))
+        self._turns[number].acquire()
+        self._given[number] = None
+        if self._failed:
+            raise Abandoned
