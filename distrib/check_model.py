@@ -101,8 +101,9 @@ def check(
 ) -> list[Finding]:
     """A finding for each of CHECKS, of the network that `function(shape, classes, **options)` makes.
 
-    It trains on `images` random images, at least 3, and the layer that it names is the first at fault.
+    It trains on `images` random images, 2 or more, and the layer that it names is the first at fault.
     """
+    assert images >= 2, "two ranks need an image each"
     examination = Examination(function, shape, classes, options or {}, images)
     examination.run()
     return examination.findings()
@@ -130,15 +131,7 @@ class Examination:
 
     def run(self) -> None:
         """All checks."""
-        try:
-            self.first, self.alone, self.plain = (self.network(poison) for poison in (True, True, False))
-            describe(*self._arguments)
-        except MemoryError as error:
-            self.fail(Fault("builds", "", f"the network needs too much memory ({error}): make it smaller"))
-            return
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            self.fail(Fault("builds", "", f"{kind}{error}"))
+        if not self.builds():
             return
         self.passed.add("builds")
         self.batch, self.other = (draw(self.first, self.images, seed) for seed in (3, 4))
@@ -153,13 +146,28 @@ class Examination:
                 "evaluation": self.evaluation,
             }
             for name, look in looks.items():
-                if "repeats" in self.faults or (name == "network" and self.faults):
-                    continue  # it would show the same fault again, without its layer
+                if self.faults.keys() & (CHECKS if name == "network" else {"repeats", "network"}):
+                    continue  # it would show the same fault again, without its layer or its cause
                 try:
                     look()
                     self.passed.add(name)
                 except Fault as fault:
                     self.fail(fault if fault.check in looks else Fault(name, fault.layer, fault.said))
+
+    def builds(self) -> bool:
+        """Whether replicas can be built, and described."""
+        said = ""
+        try:
+            describe(*self._arguments)
+            said = "makes the same layers when called again: make them inside the function: "
+            self.first, self.alone, self.plain = (self.network(poison) for poison in (True, True, False))
+        except MemoryError as error:
+            self.fail(Fault("builds", "", f"needs too much memory ({error}): make the network smaller"))
+        except Exception as error:
+            same = "stands in two places" in str(error)
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            self.fail(Fault("builds", "", f"{said if same else ''}{kind}{error}"))
+        return not self.faults
 
     def fail(self, fault: Fault) -> None:
         """Note what is wrong, unless its check has failed before."""
@@ -211,7 +219,7 @@ class Examination:
         outcome = ranks.step_of_ranks([self.network(), self.network()], self.batch, self.parts)
         if found := ranks.departure(self.first, self.step, outcome):
             layer, what = found
-            said = f"the {what} is another on two ranks than on one: compute each image by itself, divide by"
+            said = f"two ranks get another {what} than one: compute each image by itself, divide by"
             remedy = "step.global_batch, sum over images with step.all_reduce, draw by step.keys"
             raise Fault("ranks", layer, f"{said} {remedy}")
 

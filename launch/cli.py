@@ -38,6 +38,10 @@ From another terminal, while it runs:
 
     distrib watch runs/first
 
+Does a network of your own do what training relies on:
+
+    distrib check-model net.py:net
+
 Is this machine fit for it, alone or under mpirun or srun:
 
     distrib doctor

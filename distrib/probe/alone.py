@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 
-from distrib.probe.watch import Fault, guarded, label, require_made
+from distrib.probe.watch import Fault, guarded, label, require_gradient, require_made, same
 from nn.array import Array
 from nn.layer import Layer, StepContext
 from nn.network import Network
@@ -18,6 +19,12 @@ is lost to rounding."""
 
 EXACT, ROUNDING = 1e-8, 100 * np.finfo(float).eps
 """What a derivative may be off, relative to the gradient, and to the values over the step."""
+
+POOL = 8
+"""Buffers that a layer hardly takes at once."""
+
+TELLING = 1e-4
+"""Share of a derivative up to which rounding may hide an error at the smaller steps."""
 
 DIRECTIONS = 2
 """Random directions along which a derivative may prove right: a kink hardly lies within the steps of all."""
@@ -31,10 +38,14 @@ def derivative_is(
     `size` is the typical size of such a derivative, `values` that of what the difference is taken of. Where
     the function has a kink within the step, only a smaller step shows the derivative.
     """
-    found = 0.0
+    first = found = difference(STEPS[0]) / (2 * STEPS[0])
     for h in STEPS:
-        found = difference(h) / (2 * h)
-        if abs(found - exact) <= EXACT * size + ROUNDING * values / h:
+        rounding = ROUNDING * values / h
+        if h < STEPS[0]:
+            if rounding > TELLING * max(size, abs(first)):
+                break  # it could not tell right from wrong
+            found = difference(h) / (2 * h)
+        if abs(found - exact) <= EXACT * size + rounding:
             return True, found
     return False, found
 
@@ -136,10 +147,14 @@ class Alone:
         self.buffers.release_late()
         made = result if self.added else (result,)
         require_made(self.layer, way, made, self.network.dtype)
+        require_gradient(self.layer, made[0], self.given[0].shape)
         copies = [None if each is None else np.array(each) for each in made]
         for array, needed in zip(made, (self.layer.need_dx, True)):
             if array is not None and needed:
                 self._release(array, f"{way} returns memory that it has released")
+        if not self.layer.need_dx and self.buffers.is_pooled(made[0]):
+            said = f"{way} returns a gradient although self.need_dx is False, and nobody releases it: release"
+            raise self._fault("buffers", f"{said} dy and return None then, as the first layer of a network")
         if self.buffers.held():
             said = f"{way} does not release dy, or an activation that it took: call"
             raise self._fault("buffers", f"{said} self.buffers.release(dy) unless you return it")
@@ -156,6 +171,14 @@ class Alone:
         """All of `made` and of the parameters' gradients in one vector."""
         arrays = [*made, *(self._gradient(parameter) for parameter in self.parameters)]
         return np.concatenate([np.zeros(0), *(np.ravel(each) for each in arrays if each is not None)])
+
+    def clean_pool(self) -> None:
+        """Zeros in the memory that the layer gets from the pool."""
+        self.buffers.release_all()
+        x = self.given[0]
+        shape = max(x.shape, (len(x), *self.layer.out_shape), key=prod)
+        for _ in range(POOL if len(shape) == 4 else 0):
+            self.buffers.activation(shape).fill(0)
 
     def backward_values(self, r: np.ndarray) -> np.ndarray:
         """All numbers that forward and backward leave, in one vector."""
@@ -184,7 +207,7 @@ class Alone:
 
     def repeats(self, y: np.ndarray) -> None:
         """Fault unless the same input gives y again."""
-        if np.array_equal(y, self.forward(self.given)):
+        if same(y, self.forward(self.given)):
             return
         kept = np.random.get_state()
         np.random.seed(0)
@@ -192,7 +215,7 @@ class Alone:
         np.random.seed(0)
         second = self.forward(self.given)
         np.random.set_state(kept)
-        if np.array_equal(first, second):
+        if same(first, second):
             said = "draws from np.random, so that ranks and resumed runs differ: set random = True and draw"
             raise self._fault("repeats", f"{said} by step.keys, as Dropout does")
         said = "the same input gives another output the second time: keep no state from step to step"
@@ -200,43 +223,44 @@ class Alone:
 
     def gradient(self, y: np.ndarray, r: np.ndarray, made: list[np.ndarray | None]) -> None:
         """Fault unless the gradients `made` for dL/dy = r are those of the function that forward computes."""
-        names = ("its input", "the residual")
-        for i, (name, gradient) in enumerate(zip(names, made)):
+        for i, (name, gradient) in enumerate(zip(("its input", "the residual"), made)):
             if gradient is not None and (i or self.layer.need_dx):
-                self._compare(name, gradient, self.given[i], y, r, i)
+                self._compare(name, [(gradient, self.given[i])], y, r)
+        own = {spec.name for spec in self.layer.specs()}
+        inner = [(p.grad.copy(), p.value) for p in self.parameters if p.name not in own]
         for parameter in self.parameters:
-            self._compare(parameter.name, parameter.grad.copy(), parameter.value, y, r)
+            if parameter.name in own:
+                self._compare(parameter.name, [(parameter.grad.copy(), parameter.value)], y, r)
+        if inner:
+            self._compare("the layers inside", inner, y, r)
 
-    def _compare(
-        self, name: str, exact: Array, point: Array, y: np.ndarray, r: np.ndarray, number: int | None = None
-    ) -> None:
-        """Fault unless `exact` is dL/d(point), L = Σ r·y; `number` says which of those given `point` is."""
-        was = np.array(point)
+    def _compare(self, name: str, pairs: list[tuple[Array, Array]], y: np.ndarray, r: np.ndarray) -> None:
+        """Fault unless the first of each of `pairs` is dL/d(the second), L = Σ r·y."""
+        was = [np.array(point) for _, point in pairs]
 
-        def at(moved: Array) -> np.ndarray:
-            if number is not None:
-                return self.forward([moved if i == number else x for i, x in enumerate(self.given)])
-            point[...] = moved
+        def at(h: float) -> np.ndarray:
+            for (_, point), old, d in zip(pairs, was, directions):
+                point[...] = old + h * d
             try:
                 return self.forward(self.given)
             finally:
-                point[...] = was
+                for (_, point), old in zip(pairs, was):
+                    point[...] = old
 
-        expected, found = 0.0, 0.0
+        def difference(h: float) -> float:
+            return float(((at(h) - at(-h)) * r).sum())
+
+        values, expected, found = float(np.linalg.norm(y * r)), 0.0, 0.0
         for _ in range(DIRECTIONS):
-            d = self.rng.normal(0, scale_of(was), was.shape)
-
-            def difference(h: float, d: np.ndarray = d) -> float:
-                return float(((at(was + h * d) - at(was - h * d)) * r).sum())
-
-            products = exact * d
-            expected, size = float(products.sum()), float(np.sqrt((products**2).sum()))
-            right, found = derivative_is(expected, size, float(np.sqrt(((y * r) ** 2).sum())), difference)
+            directions = [self.rng.normal(0, scale_of(old), old.shape) for old in was]
+            products = np.concatenate([np.ravel(exact * d) for (exact, _), d in zip(pairs, directions)])
+            expected, size = float(products.sum()), float(np.linalg.norm(products))
+            right, found = derivative_is(expected, size, values, difference)
             if right:
                 break
         else:
-            self._wrong(name, expected, found, exact, y)
-        if is_float32(exact):
+            self._wrong(name, expected, found, pairs[0][0], y)
+        if is_float32(pairs[0][0]):
             raise self._fault("precision", f"the gradient of {name} {NARROW}")
 
     def _wrong(self, name: str, expected: float, found: float, exact: Array, y: np.ndarray) -> None:
@@ -247,13 +271,17 @@ class Alone:
         raise self._fault("gradients", f"{said}, {remedy}")
 
     def _is_coarse(self, y: np.ndarray) -> bool:
-        """Whether most of what moves with the input stays where it is when the input moves by 1e-12."""
+        """Whether most of what moves with the input stays where it is when it should move by 1e-11 of y."""
         direction = self.rng.uniform(1, 2, self.given[0].shape)
-        near, far = (
-            self.forward([self.given[0] * (1 + h * direction), *self.given[1:]]) for h in (1e-12, 1e-3)
-        )
-        moved = far != y
-        return bool(moved.any() and (near == y)[moved].mean() > 0.5)
+
+        def moved(h: float) -> np.ndarray:
+            return self.forward([self.given[0] * (1 + h * direction), *self.given[1:]]) - y
+
+        far = moved(1e-3)
+        if not far.any():
+            return False
+        near = moved(1e-3 * 1e-11 * float(np.linalg.norm(y) / np.linalg.norm(far)))
+        return bool((near[far != 0] == 0).mean() > 0.5)
 
 
 NARROW = "has the precision of float32 inside float64: compute in self.dtype, without np.float32"
@@ -274,10 +302,10 @@ def examine(alone: Alone, plain: Alone) -> tuple[list[Fault], bool]:
     try:
         alone.forward(alone.given, training=False)
         y = alone.forward(alone.given)
-        _require_finite(y, "forward", alone, lambda: plain.forward(plain.given))
+        _require_finite(y, "forward", alone, plain, lambda: plain.forward(plain.given))
         r = alone.rng.standard_normal(y.shape)
         made, told = alone.backward(r)
-        _require_finite(alone.numbers(made), "backward", alone, lambda: plain.backward_values(r))
+        _require_finite(alone.numbers(made), "backward", alone, plain, lambda: plain.backward_values(r))
     except Fault as fault:
         return [fault], False
     for check in (lambda: alone.announcements(told), lambda: alone.repeats(y)):
@@ -294,10 +322,13 @@ def examine(alone: Alone, plain: Alone) -> tuple[list[Fault], bool]:
     return faults, True
 
 
-def _require_finite(values: np.ndarray, way: str, alone: Alone, again: Callable[[], np.ndarray]) -> None:
+def _require_finite(
+    values: np.ndarray, way: str, alone: Alone, plain: Alone, again: Callable[[], np.ndarray]
+) -> None:
     """Fault for a NaN that is in `values` because of the poison: `again` gives them without it."""
     if np.isfinite(values).all():
         return
+    plain.clean_pool()
     if np.isfinite(again()).all():
         said = f"{way} reads memory that was released, or never written: retain what is needed longer"
         raise Fault("buffers", alone.name, f"{said}, and keep a copy for backward (self.buffers.save)")

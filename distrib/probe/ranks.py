@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from distrib.probe.watch import (
     EQUAL,
     WAYS,
     Batch,
+    Fault,
     Mark,
     Marks,
     context,
@@ -21,45 +22,44 @@ from distrib.probe.watch import (
     watched,
 )
 from nn.array import Array
-from nn.layer import Layer
 from nn.network import Network
 
 
 class Exchange:
-    """Sums arrays of `size` threads. One that has left is not waited for."""
+    """Sums arrays of as many threads as there are watchers, each for the layer that asks for it."""
 
-    def __init__(self, size: int) -> None:
-        self._turn = threading.Condition()
-        self._given: list[list[np.ndarray]] = [[] for _ in range(size)]
-        self._left = False
+    def __init__(self, watchers: list[Marks]) -> None:
+        self._turn, self._watchers, self._left = threading.Condition(), watchers, False
+        self._given: list[list[tuple[str, np.ndarray]]] = [[] for _ in watchers]
+        self._order = [label(layer) for layer in watchers[0].network.layers.walk()]
 
     def all_reduce(self, rank: int) -> Callable[[Array], None]:
-        """The function that sums an array of `rank` with those of the others, in place."""
+        """The function that sums an array of `rank` with those of the others, in place.
+
+        Fault of the first layer for which some ranks ask for a sum and others do not, or for another.
+        """
 
         def add(x: Array) -> None:
+            asking = label(self._watchers[rank].stack[-1])
             with self._turn:
                 number = len(self._given[rank])
-                self._given[rank].append(np.array(x))
+                self._given[rank].append((asking, np.array(x)))
                 self._turn.notify_all()
                 self._turn.wait_for(lambda: self._left or all(len(each) > number for each in self._given))
-                if not all(len(each) > number for each in self._given):
-                    raise Unmatched("a sum over ranks in which another rank has no part")
-                parts = [each[number] for each in self._given]
-            if len({part.shape for part in parts}) > 1:
-                raise Unmatched(f"ranks sum arrays of {' and '.join(str(part.shape) for part in parts)}")
-            x[...] = sum(parts)
+                parts = [each[number] for each in self._given if len(each) > number]
+            names, arrays = zip(*parts)
+            if len(parts) < len(self._given) or len({(name, array.shape) for name, array in parts}) > 1:
+                said = "ranks ask for different sums: call step.all_reduce on all alike, with as many numbers"
+                raise Fault("ranks", min(names, key=self._order.index), said)
+            x[...] = sum(arrays)
 
         return add
 
     def leave(self) -> None:
-        """This thread is done, or has failed."""
+        """A thread is done, or has failed: nobody waits for it."""
         with self._turn:
             self._left = True
             self._turn.notify_all()
-
-
-class Unmatched(RuntimeError):
-    """Ranks call for sums that do not belong together."""
 
 
 class Outcome:
@@ -84,8 +84,8 @@ def step_of_one(network: Network, batch: Batch) -> Outcome:
 
 def step_of_ranks(networks: list[Network], batch: Batch, parts: list[slice]) -> Outcome:
     """A training step of as many ranks as there are networks, each on its part; Fault if one fails."""
-    exchange, losses = Exchange(len(networks)), [0.0 for _ in networks]
-    watchers, errors = [Marks(network) for network in networks], list[Exception]()
+    watchers, losses = [Marks(network) for network in networks], [0.0 for _ in networks]
+    exchange, errors = Exchange(watchers), list[Exception]()
 
     def work(rank: int) -> None:
         network, mine = networks[rank], batch.part(parts[rank])
@@ -114,9 +114,13 @@ def departure(network: Network, one: Outcome, other: Outcome) -> tuple[str, str]
     if mark := first_difference(*ahead):
         return mark.layer, "output"
     names = {label(layer): layer for layer in network.layers.walk()}
+    start = 0
     for name, layer in names.items():
-        if any(statistics_differ(network, layer, one, other)):
-            return name, "running statistics"
+        stop = start + sum(layer.statistics().values())
+        mine, *rest = (each[start:stop] for each in (*one.statistics, *other.statistics))
+        if not all(np.allclose(mine, each, EQUAL, EQUAL) for each in rest):
+            return name, "running statistic"
+        start = stop
     wrong = wrong_gradients(one, other)
     owners = {spec.name: name for name, layer in names.items() for spec in layer.specs()}
     mark = first_difference(*back)
@@ -127,15 +131,6 @@ def departure(network: Network, one: Outcome, other: Outcome) -> tuple[str, str]
         if each is mark:
             return each.layer, "gradient of its input"
     return (owners[wrong[-1]], f"gradient of {wrong[-1]}") if wrong else None
-
-
-def statistics_differ(network: Network, layer: Layer, one: Outcome, other: Outcome) -> Iterator[bool]:
-    """Of each of a layer's running statistics, whether it is another on any rank."""
-    for name in layer.statistics():
-        view = network.running[name]
-        start = (view.ctypes.data - network.statistics.ctypes.data) // view.itemsize
-        mine, *rest = (each[start : start + view.size] for each in (*one.statistics, *other.statistics))
-        yield not all(np.allclose(mine, each, EQUAL, EQUAL) for each in rest)
 
 
 def wrong_gradients(one: Outcome, other: Outcome) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import nn.buffers
 from nn.array import Array
 from nn.layer import Layer, StepContext, text
-from nn.layers import ConvBN, Residual, Sequential
+from nn.layers import Residual, Sequential
 from nn.network import Network
 from nn.ops.loss import softmax_cross_entropy
 from nn.params import Parameter
@@ -41,8 +41,17 @@ def label(layer: Layer) -> str:
 
 
 def is_unit(layer: Layer) -> bool:
-    """Whether a layer is looked at by itself: it computes, or it holds layers in a way of its own."""
-    return not layer.children() or type(layer) not in (Sequential, ConvBN, Residual)
+    """Whether a layer is looked at by itself: it computes, or runs the layers inside in a way of its own."""
+    plain = (
+        all(getattr(type(layer), way) is getattr(kind, way) for way in WAYS)
+        for kind in (Sequential, Residual)
+    )
+    return not layer.children() or not any(plain)
+
+
+def same(some: np.ndarray, others: np.ndarray) -> bool:
+    """Whether arrays differ by rounding at most."""
+    return bool((np.abs(some - others) <= EQUAL * np.sqrt(np.mean(some**2))).all())
 
 
 def guarded(layer: Layer, way: str, call: Callable[[], Any]) -> Any:
@@ -71,9 +80,7 @@ class Watcher:
         self.network, self.images = network, 0
         self.stack: list[Layer] = []
         self._made: dict[int, tuple[Layer, Array]] = {}  # by id, which the array keeps its own
-        self._shapes: dict[
-            int, tuple[tuple[int, ...], tuple[int, ...]]
-        ] = {}  # of x and y, by id of the layer
+        self._shapes: dict[int, tuple[int, ...]] = {}  # of x, by id of the layer
 
     def start(self, images: int) -> None:
         """A pass of so many images begins."""
@@ -98,24 +105,23 @@ class Watcher:
         said = f"makes {has} of {self.images} images where {taker} takes {wanted}: infer must return"
         raise Fault("runs", label(maker), f"{said} the shape of one image that forward makes")
 
-    def run(self, layer: Layer, way: str, pass_: Callable[..., Any], *given: Any) -> Any:
+    def run(self, layer: Layer, way: str, pass_: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """A pass of `layer`, watched."""
-        step = given[1]
-        arrays = tuple(each for each in given if isinstance(each, np.ndarray))
+        every = (*given, *named.values())
+        (step,) = (each for each in every if isinstance(each, StepContext))
+        arrays = tuple(each for each in every if isinstance(each, np.ndarray))
         self.begin(layer, way, arrays, step)
-        x_shape = given[0].shape
+        x_shape = arrays[0].shape
         self.stack.append(layer)
-        result = guarded(layer, way, lambda: pass_(*given))
+        result = guarded(layer, way, lambda: pass_(*given, **named))
         self.stack.pop()
         made = result if way == "backward_added" else (result,)
         require_made(layer, way, made, self.network.dtype)
         if way.startswith("forward"):
             self._made[id(result)] = layer, result
-            self._shapes[id(layer)] = x_shape, result.shape
-        elif made[0] is not None and made[0].shape != self._shapes[id(layer)][0]:
-            wanted = text(self._shapes[id(layer)][0])
-            said = f"backward returns a gradient of {text(made[0].shape)}, and its input is {wanted}"
-            raise Fault("runs", label(layer), f"{said}: return dL/dx, shaped as x")
+            self._shapes[id(layer)] = x_shape
+        else:
+            require_gradient(layer, made[0], self._shapes[id(layer)])
         self.end(layer, way, made, step)
         return result
 
@@ -134,6 +140,13 @@ def require_made(layer: Layer, way: str, made: Any, dtype: Any) -> None:
         if array.dtype != dtype:
             said = f"{way} returns {array.dtype} inside {dtype}: make arrays in self.dtype, best by"
             raise Fault("precision", label(layer), f"{said} self.output and self.gradient")
+
+
+def require_gradient(layer: Layer, dx: Any, shape: tuple[int, ...]) -> None:
+    """Fault unless dx, where there is one, has the shape of x."""
+    if dx is not None and dx.shape != shape:
+        said = f"backward returns a gradient of {text(dx.shape)}, and its input is {text(shape)}"
+        raise Fault("runs", label(layer), f"{said}: return dL/dx, shaped as x")
 
 
 @contextmanager
@@ -169,7 +182,7 @@ def _vector(shape: tuple[int, ...]) -> np.ndarray:
 
 def fingerprint(x: np.ndarray) -> np.ndarray:
     """(2, N) of N images or vectors: any difference of two arrays shows, at the price of two numbers."""
-    axes = "hwc"[: x.ndim - 1]
+    axes = "abcdefg"[: x.ndim - 1]
     product = np.einsum(f"n{axes},{axes}->n", x, _vector(x.shape[1:]))
     return np.stack([product, np.sqrt(np.einsum(f"n{axes},n{axes}->n", x, x))])
 
