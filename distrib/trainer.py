@@ -33,7 +33,7 @@ from nn.network import Model, Network
 from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
 from nn.ops.loss import loss_and_gradient
 from nn.ops.norm import AllReduce
-from nn.ops.update import average, record_step
+from nn.ops.update import StepRecord, average
 from nn.optim import OPTIMIZERS
 from nn.params import Parameters
 
@@ -96,6 +96,8 @@ class Trainer:
         self.stop_requested = 0  # the signal that asked for it
         self.rates, self.epoch = xp.zeros((self.steps_per_epoch, 2), np.float64), -1
         self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
+        results = self.results.history, self.local_loss, self.params.step_metrics
+        self.record = StepRecord(*results, xp.zeros(1, np.uint32))
         self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
         self.saver = ckpt.Saver()
         self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
@@ -209,10 +211,9 @@ class Trainer:
             self.reducer.wait()
             timer.lap("gradients")
         if not self.updates_early:
-            self.optimizer.update(self.rates, self.step_in_epoch)
+            self.optimizer.update(self.rates, self.step_in_epoch, record=self.record)
         for mean, values in self.averages:
             average(mean, values, self.optimizer.scratch, decay=config.average)
-        record_step(self.results.history, self.local_loss, self.params.step_metrics, self.step_in_epoch)
         timer.lap("optimizer")
 
     def forward_backward(
@@ -264,7 +265,8 @@ class Trainer:
         with side_stream.fork():
             total.wait()
             part = slice(bucket.start, min(bucket.stop, self.params.values.size))
-            self.optimizer.update(self.rates, self.step_in_epoch, part)
+            record = None if bucket.start else self.record  # the last bucket
+            self.optimizer.update(self.rates, self.step_in_epoch, part, record)
 
     def close(self) -> None:
         """Release the graphs: NCCL's close waits for those that hold its calls."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from nn.array import HOST_BLOCK, Array
-from nn.ops.update import BETA1, BETA2, adam, sgd
+from nn.ops.update import BETA1, BETA2, StepRecord, adam, sgd
 from nn.params import Parameters
 
 WHOLE = slice(None)
@@ -48,8 +48,11 @@ class Optimizer(ABC):
         self.steps += 1
 
     @abstractmethod
-    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
-        """One update, of a part of the vectors, with row at[0] of `rates`, a table on the device."""
+    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
+        """One update, of a part of the vectors, with row at[0] of `rates`, a table on the device.
+
+        The last one of a step is given `record`: it leaves the results there and moves `at` on.
+        """
 
 
 class SGD(Optimizer):
@@ -64,7 +67,7 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
-    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
+    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
         p, momentum = self.params, self.state.get("momentum")
         sgd(
             p.values[part],
@@ -77,6 +80,7 @@ class SGD(Optimizer):
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             nesterov=self.nesterov,
+            record=record,
         )
 
 
@@ -88,7 +92,7 @@ class Adam(Optimizer):
     def step_size(self, lr: float, step: int) -> float:
         return lr * (1 - BETA2**step) ** 0.5 / (1 - BETA1**step)
 
-    def update(self, rates: Array, at: Array, part: slice = WHOLE) -> None:
+    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
         p = self.params
         adam(
             p.values[part],
@@ -100,6 +104,7 @@ class Adam(Optimizer):
             None if p.compute is None else p.compute[part],
             self.scratch,
             weight_decay=self.weight_decay,
+            record=record,
         )
 
 

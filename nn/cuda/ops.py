@@ -16,6 +16,7 @@ from nn.ops.batch import Source
 from nn.ops.dropout import threshold
 from nn.ops.norm import After, Count, Norm
 from nn.ops.pool import Windows
+from nn.ops.update import StepRecord
 
 BLOCKS = 1024
 """Most blocks of a launch: several for each multiprocessor of the largest GPU."""
@@ -55,6 +56,11 @@ def rows_of(z: Array, pool: bool) -> int:
     """What a thread of a kernel takes one after another: pixels, with pooling 2×2 windows."""
     n, h, w, _ = z.shape
     return n * -(-h // 2) * -(-w // 2) if pool else n * h * w
+
+
+def ending(record: StepRecord | None) -> tuple[Any, ...]:
+    """The last arguments of an update's kernel."""
+    return (*record, len(record.history)) if record else (None, None, None, None, 0)
 
 
 class SavedNorm(NamedTuple):
@@ -278,10 +284,6 @@ class CudaOps:
             arguments = *arrays, batch, start, x, y, source.warps, source.cutout, *x.shape[1:]
             self._launch(x, "gather_batch", one_each(len(x)), *arguments)
 
-    def record_step(self, history: Array, local_loss: Array, step_metrics: Array, at: Array) -> None:
-        arguments = history, local_loss, step_metrics, at, len(history)
-        self._launch(history, "record_step", ((1,), (1,)), *arguments)
-
     def adam(
         self,
         values: Array,
@@ -294,8 +296,9 @@ class CudaOps:
         scratch: Array,
         *,
         weight_decay: float,
+        record: StepRecord | None = None,
     ) -> None:
-        arguments = values, grads, m, v, rates, at, compute, weight_decay, values.size
+        arguments = values, grads, m, v, rates, at, compute, weight_decay, values.size, *ending(record)
         self._launch(values if compute is None else compute, "adam", flat(values.size), *arguments)
 
     def sgd(
@@ -311,9 +314,10 @@ class CudaOps:
         weight_decay: float,
         momentum: float,
         nesterov: bool,
+        record: StepRecord | None = None,
     ) -> None:
         numbers = momentum, nesterov, weight_decay, values.size
-        arguments = values, grads, velocity, rates, at, compute, *numbers
+        arguments = values, grads, velocity, rates, at, compute, *numbers, *ending(record)
         self._launch(values if compute is None else compute, "sgd", flat(values.size), *arguments)
 
     def average(self, mean: Array, values: Array, scratch: Array, *, decay: float) -> None:

@@ -1,4 +1,4 @@
-// Adam and SGD over the flat vectors, and the end of a step. rates (steps, 2) is a table of the epoch's
+// Adam and SGD over the flat vectors; the last update of a step has a history, and ends it. rates (steps, 2) is a table of the epoch's
 // learning rates, of which row at[0] holds; `compute`, where given, is the values that convolutions read.
 
 static __device__ __forceinline__ void put(REAL* values, ELEM* compute, Step i, REAL x) {
@@ -6,10 +6,21 @@ static __device__ __forceinline__ void put(REAL* values, ELEM* compute, Step i, 
     if (compute) compute[i] = element((ACC)x);
 }
 
+// history[at mod rows] = local_loss, step_metrics; then the step counter, which every block has read, moves on.
+static __device__ void end_step(
+    REAL* history, const REAL* local_loss, const REAL* step_metrics, unsigned* arrived, int rows, Step* at) {
+    if (!history || !last_to_arrive(arrived) || threadIdx.x > 0) return;
+    REAL* row = history + at[0] % rows * 4;
+    row[0] = local_loss[0];
+    for (int i = 0; i < 3; i++) row[i + 1] = step_metrics[i];
+    at[0]++;
+}
+
 // m += (1−β1)(g − m); v += (1−β2)(g² − v); θ = θ·(1 − lr·λ) − lr_t·m/(√v + ε̂), with rates = lr, lr_t.
 extern "C" __global__ void __launch_bounds__(THREADS, 4) adam(
     REAL* values, const REAL* __restrict__ grads, REAL* __restrict__ m, REAL* __restrict__ v,
-    const double* __restrict__ rates, const Step* __restrict__ at, ELEM* compute, double decay, Step size) {
+    const double* __restrict__ rates, Step* at, ELEM* compute, double decay, Step size, REAL* history,
+    const REAL* local_loss, const REAL* step_metrics, unsigned* arrived, int history_rows) {
     double lr = rates[2 * at[0]], lr_t = rates[2 * at[0] + 1];
     REAL keep = (REAL)(1 - lr * decay);
     for (Step i = first_of_thread(); i < size; i += threads_of_grid()) {
@@ -18,12 +29,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) adam(
         REAL second = v[i] += (g * g - v[i]) * (REAL)(1 - BETA2);
         put(values, compute, i, values[i] * keep - first / (sqrt(second) + (REAL)EPS_HAT) * (REAL)lr_t);
     }
+    end_step(history, local_loss, step_metrics, arrived, history_rows, at);
 }
 
 // g += λθ; u = μu + g; θ −= lr·u, or with Nesterov θ −= lr·(g + μu); without momentum u = g.
 extern "C" __global__ void __launch_bounds__(THREADS) sgd(
-    REAL* values, const REAL* __restrict__ grads, REAL* velocity, const double* __restrict__ rates,
-    const Step* __restrict__ at, ELEM* compute, double momentum, int nesterov, double decay, Step size) {
+    REAL* values, const REAL* __restrict__ grads, REAL* velocity, const double* __restrict__ rates, Step* at,
+    ELEM* compute, double momentum, int nesterov, double decay, Step size, REAL* history,
+    const REAL* local_loss, const REAL* step_metrics, unsigned* arrived, int history_rows) {
     REAL lr = (REAL)rates[2 * at[0]], mu = (REAL)momentum;
     for (Step i = first_of_thread(); i < size; i += threads_of_grid()) {
         REAL g = values[i] * (REAL)decay + grads[i], u = g;
@@ -33,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sgd(
         }
         put(values, compute, i, values[i] - u * lr);
     }
+    end_step(history, local_loss, step_metrics, arrived, history_rows, at);
 }
 
 // mean += (1 − decay)(values − mean).
@@ -40,15 +54,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) average(
     REAL* __restrict__ mean, const REAL* __restrict__ values, double decay, Step size) {
     for (Step i = first_of_thread(); i < size; i += threads_of_grid())
         mean[i] += (values[i] - mean[i]) * (REAL)(1 - decay);
-}
-
-// history[at mod rows] = local_loss, step_metrics; then the step counter moves on. One thread.
-extern "C" __global__ void record_step(
-    REAL* history, const REAL* local_loss, const REAL* step_metrics, Step* at, int rows) {
-    REAL* row = history + at[0] % rows * 4;
-    row[0] = local_loss[0];
-    for (int i = 0; i < 3; i++) row[i + 1] = step_metrics[i];
-    at[0]++;
 }
 
 // y = x in the type of activations, and back: for the weights that convolutions read, gradients that travel.

@@ -1,4 +1,4 @@
-"""Updates of the flat vectors: SGD, Adam, a moving average; and the end of a step.
+"""Updates of the flat vectors: SGD, Adam, which may end a step, and a moving average.
 
 The host's passes run block by block, so that the six vectors an Adam step touches are read once.
 """
@@ -6,7 +6,7 @@ The host's passes run block by block, so that the six vectors an Adam step touch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,25 @@ from nn.array import Array, namespace, op
 from nn.ops.bf16 import to_bf16
 
 BETA1, BETA2, EPS_HAT = 0.9, 0.999, 1e-7
+
+
+class StepRecord(NamedTuple):
+    """Where a step's last update leaves its results, a row of `history` (H, 4): local_loss, step_metrics.
+
+    `arrived` (1,), uint32, is zero; a kernel counts its blocks there.
+    """
+
+    history: Array
+    local_loss: Array
+    step_metrics: Array
+    arrived: Array
+
+    def end_step(self, at: Array) -> None:
+        """Write row at mod H of the history; then at += 1."""
+        row = at % len(self.history)
+        self.history[row, 0] = self.local_loss[0]
+        self.history[row, 1:] = self.step_metrics
+        at += 1
 
 
 def _row(rates: Array, at: Array) -> Any:
@@ -47,11 +66,13 @@ def sgd(
     weight_decay: float,
     momentum: float,
     nesterov: bool,
+    record: StepRecord | None = None,
 ) -> None:
     """g += λθ; v = μv + g; θ −= lr·v, or with Nesterov θ −= lr·(g + μv), as `torch.optim.SGD`.
 
     v starts as the first gradient, which v = μ·0 + g gives. lr is rates[at[0], 0]; `compute`, where given, is
-    `values` in bfloat16; `scratch` (2, B) is for blocks of B elements (0: all at once).
+    `values` in bfloat16; `scratch` (2, B) is for blocks of B elements (0: all at once). With `record`, the
+    step ends.
     """
     xp, (lr, _) = namespace(values), _row(rates, at)
     vectors = (values, grads) if velocity is None else (values, grads, velocity)
@@ -71,6 +92,8 @@ def sgd(
         value -= update
     if compute is not None:
         to_bf16(values, compute)
+    if record:
+        record.end_step(at)
 
 
 @op
@@ -85,12 +108,13 @@ def adam(
     scratch: Array,
     *,
     weight_decay: float,
+    record: StepRecord | None = None,
 ) -> None:
     """m += (1−β1)(g − m); v += (1−β2)(g² − v); θ −= lr_t·m/(√v + ε̂), lr_t = lr·√(1−β2^t)/(1−β1^t).
 
     Kingma and Ba (2015), the efficient form at the end of section 2, with ε̂ = 1e-7. Weight decay is
-    decoupled: θ −= lr·λ·θ first (Loshchilov and Hutter, 2019). lr and lr_t are rates[at[0]]; `compute` and
-    `scratch` as in `sgd`.
+    decoupled: θ −= lr·λ·θ first (Loshchilov and Hutter, 2019). lr and lr_t are rates[at[0]]; `compute`,
+    `scratch` and `record` as in `sgd`.
     """
     xp, (lr, lr_t) = namespace(values), _row(rates, at)
     for update, other, value, g, m_part, v_part in _blocks(scratch, values, grads, m, v):
@@ -110,6 +134,8 @@ def adam(
         value -= update
     if compute is not None:
         to_bf16(values, compute)
+    if record:
+        record.end_step(at)
 
 
 @op
@@ -124,12 +150,3 @@ def average(mean: Array, values: Array, scratch: Array, *, decay: float) -> None
         xp.subtract(value, mean_part, out=update)
         update *= 1 - decay
         mean_part += update
-
-
-@op
-def record_step(history: Array, local_loss: Array, step_metrics: Array, at: Array) -> None:
-    """Row at mod H of `history` (H, 4) becomes local_loss, step_metrics; then at += 1."""
-    row = at % len(history)
-    history[row, 0] = local_loss[0]
-    history[row, 1:] = step_metrics
-    at += 1

@@ -1,7 +1,7 @@
 // Finds races between the threads of a kernel, and accesses outside its arguments, for cuda_double.py.
 //
 // -fsanitize=thread makes the compiler call a function before each load and store of a kernel. These are ours.
-// They know who accessed each element last, and what orders two accesses:
+// They know who wrote each element last and who has read it since, and what orders two accesses:
 // * of one thread: its program;
 // * of two threads of a block: a block barrier between them (that of a warp does not count);
 // * of two blocks: the first fences and then counts in an atomic; the second counts there, and then fences.
@@ -33,11 +33,17 @@ struct Access {
     unsigned long long time;
 };
 
-/// The last write of an element, and the last read after it.
+/// A block's last read of an element, and whether several of its threads have read it since the same barrier.
+struct Reads {
+    Access last;
+    bool several;
+};
+
+/// The last write of an element, and the last block's reads after it.
 struct Element {
-    Access written, read;
-    bool by_threads;  // several have read it since the last barrier
-    bool by_blocks;   // several have read it
+    Access written;
+    Reads read;
+    bool by_blocks;   // whether other blocks have read it since: see `earlier`
     bool came, went;  // whether it was ever read, and ever written
 };
 
@@ -63,17 +69,18 @@ std::unordered_map<size_t, std::vector<Access>> counted;     // by atomic: the f
 std::unordered_map<unsigned, Access> fences;                 // by thread of this block: its last
 std::unordered_map<unsigned, std::vector<Access>> observed;  // by thread of this block: fences before its own
 std::vector<Acquired> acquired;                              // by this block
+std::unordered_map<const Element*, std::vector<Reads>> earlier;  // by other blocks than the last that read
 unsigned long long accesses = 0;
 
 Access access_of_now(bool atomic) { return {now.block, now.thread, now.epoch, atomic, accesses}; }
 
-/// Whether something makes an access come before what the running thread does now.
-bool ordered(const Access& before) {
+/// Whether something makes an access come before what the running thread does now; of `several` threads, all.
+bool ordered(const Access& before, bool several = false) {
     if (!before.block) return true;
-    if (before.block == now.block) return before.thread == now.thread || before.epoch != now.epoch;
+    if (before.block == now.block) return (before.thread == now.thread && !several) || before.epoch != now.epoch;
     for (const Acquired& found : acquired) {
         const bool seen = found.thread == now.thread || found.epoch != now.epoch;
-        const bool covered = found.by.thread == before.thread || found.by.epoch != before.epoch;
+        const bool covered = (found.by.thread == before.thread && !several) || found.by.epoch != before.epoch;
         if (seen && covered && found.by.block == before.block && found.by.time > before.time) return true;
     }
     return false;
@@ -89,11 +96,13 @@ void read(const Array& array, size_t index, bool atomic) {
     Element& element = array.elements[index];
     if (!(atomic && element.written.atomic) && !ordered(element.written))
         report("read after write of", element.written, array, index);
-    const Access last = element.read;
+    const auto [last, several] = element.read;
     const bool together = last.block == now.block && last.epoch == now.epoch;
-    element.by_threads = together && (element.by_threads || last.thread != now.thread);
-    element.by_blocks |= last.block && last.block != now.block;
-    element.read = access_of_now(atomic);
+    if (last.block && last.block != now.block) {
+        earlier[&element].push_back(element.read);
+        element.by_blocks = true;
+    }
+    element.read = {access_of_now(atomic), together && (several || last.thread != now.thread)};
     element.came |= !element.went;
 }
 
@@ -101,11 +110,16 @@ void write(const Array& array, size_t index, bool atomic) {
     Element& element = array.elements[index];
     if (!(atomic && element.written.atomic) && !ordered(element.written))
         report("write after write of", element.written, array, index);
-    const Access& last = element.read;
-    const bool others = element.by_blocks || (element.by_threads && last.epoch == now.epoch);
-    if (!(atomic && last.atomic) && (others || !ordered(last)))
-        report("write after read of", last, array, index);
-    element = {access_of_now(atomic), {}, false, false, element.came, true};
+    const auto look = [&](const Reads& read) {
+        if (!(atomic && read.last.atomic) && !ordered(read.last, read.several))
+            report("write after read of", read.last, array, index);
+    };
+    look(element.read);
+    if (element.by_blocks) {
+        for (const Reads& read : earlier[&element]) look(read);
+        earlier.erase(&element);
+    }
+    element = {access_of_now(atomic), {}, false, element.came, true};
 }
 
 [[noreturn]] void report_outside(size_t at, size_t bytes, bool writes) {
@@ -197,7 +211,7 @@ extern "C" char __ehdr_start __attribute__((visibility("hidden"))), _end __attri
 /// Before a launch: the arrays among its arguments, and the memory of these, which is the double's.
 EXPORTED void races_begin(const Span* spans, int count, size_t slots, size_t bytes) {
     now = {}, accesses = 0;
-    counted.clear(), free_all(arrays), free_all(shared_arrays);
+    counted.clear(), earlier.clear(), free_all(arrays), free_all(shared_arrays);
     for (int i = 0; i < count; i++) arrays.push_back(array_of(spans[i], 0));
     own = {{reinterpret_cast<size_t>(&__ehdr_start), reinterpret_cast<size_t>(&_end)}, {slots, slots + bytes}};
 }

@@ -134,13 +134,25 @@ def norm_gradient_sums(module: HostModule) -> np.ndarray:
     z, dy, ones = np.ones((n, h, w, c), np.float32), np.ones((n, h, w, c), np.float32), np.ones(c, np.float32)
     saved, partial, arrived = np.ones((2, c), np.float32), np.zeros((2, c, 2)), np.zeros(1, np.uint32)
     sums, d_gamma, d_beta = np.zeros((2, c)), np.zeros(c, np.float32), np.zeros(c, np.float32)
-    arrays = dy, z, np.uint64(0), saved, ones, ones, partial, arrived, sums, d_gamma, d_beta
+    arrays = dy, np.uint64(0), z, np.uint64(0), saved, ones, ones, partial, arrived, sums, d_gamma, d_beta
     numbers = map(np.int32, (n, h, w, c, 0, 0))
     module.get_function("norm_gradient_sums")((2, 1), (16, 16), (*arrays, *numbers))
     return sums
 
 
-KERNELS = {"stem": stem_weight_gradient, "norm": norm_gradient_sums}
+def adam(module: HostModule) -> np.ndarray:
+    """By three blocks, the last of which ends the step."""
+    values, grads, m, v, history = (np.ones(n, np.float32) for n in (700, 700, 700, 700, 8))
+    rates, at, arrived, results = np.ones((1, 2)), np.zeros(1, np.int64), np.zeros(1, np.uint32), np.ones(3)
+    loss, metrics = (results[:n].astype(np.float32) for n in (1, 3))
+    update = values, grads, m, v, rates, at, np.uint64(0), np.float64(0), np.int64(700)
+    ending = history, loss, metrics, arrived, np.int32(2)
+    module.get_function("adam")((3,), (256,), (*update, *ending))
+    assert (at, arrived) == (1, 0)
+    return history
+
+
+KERNELS = {"stem": stem_weight_gradient, "norm": norm_gradient_sums, "update": adam}
 
 
 def faulty(name: str, old: str, new: str, order: str, monkeypatch: pytest.MonkeyPatch) -> HostModule:
@@ -172,6 +184,15 @@ def faulty(name: str, old: str, new: str, order: str, monkeypatch: pytest.Monkey
             "atomicAdd(arrived, 1u), last = blockIdx.x ==",
             "race: ",
         ),
+        (
+            "update",
+            "        __threadfence();\n        last =",
+            "        last =",
+            "race: write after read of at",
+        ),
+        ("update", "            __threadfence();\n", "", "race: write after read of at"),
+        ("update", "arrived) {\n    __syncthreads();", "arrived) {", "race: write after read of at"),
+        ("update", "!last_to_arrive(arrived)", "blockIdx.x > 0", "race: .* of at"),
     ],
 )
 def test_a_fault_planted_in_our_kernels_is_found(

@@ -479,20 +479,6 @@ def test_add(both: Both) -> None:
     TESTED.add("add")
 
 
-def test_end_step(both: Both) -> None:
-    both.add("history", both.rng.normal(0, 1, (4, 4)), real=True)
-    both.add("own", [3.0], real=True)
-    both.add("tail", [1.0, 2.0, 0.0], real=True)
-    both.exact("at", np.array([6]))
-    for side, run in enumerate((update.record_step.plain, update.record_step)):
-        a = both[side]
-        run(a("history"), a("own"), a("tail"), a("at"))
-    both.check("history", "own", "tail", "at", bound=0)
-    assert both.pairs["at"][0] == [7]
-    assert (both.pairs["history"][0][2] == [3, 1, 2, 0]).all()
-    TESTED.add("record_step")
-
-
 OPTIMIZERS = {
     "adam": [{"weight_decay": 0.0}, {"weight_decay": 0.1}],
     "sgd": [
@@ -505,15 +491,21 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(
     ("name", "options"), [(name, o) for name, all_of in OPTIMIZERS.items() for o in all_of]
 )
-def test_optimizers(both: Both, name: str, options: dict) -> None:
+@pytest.mark.parametrize("ends", [False, True])
+def test_optimizers(both: Both, name: str, options: dict, ends: bool) -> None:
+    """Several blocks, the last of which may end the step."""
     size, rng = 1000, both.rng
     both.add("values", rng.normal(0, 1, size), real=True)
     both.add("grads", rng.normal(0, 1, size) * 10.0 ** rng.integers(-9, 1, size), real=True)
     states = ["m", "v"] if name == "adam" else ["u"] if options["momentum"] else []
     for state in states:
         both.add(state, rng.uniform(0, 1, size), real=True)
-    both.exact("rates", np.array([[1.0, 1.0], [1e-2, 3e-3]]))
-    both.exact("at", np.array([1]))
+    both.exact("rates", np.append(np.ones((6, 2)), [[1e-2, 3e-3]], axis=0))
+    both.exact("at", np.array([6]))
+    both.exact("arrived", np.zeros(1, np.uint32))
+    before = rng.normal(0, 1, (4, 4)).astype("float32")
+    for key, results in {"history": before, "own": [3.0], "tail": [1.0, 2.0, 0.0]}.items():
+        both.add(key, results, real=True)
     compute = both.backend.xp.asarray(np.zeros(size, np.uint16)) if both.element == "bfloat16" else None
     for side, run in enumerate((getattr(update, name).plain, getattr(update, name))):
         a = both[side]
@@ -527,8 +519,12 @@ def test_optimizers(both: Both, name: str, options: dict) -> None:
             compute if side else None,
             np.zeros((2, 300)),
             **options,
+            record=update.StepRecord(*map(a, ("history", "own", "tail", "arrived"))) if ends else None,
         )
-    both.check("values", "grads", *states, "rates", "at", bound=1e-14 if both.element == "float64" else 1e-6)
+    both.check("values", "grads", *states, bound=1e-14 if both.element == "float64" else 1e-6)
+    both.check("rates", "at", "history", "own", "tail", "arrived", bound=0)
+    assert both.pairs["at"][0] == [6 + ends]
+    assert (both.pairs["history"][0][2] == ([3, 1, 2, 0] if ends else before[2])).all()
     if compute is not None:
         expected = to_bf16(both.backend.to_host(both.pairs["values"][1]))
         assert (both.backend.to_host(compute) == expected).all()
