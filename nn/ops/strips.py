@@ -28,8 +28,8 @@ from nn.ops.winograd import require_order
 CHUNK = 1 << 18
 """Elements of the strips of some images: they stay in the cache for the product that follows."""
 
-COLUMNS = 32
-"""Of `bands`, at least: from there on the product is efficient."""
+COLUMNS = 48
+"""Of `bands`, about: from there on the product is efficient."""
 
 
 class Cut(NamedTuple):
@@ -47,7 +47,7 @@ def cut(out: tuple[int, int], w_shape: tuple[int, ...], g: Any) -> Cut:
     """The strips of an output of (P, Q) pixels."""
     p, q = out
     kh, kw, _, c_out = w_shape
-    strips = max(1, q // -(-COLUMNS // c_out))
+    strips = max(1, q // max(1, COLUMNS // c_out))
     wide = -(-q // strips)
     strips = -(-q // wide)
     reach = (wide - 1) * g.stride + g.dilation * (kw - 1) + 1
