@@ -23,6 +23,10 @@ class Windows(NamedTuple):
     stride: int
     padding: int = 0
 
+    def side_by_side(self) -> bool:
+        """Whether each pixel is of one window at most, and all windows are within the image."""
+        return self.size == (self.stride, self.stride) and not self.padding
+
     def geometry(self) -> Geometry:
         return Geometry(self.stride, self.padding)
 
@@ -37,10 +41,12 @@ def pool_forward(
 ) -> Array | None:
     """y (N, P, Q, C): the largest value, or the mean, of each window of x (N, H, W, C).
 
-    Returns, where `keep` and for the backward of the maximum, the number of the first largest pixel of each
-    window, int32 as y.
+    Returns, where `keep` and for the maximum, what the backward needs: the number of the first largest pixel
+    of each window, int32 as y, or for windows side by side whether a pixel is that one, bool as x.
     """
     xp = namespace(x)
+    if over.side_by_side():
+        return _pool_side_by_side(x, y, over.size, average, buffers, keep)
     if average:
         y[...] = 0
         for _, out, inside in over.taps(x.shape):
@@ -62,6 +68,12 @@ def pool_forward(
 @op
 def pool_backward(dy: Array, winners: Array | None, over: Windows, dx: Array) -> None:
     """dx (N, H, W, C) for dy (N, P, Q, C): all to the pixel that `winners` names, shared where it is None."""
+    if over.side_by_side():
+        if winners is None:
+            avg_pool_backward(dy, over.size, dx)
+        else:
+            _to_winners(dy, winners, over.size, dx)
+        return
     share = 1 / (over.size[0] * over.size[1])
     dx[...] = 0
     for number, out, inside in over.taps(dx.shape):
@@ -82,6 +94,22 @@ def global_pool_backward(dy: Array, x: Array, y: Array, dx: Array, buffers: Buff
         avg_pool_backward(dy, window, dx)
     else:
         max_pool_backward(dy, x, y, window, dx, buffers)
+
+
+def _pool_side_by_side(
+    x: Array, y: Array, window: Window, average: bool, buffers: Buffers, keep: bool
+) -> Array | None:
+    if average:
+        avg_pool_forward(x, window, y)
+        return None
+    max_pool_forward(x, window, y)
+    if not keep:
+        return None
+    won = buffers.image("won", x.shape, "bool")
+    free = buffers.image("pool.free", y.shape, "bool", persistent=False)
+    free[...] = True
+    mark_winners(x, y, window, free, won)
+    return won
 
 
 def pool_views(x: Array, window: Window, first: int = 1) -> list[Array]:
@@ -127,7 +155,12 @@ def max_pool_backward(dy: Array, x: Array, y: Array, window: Window, dx: Array, 
     won = buffers.image("pool.won", x.shape, "bool", persistent=False)
     free[...] = True
     mark_winners(x, y, window, free, won)
-    if _leaves_a_rest(x, window):
+    _to_winners(dy, won, window, dx)
+
+
+def _to_winners(dy: Array, won: Array, window: Window, dx: Array) -> None:
+    """dx: dy where a pixel has `won`, 0 elsewhere."""
+    if _leaves_a_rest(dx, window):
         dx[...] = 0
     for wins, view in zip(pool_views(won, window), pool_views(dx, window), strict=True):
         namespace(dy).multiply(dy, wins, out=view)

@@ -28,8 +28,8 @@ from nn.ops.winograd import require_order
 CHUNK = 1 << 18
 """Elements of the strips of some images: they stay in the cache for the product that follows."""
 
-COLUMNS = 32
-"""Of `bands`, at least: from there on the product is efficient."""
+COLUMNS = 48
+"""Of `bands`, about: from there on the product is efficient."""
 
 
 class Cut(NamedTuple):
@@ -47,7 +47,7 @@ def cut(out: tuple[int, int], w_shape: tuple[int, ...], g: Any) -> Cut:
     """The strips of an output of (P, Q) pixels."""
     p, q = out
     kh, kw, _, c_out = w_shape
-    strips = max(1, q // -(-COLUMNS // c_out))
+    strips = max(1, q // max(1, COLUMNS // c_out))
     wide = -(-q // strips)
     strips = -(-q // wide)
     reach = (wide - 1) * g.stride + g.dilation * (kw - 1) + 1
@@ -165,25 +165,32 @@ def _chunks(y_shape: tuple[int, ...], to: Cut, taps: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _gather(padded: Array, y_shape: tuple[int, ...], to: Cut, w: Array, g: Any, buffers: Buffers) -> Array:
-    """The strips of some images as a matrix (images · P · strips, kh · reach · C)."""
+def _seen(padded: Array, y_shape: tuple[int, ...], to: Cut, w: Array, g: Any) -> Array:
+    """View (images, P, strips, kh, reach · C) of what each strip sees of some images; strips overlap."""
     shape = len(padded), y_shape[1], to.strips, w.shape[0], to.reach * w.shape[2]
     image, line, pixel, item = padded.strides
     strides = image, line * g.stride, pixel * to.wide * g.stride, line * g.dilation, item
-    strips = buffers.temporary("conv.cols", shape)
-    strips[...] = as_strided(padded, shape, strides)
-    return strips.reshape(prod(shape[:3]), prod(shape[3:]))
+    return as_strided(padded, shape, strides)
+
+
+def _gather(padded: Array, y_shape: tuple[int, ...], to: Cut, w: Array, g: Any, buffers: Buffers) -> Array:
+    """The strips of some images as a matrix (images · P · strips, kh · reach · C)."""
+    seen = _seen(padded, y_shape, to, w, g)
+    strips = buffers.temporary("conv.cols", seen.shape)
+    strips[...] = seen
+    return strips.reshape(prod(seen.shape[:3]), prod(seen.shape[3:]))
 
 
 def _scatter(strips: Array, y_shape: tuple[int, ...], to: Cut, w: Array, g: Any, d_padded: Array) -> None:
     """`d_padded`: the sum of the strips at each pixel; the transpose of `_gather`."""
     d_padded[...] = 0
-    pixels = strips.reshape(len(d_padded), y_shape[1], to.strips, w.shape[0], to.reach, w.shape[2])
+    seen = _seen(d_padded, y_shape, to, w, g)
+    values = strips.reshape(seen.shape)
+    apart = -(-to.reach // (to.wide * g.stride))  # that many strips further on, one shares no pixel
     for i in range(w.shape[0]):
-        lines = slice(i * g.dilation, i * g.dilation + (y_shape[1] - 1) * g.stride + 1, g.stride)
-        for s in range(to.strips):
-            start = s * to.wide * g.stride
-            d_padded[:, lines, start : start + to.reach] += pixels[:, :, s, i]
+        for first in range(min(apart, to.strips)):
+            place = seen[:, :, first::apart, i]
+            place += values[:, :, first::apart, i]
 
 
 def _as_outputs(part: Array, y_shape: tuple[int, ...], to: Cut) -> Array:

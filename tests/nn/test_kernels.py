@@ -408,6 +408,7 @@ def test_copy(both: Both) -> None:
 
 WINDOWS = [
     pool.Windows((2, 2), 2),
+    pool.Windows((3, 3), 3),
     pool.Windows((3, 3), 2, 1),
     pool.Windows((2, 3), 1, 1),
     pool.Windows((1, 1), 3),
