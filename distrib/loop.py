@@ -24,6 +24,7 @@ from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
+from distrib.run.checkpoint import Checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run, blas_threads
 from distrib.summary import summary as summarise
@@ -262,18 +263,17 @@ def train_on(world: World, config: Config, run: Run | None, caller: Caller) -> t
     screen = Screen(active=world.rank == 0 and caller.prints)
     quiet = np.errstate(all="ignore")  # StepResults finds non-finite losses
     with report_failures(world), quiet:
-        trainer = prepare(world, config, run, screen, caller)
-        check_same_buckets(trainer)
-        world.watchdog.step = trainer.progress.step
-        folder = world.broadcast(str(run.path) if run else None, "the run's folder")
-        if folder:
-            beats = Heartbeats(Path(folder), world.rank, world.size, trainer.progress.step)
-            world.watchdog.heartbeats = beats
-        with stop_on_signals(trainer, caller.exiting):
-            warm_up(trainer, run)
-            summary = fit(trainer, run, screen, caller.on_epoch)
-            finish(trainer, run, summary)
-            print_result(screen, summary, run)
+        trainer, data, saved = build(world, config, run, caller)
+        try:
+            begin(trainer, data, saved, run, screen)
+            with stop_on_signals(trainer, caller.exiting):
+                warm_up(trainer, run)
+                summary = fit(trainer, run, screen, caller.on_epoch)
+                finish(trainer, run, summary)
+                print_result(screen, summary, run)
+        except (UserError, OnAllRanks):  # the process may go on
+            trainer.close()
+            raise
     return trainer, summary
 
 
@@ -291,8 +291,10 @@ def finish(trainer: Trainer, run: Run | None, summary: dict[str, Any]) -> None:
     trainer.close()
 
 
-def prepare(world: World, config: Config, run: Run | None, screen: Screen, caller: Caller) -> Trainer:
-    """Load the data, open the run's folder and build the trainer, resumed from the folder's checkpoint."""
+def build(
+    world: World, config: Config, run: Run | None, caller: Caller
+) -> tuple[Trainer, Dataset, Checkpoint | None]:
+    """Load the data, check the run's folder and build the trainer; returns what to resume from, too."""
     stored, saved = None, None
     with world.fail_together():
         limits = config.limit_train, config.limit_test
@@ -311,7 +313,12 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen, calle
     saved = world.broadcast(saved, "the checkpoint")
     with world.fail_together():
         trainer = Trainer(config, world, data, caller.model)
-    changed: list[str] = []
+    return trainer, data, saved
+
+
+def begin(trainer: Trainer, data: Dataset, saved: Checkpoint | None, run: Run | None, screen: Screen) -> None:
+    """Resume from the checkpoint, make the run's folder ready, and say what begins."""
+    config, world, changed = trainer.config, trainer.world, list[str]()
     with world.fail_together():
         if saved:
             changed = state.restore(trainer, saved)
@@ -329,7 +336,12 @@ def prepare(world: World, config: Config, run: Run | None, screen: Screen, calle
         screen.say(f"note: {note}")
     if changed:
         screen.say(f"changed since then, so results agree only within rounding: {'; '.join(changed)}")
-    return trainer
+    check_same_buckets(trainer)
+    world.watchdog.step = trainer.progress.step
+    folder = world.broadcast(str(run.path) if run else None, "the run's folder")
+    if folder:
+        beats = Heartbeats(Path(folder), world.rank, world.size, trainer.progress.step)
+        world.watchdog.heartbeats = beats
 
 
 @contextmanager

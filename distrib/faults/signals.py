@@ -46,7 +46,10 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
     for number in handled:
         signal.signal(number, lambda *_: None)
     wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(read_end, trainer, exiting), daemon=True, name="signals").start()
+    listener = threading.Thread(
+        target=_listen, args=(read_end, trainer, exiting), daemon=True, name="signals"
+    )
+    listener.start()
     try:
         yield
     finally:
@@ -54,6 +57,8 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if exiting else before[number])
         signal.set_wakeup_fd(wakeup)
         os.close(write_end)  # ends the thread
+        if not exiting:
+            listener.join()
 
 
 def _listen(read_end: int, trainer: Trainer, exiting: bool) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import HELPERS, LIMIT, ROOT, environment, run, summary
 from PIL import Image
+from threadpoolctl import threadpool_info
 
 import distrib
 from distrib import UserError, models
@@ -131,23 +132,18 @@ def test_twice_in_a_process_and_in_a_thread_is_the_same() -> None:
 def test_the_program_is_left_as_it_was() -> None:
     def state() -> list[Any]:
         handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-        files = len(os.listdir("/proc/self/fd"))
-        return [
-            handlers,
-            np.geterr(),
-            sys.excepthook,
-            dict(os.environ),
-            files,
-            np.random.get_state()[1].tolist(),
-        ]
+        files, drawn = len(os.listdir("/proc/self/fd")), np.random.get_state()[1].tolist()
+        return [handlers, np.geterr(), sys.excepthook, dict(os.environ), files, threadpool_info(), drawn]
 
     fit()
     with np.errstate(all="raise"):
         before = state()
         trained = fit()
         trained.predict(arrays()[0])
-        with pytest.raises(UserError):
-            fit(lr=1e30)
+        for options in ({"lr": 1e30}, {"lr": 1e30, "reproducible": True}, {"batch_norm": "shard"}):
+            with pytest.raises(UserError):
+                fit(**options)
+        fit(reproducible=True)
         assert state() == before
 
 
