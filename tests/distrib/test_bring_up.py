@@ -49,7 +49,7 @@ class Failing:
 
 {fault}
 try:
-    with world.connect({comm!r}, "cupy", timeout=2) as joined:
+    with world.connect({comm!r}, "cupy", timeout={timeout}) as joined:
         x = xp.ones(3)
         joined.comm.all_reduce(x).wait()
         print(f"sum {{joined.backend.to_host(x)[0]}}, {{joined.choice_explanation}}")
@@ -61,9 +61,10 @@ assert threading.active_count() == 1 and sys.excepthook is sys.__excepthook__
 """
 
 
-def connect(fault: str, comm: str = "nccl") -> subprocess.CompletedProcess[str]:
-    """All ranks connect; `fault` is what is wrong."""
-    return run("-c", CONNECT.format(fault=fault, comm=comm), ranks=RANKS, env=HELPERS, check=False)
+def connect(fault: str, comm: str = "nccl", timeout: int = 100) -> subprocess.CompletedProcess[str]:
+    """All ranks connect; `fault` is what is wrong. With a short `timeout` some rank must wait in vain."""
+    code = CONNECT.format(fault=fault, comm=comm, timeout=timeout)
+    return run("-c", code, ranks=RANKS, env=HELPERS, check=False)
 
 
 @pytest.mark.parametrize("comm", ["nccl", "auto"])
@@ -146,7 +147,7 @@ ALONE = {
 def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
     """They cannot be told: the watchdogs end the job, and the first one says the error."""
     rank, code = ALONE[fault]
-    done = connect(f"if rank == {rank}: {code}")
+    done = connect(f"if rank == {rank}: {code}", timeout=10)
     assert done.returncode not in (0, 2), done.stdout
     assert f"distrib: rank {rank} on " in done.stderr
     assert "s in the set-up of NCCL, which failed here (RuntimeError: planted) at step 0" in done.stderr
@@ -154,17 +155,21 @@ def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "timeout", "words"),
     [
-        ("if rank == 3: time.sleep(3600)", "spent 2 s in MPI_Init: another rank or the launcher is gone"),
-        ("if rank == 3: sys.exit(0)", "process rank 3 with PID"),  # which the launcher finds out
-        ("from mpi4py import MPI\nif rank == 3: time.sleep(3600)", "waited 2 s in the meeting of all ranks"),
-        ("from mpi4py import MPI\nif rank == 3: sys.exit(0)", "waited 2 s in the meeting of all ranks"),
-        ("from mpi4py import MPI\nif rank == 3: raise OSError('planted')", "OSError: planted"),
+        ("if rank == 3: time.sleep(3600)", 2, "spent 2 s in MPI_Init: another rank or the launcher is gone"),
+        ("if rank == 3: sys.exit(0)", 100, "process rank 3 with PID"),  # which the launcher finds out
+        (
+            "from mpi4py import MPI\nif rank == 3: time.sleep(3600)",
+            2,
+            "waited 2 s in the meeting of all ranks",
+        ),
+        ("from mpi4py import MPI\nif rank == 3: sys.exit(0)", 2, "waited 2 s in the meeting of all ranks"),
+        ("from mpi4py import MPI\nif rank == 3: raise OSError('planted')", 2, "OSError: planted"),
     ],
 )
-def test_a_rank_that_never_comes(fault: str, words: str) -> None:
-    done = connect(fault)
+def test_a_rank_that_never_comes(fault: str, timeout: int, words: str) -> None:
+    done = connect(fault, timeout=timeout)
     assert done.returncode not in (0, 2), done.stdout
     assert words in done.stderr
     assert "sum" not in done.stdout

@@ -686,10 +686,11 @@ DATA = ("--data", "synthetic:30x9x8x2:5")
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> str:
-    """A file of networks."""
-    (tmp_path / "nets.py").write_text(OWN)
-    return str(tmp_path / "nets.py")
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of networks, by a short name."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(OWN)
+    return "nets.py"
 
 
 def test_the_command(own: str, command_line: Any) -> None:
