@@ -243,3 +243,17 @@ def require(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise UserError(f"{module} is not installed: pip install 'distrib[report]'")
+
+
+MOST_LISTED = 20
+"""Bad files that a message names."""
+
+
+def listed(folder: Path | None, broken: list[str]) -> str:
+    """All that is wrong with some files, in one line: messages that start with their paths."""
+    if len(broken) == 1:
+        return broken[0]
+    shown = "; ".join(each.removeprefix(f"{folder}/") for each in broken[:MOST_LISTED])
+    more = f"; and {len(broken) - MOST_LISTED} more" if len(broken) > MOST_LISTED else ""
+    where = f"{folder}: " if folder else ""
+    return f"{where}{len(broken)} pictures cannot be used: {shown}{more}"

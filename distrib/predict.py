@@ -13,7 +13,7 @@ from distrib import models
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH, infer
-from distrib.files import printable, shown
+from distrib.files import listed, printable, shown
 from distrib.pictures.prepare import Pictures, read_pictures, read_scaled
 from distrib.run import checkpoint as ckpt
 from distrib.run.model_spec import network_arguments
@@ -132,8 +132,21 @@ def _load(path: Path, own: str | Model | None) -> Loaded:
 
 
 def predict_files(loaded: Loaded, paths: list[Path], as_is: bool = False) -> list[dict[str, Any]]:
-    """`predict` for each image of each file."""
-    return [result for path in paths for result in predict(loaded, read(loaded, path, as_is))]
+    """`predict` for each image of each file; UserError lists all files that cannot be read."""
+    return [result for pictures in read_all(loaded, paths, as_is) for result in predict(loaded, pictures)]
+
+
+def read_all(loaded: Loaded, paths: list[Path], as_is: bool = False) -> list[Pictures]:
+    """`read` for each file; UserError lists all that cannot be read."""
+    found, broken = list[Pictures](), list[str]()
+    for path in paths:
+        try:
+            found.append(read(loaded, path, as_is))
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        raise UserError(listed(None, broken))
+    return found
 
 
 def read(loaded: Loaded, path: Path, as_is: bool = False) -> Pictures:

@@ -163,9 +163,10 @@ def print_csv(checkpoint: Path, model: str | None, images: list[Path], as_is: bo
     """A line for each image; an empty one has no class."""
     from distrib.predict import load, predict_files
 
+    results = predict_files(load(checkpoint, model), images, as_is)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("image", "class", "probability"))
-    for result in predict_files(load(checkpoint, model), images, as_is):
+    for result in results:
         table.writerow(
             (printable(result["image"], 4096), result["class"] or "", f"{result['probability']:.6f}")
         )
@@ -182,11 +183,11 @@ def print_lines(
     checkpoint: Path, model: str | None, images: list[Path], as_is: bool, top: int, limit: int
 ) -> None:
     """A line for each image; with a limit each of the first `limit` is drawn, and the others are left out."""
-    from distrib.predict import load, predict, read
+    from distrib.predict import load, predict, read_all
 
     found = load(checkpoint, model)
     names = found.class_names
-    files = [read(found, path, as_is) for path in images]  # a mistake is told before anything else
+    files = read_all(found, images, as_is)  # a mistake is told before anything else
     pairs: Iterator[tuple[np.ndarray, dict[str, Any]]] = (
         pair for file in files for pair in zip(file.pixels, predict(found, file), strict=True)
     )

@@ -1,7 +1,7 @@
 """Keeps prepared data in memory-mapped files, whose pages the ranks of a host share.
 
 A folder of pictures takes a while to prepare, and each rank would hold it for itself. So the first rank that
-wants it writes it down, under a name that depends on the code and on every file's size and time of change.
+wants it writes it down, under a name that depends on the code and on every file's size and times of change.
 """
 
 from __future__ import annotations
@@ -72,19 +72,26 @@ def place() -> Path | None:
     return None
 
 
-def listing(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of a file, or of all files in a folder."""
+def listing(path: Path) -> list[tuple[str, int, list[int]]]:
+    """(name, bytes, marks) of a file, or of all files in a folder; marks change when it is written.
+
+    The time of change alone would not do: archives and `touch` set it back.
+    """
     if path.is_file():
         about = path.stat()
-        return [(path.name, about.st_size, about.st_mtime_ns)]
+        return [(path.name, about.st_size, _marks(about))]
     found = []
     for parent, _, names in os.walk(path, followlinks=True):
         for name in names:
             file = os.path.join(parent, name)
             with suppress(OSError):  # a link to nothing
                 about = os.stat(file)
-                found.append((os.path.relpath(file, path), about.st_size, about.st_mtime_ns))
+                found.append((os.path.relpath(file, path), about.st_size, _marks(about)))
     return sorted(found)
+
+
+def _marks(about: os.stat_result) -> list[int]:
+    return [about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
 
 @contextmanager

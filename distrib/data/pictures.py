@@ -9,7 +9,7 @@ import numpy as np
 
 from distrib.data.dataset import Dataset, Reading, make
 from distrib.errors import UserError
-from distrib.files import printable
+from distrib.files import listed, printable
 
 PARTS = ("train", "test")
 READING = ("size", "grey")
@@ -42,14 +42,17 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) and labels (N,): grey if all are grey, else in colour."""
-    files = [
-        (file, label)
+    """Images (N, H, W, C) and labels (N,): grey if all are grey, else in colour.
+
+    The first of each class, then the second of each: so the first N images, too, are of all classes.
+    """
+    places = [
+        (number, label, file)
         for label, name in enumerate(names)
         if (folder / name).is_dir()
-        for file in sorted((folder / name).iterdir())
-        if file.is_file() and file.name[0] != "."
+        for number, file in enumerate(sorted(filter(_counts, (folder / name).iterdir())))
     ]
+    files = [(file, label) for _, label, file in sorted(places)]
     if not files:
         raise UserError(f"{folder}: holds no pictures: put them into {folder / names[0]} and the like")
     size = _size(reading.size)
@@ -60,7 +63,7 @@ def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray,
         except UserError as error:
             broken.append(str(error))
     if broken:
-        raise UserError(_listed(folder, broken))
+        raise UserError(listed(folder, broken))
     h, w = images[0].shape[:2]
     for (file, _), image in zip(files, images, strict=True):
         if image.shape[:2] != (h, w):
@@ -73,17 +76,8 @@ def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray,
     return whole, np.array([label for _, label in files], np.int64)
 
 
-MOST_LISTED = 20
-"""Bad files that a message names."""
-
-
-def _listed(folder: Path, broken: list[str]) -> str:
-    """All that is wrong with the pictures of a folder, in one line."""
-    if len(broken) == 1:
-        return broken[0]
-    shown = "; ".join(each.removeprefix(f"{folder}/") for each in broken[:MOST_LISTED])
-    more = f"; and {len(broken) - MOST_LISTED} more" if len(broken) > MOST_LISTED else ""
-    return f"{folder}: {len(broken)} pictures cannot be used: {shown}{more}"
+def _counts(file: Path) -> bool:
+    return file.is_file() and file.name[0] != "."
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -63,6 +63,19 @@ def entries(place: Path) -> list[Path]:
 
 
 @pytest.mark.quick
+def test_a_file_rewritten_with_its_old_time_is_read_again(place: Path, tmp_path: Path) -> None:
+    """As archives are unpacked: same names, sizes and times of change."""
+    for value in (10, 200):
+        for part in ("train", "test"):
+            (tmp_path / "set" / part / "a").mkdir(parents=True, exist_ok=True)
+            file = tmp_path / "set" / part / "a" / "0.bmp"
+            file.unlink(missing_ok=True)
+            Image.new("RGB", (20, 20), (value,) * 3).save(file)
+            os.utime(file, (0, 0))
+        assert formats.load(str(tmp_path / "set")).train_images[0, 0, 0].tolist() == [value]
+
+
+@pytest.mark.quick
 def test_the_second_time_it_is_mapped(place: Path, reads: list[str], tmp_path: Path) -> None:
     data = a_folder(tmp_path / "set")
     first, second = formats.load(data), formats.load(data)

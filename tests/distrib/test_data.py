@@ -151,8 +151,8 @@ def test_pictures_by_class(tmp_path: Path) -> None:
                 Image.fromarray(np.full((9, 8), 100 * label + i, np.uint8)).save(folder / f"{i}.png")
     data = formats.load(str(tmp_path))
     assert (data.shape, data.class_names) == ((9, 8, 1), ("cat", "dog"))
-    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    assert data.train_labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert data.train_images[:, 0, 0, 0].tolist() == [0, 100, 1, 101, 2, 102]
     Image.new("RGB", (8, 9), (255, 0, 0)).save(tmp_path / "train" / "cat" / "9.png")
     assert formats.load(str(tmp_path)).shape == (9, 8, 3)
     Image.new("L", (7, 9)).save(tmp_path / "test" / "dog" / "x.png")
@@ -360,6 +360,20 @@ def test_pictures_are_upright(tmp_path: Path) -> None:
         exif[0x0112] = 3  # turned by 180 degrees
         Image.fromarray(pixels[::-1, ::-1]).save(tmp_path / part / "a" / "x.png", exif=exif)
     np.testing.assert_array_equal(formats.load(str(tmp_path)).train_images[0, ..., 0], pixels)
+
+
+@pytest.mark.quick
+def test_the_first_pictures_are_of_all_classes(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label, count in enumerate((3, 1, 2)):
+            (tmp_path / part / "abc"[label]).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.full((4, 4), 10 * label + number, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / "abc"[label] / f"{number}.png")
+    data = formats.load(str(tmp_path), limit_train=4)
+    assert data.train_labels.tolist() == [0, 1, 2, 0]
+    assert data.train_images[:, 0, 0, 0].tolist() == [0, 10, 20, 1]
+    assert data.test_labels.tolist() == [0, 1, 2, 0, 2, 0]
 
 
 @pytest.mark.quick
