@@ -18,7 +18,7 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 PICTURES = sorted((ROOT / "docs").glob("*.svg"))
 ROOMS = ("nn", "distrib", "launch", "tests", "slurm")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
-MOST_WORDS = 6700
+MOST_WORDS = 6900
 """Of all documents together, code blocks and figures apart."""
 
 OTHERS_FILES = {"sample.py", "nn.py", "net.py", "power.py"}
