@@ -31,9 +31,12 @@ class Crew:
         self._given: list[np.ndarray | None] = [None] * size
         self._news: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
         self._failed = False
-        for number in range(size):
-            name = f"shard {number}"
-            threading.Thread(target=self._serve, args=(number,), daemon=True, name=name).start()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(number,), daemon=True, name=f"shard {number}")
+            for number in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def run(
         self, works: Sequence[Callable[[Meet], None]], add: Callable[[list[np.ndarray]], np.ndarray]
@@ -77,8 +80,9 @@ class Crew:
     def close(self) -> None:
         """End the threads."""
         self._works = [None] * len(self._works)
-        for turn in self._turns:
+        for turn, thread in zip(self._turns, self._threads):
             turn.release()
+            thread.join()
 
     def _serve(self, number: int) -> None:
         while True:

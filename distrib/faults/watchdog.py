@@ -83,7 +83,7 @@ class Watchdog:
         self._stopped.set()
         self._calls.put(lambda: None)  # wakes the heartbeat thread
         for thread in self._threads:
-            thread.join()
+            thread.join(6)  # a disk may hang
 
     @contextmanager
     def waiting(self, what: str, timeouts: float = 1) -> Iterator[None]:

@@ -146,7 +146,8 @@ class Saver:
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, daemon=True, name="checkpoint").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
+        self._thread.start()
         atexit.register(self._idle.wait)
 
     def start(self, *arguments: Any) -> None:
@@ -171,6 +172,7 @@ class Saver:
         """Finish the current save, then end the thread."""
         self._idle.wait()
         self._work.put(None)
+        self._thread.join()
         atexit.unregister(self._idle.wait)
 
     def _run(self) -> None:
