@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -158,7 +159,8 @@ def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
     ("fault", "timeout", "words"),
     [
         ("if rank == 3: time.sleep(3600)", 2, "spent 2 s in MPI_Init: another rank or the launcher is gone"),
-        ("if rank == 3: sys.exit(0)", 100, "process rank 3 with PID"),  # which the launcher finds out
+        # which the launcher may find out
+        ("if rank == 3: sys.exit(0)", 2, "spent 2 s in MPI_Init|process rank 3 with PID"),
         (
             "from mpi4py import MPI\nif rank == 3: time.sleep(3600)",
             2,
@@ -171,7 +173,7 @@ def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
 def test_a_rank_that_never_comes(fault: str, timeout: int, words: str) -> None:
     done = connect(fault, timeout=timeout)
     assert done.returncode not in (0, 2), done.stdout
-    assert words in done.stderr
+    assert re.search(words, done.stderr), done.stderr
     assert "sum" not in done.stdout
 
 
