@@ -45,6 +45,8 @@ class Trainer:
         """Build what `config` says; `model` makes the layers where --model names no file that can be run."""
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
+        if config.reproducible and not backend.on_host:
+            raise UserError("--reproducible: computes on the host so far: add --backend numpy")
         self.images, self.test_images = (
             backend.asarray(images) for images in (data.train_images, data.test_images)
         )
@@ -109,8 +111,6 @@ class Trainer:
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
         if config.reproducible:
-            if not backend.on_host:
-                raise UserError("--reproducible: computes on the host so far: add --backend numpy")
             self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
         self.started = time.perf_counter()
         self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step

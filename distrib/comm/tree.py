@@ -83,14 +83,20 @@ class TreeSums:
         return range(min(part.start, present), min(part.stop, present))
 
     def small(self, leaves: Sequence[np.ndarray], present: int, like: np.ndarray) -> np.ndarray:
-        """The sum of all ranks' leaves, arrays as `like`, which are all sent to all: for small ones."""
+        """The sum of all ranks' leaves, arrays as `like`, which are all sent to all: for small ones.
+
+        The result lasts until the next call.
+        """
         if self.size == 1:
             return add_up({(v, 1): leaf.copy() for v, leaf in enumerate(leaves)})
         longest = -(-self.shards // self.size)
-        sent = np.zeros((longest, like.size), like.dtype)
+        sent = self._array("leaves", 0, longest * like.size, like.dtype)
+        gathered = self._array("gathered", 0, self.size * longest * like.size, like.dtype)
+        assert sent is not None
+        assert gathered is not None
+        sent, gathered = sent.reshape(longest, -1), gathered.reshape(self.size, longest, -1)
         for row, leaf in zip(sent, leaves):
             row[:] = leaf.reshape(-1)
-        gathered = np.empty((self.size, *sent.shape), like.dtype)
         with self._watchdog.waiting("the sums of all shards"):
             self._transport.start_gather(sent.reshape(-1), gathered.reshape(-1)).wait()
         ranks = range(self.size)

@@ -20,10 +20,10 @@ from conftest import LIMIT, ROOT, environment, summary, train
 from distrib.faults.heartbeat import read_heartbeats
 from distrib.run import checkpoint as ckpt
 
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (
     "--epochs",
-    max(12, ROUNDS),
+    max(16, ROUNDS),
     "--batch-size",
     16,
     "--limit-train",
