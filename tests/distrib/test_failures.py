@@ -127,7 +127,7 @@ def test_the_right_rank_is_named(fault: str, round_: int, tmp_path: Path) -> Non
             assert len(numbers) == 64
             assert numbers == list(range(numbers[0], numbers[0] + 64)), "each collective, in order"
             assert each[-1].endswith(f", step {step + 1}")
-    again = train(folder, *OPTIONS)  # on one rank, soonest
+    again = train(folder, *OPTIONS, ranks=ranks)
     assert "finished" in again.stdout
     assert not (folder / "failure.json").exists(), "a run that went on and ended well tells of no failure"
 
