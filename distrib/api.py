@@ -6,8 +6,8 @@ import difflib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from distrib.evaluate import evaluate
 from distrib.export import format_of, onnx_bytes, require_free, to_safetensors
 from distrib.files import fits, read_json, shown, write
 from distrib.loop import Caller, OnEpoch, train_on
-from distrib.run.folder import Run
 from distrib.run.model_spec import network_arguments
 from distrib.trainer import Trainer
 from nn.network import Model, Network
@@ -144,12 +143,13 @@ def fit(
     a checkpoint if it has a folder; then the signal has its usual effect, as KeyboardInterrupt.
     """
     config, caller = _arrange(model, data, run_dir, comm, options)
-    caller = Caller(caller.data, caller.model, on_epoch, progress)
+    caller = replace(caller, on_epoch=on_epoch, prints=progress, writes=config.run_dir is not None)
     try:
-        with _our_settings(), connect(comm, config.backend, config.precision, config.timeout) as world:
-            writes = config.run_dir is not None and world.rank == 0
-            with Run(Path(config.run_dir or ""), config) if writes else nullcontext() as run:
-                trainer, summary = train_on(world, config, run, caller)
+        with (
+            _our_settings(),
+            connect(comm, config.backend, config.precision, config.timeout, config.elastic) as world,
+        ):
+            trainer, summary = train_on(world, config, caller)
             trained = Trained(summary, _on_host(trainer, config), world.rank)
     except OnAllRanks as carried:
         raise carried.__cause__ or carried from None

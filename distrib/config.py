@@ -11,7 +11,7 @@ from typing import Any
 from distrib import models
 from distrib.data.dataset import Dataset, Reading
 from distrib.data.sampler import Augmentation
-from distrib.errors import UserError
+from distrib.errors import EXIT_REQUEUE, UserError
 from distrib.files import expanded, fits, shown
 from distrib.options import (
     ABOVE_ZERO,
@@ -192,6 +192,15 @@ class Config:
     timeout: float = option(
         60.0, "Seconds after which a wait for another rank ends the job.", ABOVE_ZERO, may_change=True
     )
+    elastic: bool = option(
+        False, "When ranks die, the others go on (needs mpirun --with-ft ulfm).", may_change=True
+    )
+    min_ranks: int = option(
+        1,
+        f"With --elastic: stop with a checkpoint, and exit code {EXIT_REQUEUE}, when fewer are left.",
+        ONE_OR_MORE,
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("run_dir", "data", "resume"):
@@ -228,6 +237,9 @@ class Config:
         whole = self.batch_norm != "local" or not self.reproducible
         self._require("batch_norm", whole, "depends on the ranks: give sync or shard with --reproducible")
         self._require("shards_at_once", self.shards_at_once is None or own, "needs --batch-norm shard")
+        self._require("min_ranks", self.elastic or self.min_ranks == 1, "needs --elastic")
+        alike = self.batch_norm != "local" or not self.elastic
+        self._require("batch_norm", alike, "depends on the ranks: give sync with --elastic")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
         exact = self.gradients == "float32" or self.precision != "float64"
@@ -297,6 +309,7 @@ class Config:
             config.batch_size >= size,
             f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
         )
+        config._require("min_ranks", config.min_ranks <= size, f"is above the number of ranks, {size}")
         config._require(
             "shards",
             not config.reproducible or (config.shards or 0) >= size,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,29 @@ from typing import Any
 import numpy as np
 
 from distrib import state
+from distrib.announce import print_result, print_start
 from distrib.checks import check_replicas_equal, check_same_buckets, check_same_config
-from distrib.comm.world import SLOW_IO_FACTOR, World, connect
+from distrib.comm.start import SLOW_IO_FACTOR
+from distrib.comm.world import World, connect
 from distrib.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
+from distrib.elastic import Job, Position, must_regroup, recover, was_checked
 from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
 from distrib.run.checkpoint import Checkpoint
 from distrib.run.console import Screen
-from distrib.run.folder import Run, blas_threads
+from distrib.run.folder import Run
 from distrib.summary import summary as summarise
 from distrib.timing import Throughput
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
-from nn.layer import text
 from nn.network import Model
 
 READ_EVERY = 32
 """Steps after which a device's results are read, if none was logged meanwhile."""
-
-MIN_IMAGES_PER_RANK = 4
-"""Images of a step below which another rank on a host does not pay: the fewest in docs/benchmarks.md."""
-
 
 OnEpoch = Callable[[dict[str, Any]], Any]
 """Called on every rank with what an epoch's line of metrics.jsonl holds."""
@@ -53,22 +50,27 @@ class Caller:
     model: Model | None = None  # instead of what --model names
     on_epoch: OnEpoch | None = None
     prints: bool = True
+    writes: bool = True
     exiting: bool = False  # the process ends right after
+
+    def screen(self, world: World) -> Screen:
+        """Rank 0's terminal."""
+        return Screen(active=world.rank == 0 and self.prints)
 
 
 def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | None = None) -> dict[str, Any]:
     """Train to the end, to --max-steps or to a signal; returns the summary."""
-    trainer.started = time.perf_counter()
+    trainer.started = trainer.started or time.perf_counter()
     progress = trainer.progress
     screen.start(trainer.steps, progress.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
         while (
-            progress.step < trainer.last_step
+            (progress.step < trainer.last_step or trainer.epoch_is_open())
             and not trainer.results.stopped
             and not trainer.out_of_patience()
         ):
-            epoch = progress.step // trainer.steps_per_epoch
+            epoch = (progress.step - trainer.epoch_is_open()) // trainer.steps_per_epoch
             train_epoch(trainer, epoch, run, screen)
             whole = progress.step % trainer.steps_per_epoch == 0
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
@@ -103,7 +105,7 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
         now = world.backend.on_host or last or save or end  # else do not wait for the device
         if log:
             line = {"step": progress.step, "epoch": epoch + 1, "lr": lr}
-            results.read(now, partial(log_step, run, world, line, throughput, throughput.take()))
+            results.read(now, partial(log_step, run, trainer, line, throughput, throughput.take()))
         elif now or len(results.unread) == READ_EVERY:
             results.read(now)
         if screen.due():
@@ -135,35 +137,38 @@ def checkpoint_due(trainer: Trainer) -> bool:
 
 def log_step(
     run: Run | None,
-    world: World,
+    trainer: Trainer,
     line: dict[str, Any],
     throughput: Throughput,
     images: int,
     results: dict[str, float],
 ) -> None:
     """Log a step, once its results are there."""
-    log_line(run, world, {**line, **throughput.read(images)}, results)
+    trainer.unlogged = {**line, **throughput.read(images), **results}
+    log_line(run, trainer.world, trainer.unlogged)
+    trainer.unlogged = None
 
 
-def log_line(run: Run | None, world: World, values: dict[str, Any], results: dict[str, float]) -> None:
+def log_line(run: Run | None, world: World, values: dict[str, Any]) -> None:
     """Write a line of metrics.jsonl on rank 0. All ranks fail if that fails."""
     with world.fail_together():
         if run:
-            run.log({**values, **results})
+            run.log(values)
 
 
 def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> dict[str, float]:
     """Evaluate, write the epoch's line, reset the running sums."""
     progress = trainer.progress
-    before, progress.last_epoch = progress.last_epoch, trainer.train_metrics()
-    progress.loss_sum, progress.correct, progress.images = 0.0, 0.0, 0
+    found = trainer.train_metrics()
     what = "validation" if trainer.validation else "test"
     if trainer.validation:
-        progress.last_epoch |= best_of(before, trainer.validate(), epoch + 1)
-        if trainer.config.keep_best and progress.last_epoch["best_epoch"] == epoch + 1:
+        found |= best_of(progress.last_epoch, trainer.validate(), epoch + 1)
+        if trainer.config.keep_best and found["best_epoch"] == epoch + 1:
             state.keep_best(trainer, run)
-    result = {**progress.last_epoch, **({} if trainer.validation else trainer.test())}
-    log_line(run, trainer.world, {"step": progress.step, "epoch": epoch + 1}, result)
+    result = {**found, **({} if trainer.validation else trainer.test())}
+    log_line(run, trainer.world, {"step": progress.step, "epoch": epoch + 1, **result})
+    # only here, as until here a rank may die and the epoch is closed again
+    progress.last_epoch, progress.loss_sum, progress.correct, progress.images = found, 0.0, 0.0, 0
     best = "" if result.get("best_epoch") != epoch + 1 else ", the best so far"
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
@@ -196,85 +201,72 @@ def best_of(before: dict[str, float], found: dict[str, float], epoch: int) -> di
     return {**found, **best}
 
 
-def suggest_ranks(world: World, config: Config) -> str | None:
-    """Suggest a number of ranks if cores are idle; else None."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    best = min(cores, config.batch_size // MIN_IMAGES_PER_RANK)
-    several_hosts = len(set(world.hosts)) > 1
-    if not world.backend.on_host or several_hosts or best <= world.size:
-        return None
-    if world.size > 1 and world.size * blas_threads() >= cores:
-        return None
-    return (
-        f"{cores} cores, {world.size} rank(s): BLAS threads speed up only matrix products; more ranks may be"
-        f" faster: mpirun -n {best} python -m distrib.train …"
-    )
-
-
-def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None) -> None:
-    """Print the resolved configuration, world, backend and data, then notes."""
-    config, world = trainer.config, trainer.world
-    shown = {name: value for name, value in asdict(config).items() if value is not None and name != "run_dir"}
-    hosts = sorted(set(world.hosts))
-    screen.table(
-        "distrib train",
-        {
-            **{name.replace("_", "-"): value for name, value in shown.items()},
-            "run folder": run.path if run else "none: nothing is written",
-            "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
-            "chosen": world.choice_explanation,
-            "result": agreement(config),
-            "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
-            f" {text(data.shape)} pixels, {data.classes} classes",
-            "model": f"{trainer.params.count:,} parameters, {trainer.steps} steps",
-        },
-    )
-    for note in [
-        *(run.notes if run else ()),
-        *data.notes(),
-        *world.backend.notes,
-        suggest_ranks(world, config),
-    ]:
-        if note:
-            screen.say(f"note: {note}")
-
-
-def agreement(config: Config) -> str:
-    """What the number of ranks does to the result."""
-    if config.reproducible:
-        return f"the same bits on 1 to {config.shards} ranks: {config.shards} virtual shards"
-    if config.batch_norm == "local":
-        return "depends on the number of ranks: --batch-norm local"
-    return "the same on any number of ranks, up to rounding"
-
-
 def train(config: Config, exiting: bool = False) -> int:
     """Run one configuration on this rank; returns the exit code. `exiting`: the process ends right after."""
-    world = connect(config.comm, config.backend, config.precision, config.timeout)
-    path = Path(config.run_dir) if config.run_dir else None
-    with Run(path, config) if world.rank == 0 else nullcontext() as run:
-        trainer, summary = train_on(world, config, run, Caller(exiting=exiting))
+    world = connect(config.comm, config.backend, config.precision, config.timeout, config.elastic)
+    trainer, summary = train_on(world, config, Caller(exiting=exiting))
     world.close()
     return EXIT_REQUEUE if trainer.results.stopped and not summary["finished"] else 0
 
 
-def train_on(world: World, config: Config, run: Run | None, caller: Caller) -> tuple[Trainer, dict[str, Any]]:
-    """Train on joined ranks; returns the trainer and the summary. Rank 0 has the run's folder, if any."""
-    screen = Screen(active=world.rank == 0 and caller.prints)
+def train_on(world: World, config: Config, caller: Caller) -> tuple[Trainer, dict[str, Any]]:
+    """Train on joined ranks; returns the trainer and the summary.
+
+    With --elastic, when ranks die the others go on: from the last whole step or, if one of them has not begun
+    to train, from the start.
+    """
     quiet = np.errstate(all="ignore")  # StepResults finds non-finite losses
     with report_failures(world), quiet:
-        trainer, data, saved = build(world, config, run, caller)
+        while True:
+            with ExitStack() as owned:
+                try:
+                    job = start(world, config, caller, owned)
+                except Exception as error:
+                    if not must_regroup(world, error):
+                        raise
+                    world.regroup()
+                    continue
+                with stop_on_signals(job.trainer, caller.exiting):
+                    summary = to_the_end(job)
+                if summary:
+                    return job.trainer, summary
+
+
+def start(world: World, config: Config, caller: Caller, owned: ExitStack) -> Job:
+    """Begin or resume the run; rank 0 opens its folder."""
+    run = None
+    if world.rank == 0 and caller.writes:
+        run = owned.enter_context(Run(Path(config.run_dir) if config.run_dir else None, config))
+    trainer, data, saved = build(world, config, run, caller)
+    try:
+        begin(trainer, data, saved, run, caller.screen(world))
+    except Exception:
+        trainer.close()
+        raise
+    return Job(trainer, caller, run, owned)
+
+
+def to_the_end(job: Job) -> dict[str, Any] | None:
+    """Train, evaluate and finish; returns the summary, or None if the run must start again."""
+    trainer, world = job.trainer, job.trainer.world
+    while True:
         try:
-            begin(trainer, data, saved, run, screen)
-            with stop_on_signals(trainer, caller.exiting):
-                warm_up(trainer, run)
-                summary = fit(trainer, run, screen, caller.on_epoch)
-                finish(trainer, run, summary)
-                print_result(screen, summary, run)
-        except (UserError, OnAllRanks):  # the process may go on
+            screen = job.caller.screen(world)
+            warm_up(trainer, job.run)
+            summary = fit(trainer, job.run, screen, job.caller.on_epoch)
+            finish(trainer, job.run, summary)
+            if world.ended():
+                print_result(screen, summary, job.run)
+                trainer.close()
+                return summary
+        except Exception as error:
+            if not must_regroup(world, error):
+                if isinstance(error, UserError | OnAllRanks):  # the process may go on
+                    trainer.close()
+                raise
+        if not recover(job):
             trainer.close()
-            raise
-    return trainer, summary
+            return None
 
 
 def finish(trainer: Trainer, run: Run | None, summary: dict[str, Any]) -> None:
@@ -288,7 +280,6 @@ def finish(trainer: Trainer, run: Run | None, summary: dict[str, Any]) -> None:
             run.finish(summary)
     step = trainer.progress.step
     world.watchdog.ask_heartbeats(lambda beats: beats.publish(now=True, step=step, state="finished"))
-    trainer.close()
 
 
 def build(
@@ -308,9 +299,11 @@ def build(
         if config.validation:
             data = data.hold_back(config.validation, config.seed)
     check_same_config(world, config, data)
+    ours = replace(config, resume="auto") if was_checked(world) and config.resume == "none" else config
     with world.fail_together():
-        saved = run.open(config) if run else None
+        saved = run.open(ours) if run else None
     saved = world.broadcast(saved, "the checkpoint")
+    world.position = Position(checked=True)
     with world.fail_together():
         trainer = Trainer(config, world, data, caller.model)
     return trainer, data, saved
@@ -340,8 +333,10 @@ def begin(trainer: Trainer, data: Dataset, saved: Checkpoint | None, run: Run | 
     world.watchdog.step = trainer.progress.step
     folder = world.broadcast(str(run.path) if run else None, "the run's folder")
     if folder:
-        beats = Heartbeats(Path(folder), world.rank, world.size, trainer.progress.step)
+        trainer.folder = Path(folder)
+        beats = Heartbeats(trainer.folder, world.number, world.size, trainer.progress.step)
         world.watchdog.heartbeats = beats
+    world.position = Position(True, True)
 
 
 @contextmanager
@@ -359,15 +354,3 @@ def report_failures(world: World) -> Iterator[None]:
         cause = f"{type(error).__name__}: {error}"
         world.watchdog.ask_heartbeats(lambda beats: beats.report_failure(cause, 0, world.watchdog.step))
         raise
-
-
-def print_result(screen: Screen, summary: dict[str, Any], run: Run | None) -> None:
-    """Print the result, at the end."""
-    state = "finished" if summary["finished"] else f"ended early at step {summary['steps']}"
-    accuracy = summary["test_accuracy"]
-    rate, where = summary["images_per_second"], f"; results in {run.path}" if run else ""
-    test = "" if accuracy is None else f"test accuracy {accuracy:.2f} %, "
-    screen.say(
-        f"{state}: {test}{summary['wall_seconds']:.1f} s, {rate or 0:.0f} images/s on"
-        f" {summary['world_size']} rank(s){where}"
-    )

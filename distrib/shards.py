@@ -47,9 +47,9 @@ class Shards:
         grads = trainer.params.comm_buffer
         self._spare = [np.empty_like(grads) for _ in range(0 if held == most else most.bit_length() + 1)]
 
-    def images(self, count: int) -> slice:
-        """Which images of a global batch this rank computes."""
-        own = self.sums.own(min(count, self.count))
+    def images(self, count: int, rank: int) -> slice:
+        """Which images of a global batch a rank computes."""
+        own = self.sums.own(min(count, self.count), rank)
         if not own:
             return slice(0, 0)
         return slice(self._part(count, own[0]).start, self._part(count, own[-1]).stop)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distrib import models
-from distrib.comm.world import SLOW_IO_FACTOR
+from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
 from distrib.run.folder import Run
@@ -71,7 +71,7 @@ def keep_best(trainer: Trainer, run: Run | None) -> None:
     with trainer.world.fail_together(SLOW_IO_FACTOR):
         if run:
             ckpt.save_model(run.checkpoints / ckpt.BEST, model, spec)
-        else:
+        elif trainer.world.rank == 0 or trainer.config.elastic:
             trainer.best = model
 
 
@@ -104,6 +104,7 @@ def find_best(trainer: Trainer, run: Run | None, saved: ckpt.Checkpoint | None) 
 
 def take_best(trainer: Trainer, run: Run | None) -> None:
     """Give all ranks the model of the best epoch, which may have been averaged already."""
+    wait_for_save(trainer, run)  # of the weights that the best ones replace
     model: ckpt.Tensors | None = trainer.best
     with trainer.world.fail_together(SLOW_IO_FACTOR):
         if run:
@@ -111,7 +112,7 @@ def take_best(trainer: Trainer, run: Run | None) -> None:
     model = trainer.world.broadcast(model, "the best epoch's model")
     assert model is not None
     trainer.model.load_state_dict(model)
-    trainer.averages = []
+    trainer.averages, trainer.has_best = [], True
 
 
 def _moments(trainer: Trainer) -> ckpt.Tensors:

@@ -33,5 +33,6 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
         "images_per_rank": images,
         "wall_seconds": trainer.wall_seconds(trainer.evaluated),
         "parameter_digest": digest,
+        "survived": trainer.survived,  # ranks that died while the others went on
         "rank_digests": world.allgather(digest, "the comparison of digests"),
     }

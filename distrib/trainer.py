@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,14 +73,6 @@ class Trainer:
         optimizer = OPTIMIZERS[config.optimizer]
         options = {name: getattr(config, name) for name in optimizer.options}
         self.optimizer = optimizer(self.params, **options)
-        if config.gradients == "bf16" and world.size > 1 and not world.transport.sums_bf16:
-            raise UserError(
-                f"--gradients bf16: needs NCCL, and this run has {world.transport.name}: leave it out"
-            )
-        gradients = config.gradients if world.size > 1 else "float32"
-        self.updates_early = world.size == 1 and backend.side_stream is not None
-        then = self._update if self.updates_early else None
-        self.reducer = Reducer(self.params, world.transport, gradients, then=then)
         # what steps read and count on the device; see `begin_epoch`
         xp, dtype = backend.xp, self.params.dtype
         self.stop_flag, self.local_loss = xp.zeros(1, dtype), xp.zeros(1, dtype)
@@ -91,7 +84,7 @@ class Trainer:
         # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
-        self.progress = Progress(images_per_rank=[0] * world.size)
+        self.progress = Progress(images_per_rank=[0] * world.size)  # by the rank at the start
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.steps, config.max_steps or self.steps)
@@ -100,21 +93,41 @@ class Trainer:
         self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
         results = self.results.history, self.local_loss, self.params.step_metrics
         self.record = StepRecord(*results, xp.zeros(1, np.uint32))
-        self.batch_norm_sum = self.sum_over_ranks if world.size > 1 else None
+        # of a step that a death cuts short, nothing must remain: the running statistics before it
+        self.before_step, self.in_step = self.model.statistics.copy(), False
         self.saver = ckpt.Saver()
         self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
-        self.graphs: Graphs | None = None
-        if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
-            self.graphs = Graphs(
-                backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
-            )
+        self.has_best = False  # instead of the last step's
+        self.folder: Path | None = None  # the run's
+        self.survived: list[dict[str, Any]] = []  # ranks that died while the others went on
+        self.unlogged: dict[str, Any] | None = None  # the line of a step that may not be in metrics.jsonl
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
-        if config.reproducible:
-            self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
-        self.started = time.perf_counter()
+        self.join()
+        self.started: float | None = None  # when training began
         self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step
         self.evaluated: float | None = None  # when the evaluation after the current step ended
+
+    def join(self) -> None:
+        """Make what depends on who the ranks are: at the start, and again when some have died."""
+        config, world, backend = self.config, self.world, self.world.backend
+        alone = world.size == 1
+        if config.gradients == "bf16" and not alone and not world.transport.sums_bf16:
+            raise UserError(
+                f"--gradients bf16: needs NCCL, and this run has {world.transport.name}: leave it out"
+            )
+        self.updates_early = alone and backend.side_stream is not None
+        then = self._update if self.updates_early else None
+        gradients = "float32" if alone else config.gradients
+        self.reducer = Reducer(self.params, world.transport, gradients, then=then)
+        self.batch_norm_sum = None if alone else self.sum_over_ranks
+        self.graphs: Graphs | None = None
+        if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
+            self.graphs = Graphs(backend.cuda, lambda: self.model.buffers.generation, self.capturable, alone)
+        if self.shards:
+            self.shards.close()
+        if config.reproducible:
+            self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
 
     def _network(self, params: Callable[[], Parameters] | None = None) -> Network:
         """The network of the configuration, with weights of its own unless `params` gives some."""
@@ -164,23 +177,40 @@ class Trainer:
             self.begin_epoch(epoch)
         batch = self.config.batch_size
         count = min(batch, len(self.images) - s * batch)
-        part = self.images_of(count)
+        parts = self.parts(count)
+        part = parts[self.world.rank]
         if self.stop_requested:
             self.stop_flag.fill(1)
         tracked = self.model.batches_tracked
+        if self.config.elastic:
+            self.before_step[...], self.in_step = self.model.statistics, True
         self._queue(part.start, part.stop - part.start, count)
+        self.in_step = False
         self.model.batches_tracked = tracked + 1  # a graph's replay runs no Python
         self.evaluated = None
         self.results.unread.append(count)
         self.progress.step += 1
         self.optimizer.steps += 1
-        self.progress.images_per_rank[self.world.rank] += part.stop - part.start
+        for member, each in zip(self.world.members, parts, strict=True):
+            self.progress.images_per_rank[member.number] += each.stop - each.start
 
-    def images_of(self, count: int) -> slice:
-        """Which images of a global batch of `count` this rank computes."""
+    def roll_back(self) -> None:
+        """Undo what a step or an evaluation did before a death cut it short."""
+        if self.in_step:
+            self.model.statistics[...], self.in_step = self.before_step, False
+        self.logits = None
+
+    def lasting(self) -> list[Any]:
+        """All arrays that make the state after a step."""
+        averages = [mean for mean, _ in self.averages]
+        return [self.params.values, self.model.statistics, *self.optimizer.state.values(), *averages]
+
+    def parts(self, count: int) -> list[slice]:
+        """Which images of a global batch of `count` each rank computes."""
+        ranks = range(self.world.size)
         if self.shards:
-            return self.shards.images(count)
-        return sampler.shard(count, self.world.rank, self.world.size)
+            return [self.shards.images(count, rank) for rank in ranks]
+        return [sampler.shard(count, rank, len(ranks)) for rank in ranks]
 
     def _queue(self, *batch_shape: int) -> None:
         """`compute`, as a graph if possible. Waits if the device's queue is full."""
@@ -324,14 +354,14 @@ class Trainer:
         return {**environment(blas_threads(), self.world.backend), **self.world.comm_version, **own}
 
     def images_per_rank(self) -> list[int]:
-        """Training images that each rank computed, including before a resume. Collective."""
-        mine = self.progress.images_per_rank[self.world.rank]
-        new = self.world.allgather(mine, "the count of images")
+        """Training images that each rank computed, by its number at the start, with those before a resume."""
+        new = self.progress.images_per_rank
         return [sum(pair) for pair in zip_longest(new, self.earlier_images, fillvalue=0)]
 
     def wall_seconds(self, end: float | None = None) -> float:
         """Seconds of training and evaluation up to `end` (default: now), including before a resume."""
-        return self.progress.wall_seconds + (time.perf_counter() if end is None else end) - self.started
+        now = time.perf_counter() if end is None else end
+        return self.progress.wall_seconds + now - (now if self.started is None else self.started)
 
     def test(self) -> dict[str, float]:
         """Evaluate: test_loss and test_accuracy (percent). After the last step, also keep the logits."""
@@ -357,6 +387,10 @@ class Trainer:
                 f" try a lower --lr than {self.config.lr}"
             )
         return {f"{what}_loss": loss, f"{what}_accuracy": accuracy}
+
+    def epoch_is_open(self) -> bool:
+        """Whether an epoch's steps are all done, but not what follows them."""
+        return self.progress.images > 0 and self.progress.step % self.steps_per_epoch == 0
 
     def out_of_patience(self) -> bool:
         """Whether as many epochs as --patience allows have ended since the best one."""

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from distrib.comm.base import SingleCommunicator
-from distrib.comm.world import SLOW_IO_FACTOR
+from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.data import sampler
 from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate

@@ -21,7 +21,8 @@ from threadpoolctl import threadpool_info
 
 from distrib import launched_ranks
 from distrib.comm.choice import MULTI_RANK_NCCL
-from distrib.comm.world import World, import_mpi
+from distrib.comm.start import import_mpi
+from distrib.comm.world import World
 from distrib.data import formats
 from distrib.errors import UserError
 from launch.machine import devices

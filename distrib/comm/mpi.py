@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,36 @@ from nn.array import Array
 from nn.device import Backend
 
 
-class _Request:
-    """A non-blocking all-reduce. Keeps the buffer alive until it is complete."""
-
-    def __init__(self, comm: MpiCommunicator, request: Any, buffer: np.ndarray) -> None:
-        self._comm, self._request, self._buffer = comm, request, buffer
-
-    def wait(self) -> None:
-        self._comm.call("all_reduce of a gradient bucket", self._request.Wait)
-
-
 class _Requests:
-    """Non-blocking calls whose wait the caller bounds."""
+    """Non-blocking calls. Keeps their buffers alive until they are complete.
 
-    def __init__(self, *requests: Any) -> None:
-        self._requests = requests
+    Without `what`, the caller bounds the wait.
+    """
+
+    def __init__(self, comm: MpiCommunicator, *requests: Any, buffers: tuple = (), what: str = "") -> None:
+        self._comm, self._requests, self._buffers, self._what = comm, requests, buffers, what
+        comm.under_way.append(self)
 
     def wait(self) -> None:
+        if self._what:
+            self._comm.call(self._what, self._wait)
+        else:
+            self._wait()
+        if self in self._comm.under_way:
+            self._comm.under_way.remove(self)
+
+    def _wait(self) -> None:
         for request in self._requests:
             request.Wait()
+
+    def give_up(self) -> None:
+        """Return once MPI does not touch the buffers any more; the communicator has been revoked."""
+        for request in self._requests:
+            try:
+                request.Wait()
+            except Exception as error:
+                if not is_loss(error):
+                    raise
 
 
 class MpiCommunicator:
@@ -42,9 +54,11 @@ class MpiCommunicator:
 
     name, version, graph_safe, sums_bf16, staged = "mpi", "", False, False, False
 
-    def __init__(self, world: Any, watchdog: Watchdog) -> None:
+    def __init__(self, world: Any, watchdog: Watchdog, pair: tuple[Any, Any] | None = None) -> None:
+        """Over the ranks of `world` (mpi4py), by two duplicates of it: a `pair` that is there, or new ones."""
         self._world, self._watchdog = world, watchdog
-        self._blocking, self._overlapped = world.Dup(), world.Dup()
+        self._blocking, self._overlapped = pair or (world.Dup(), world.Dup())
+        self.under_way: list[_Requests] = []
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
         self._closed = False
 
@@ -58,7 +72,8 @@ class MpiCommunicator:
 
         assert op == "sum"
         if overlap:
-            return _Request(self, self._overlapped.Iallreduce(MPI.IN_PLACE, x), x)
+            request = self._overlapped.Iallreduce(MPI.IN_PLACE, x)
+            return _Requests(self, request, buffers=(x,), what="all_reduce of a gradient bucket")
         self.call("all_reduce of batch-norm sums", self._blocking.Allreduce, MPI.IN_PLACE, x)
         return DONE
 
@@ -80,16 +95,17 @@ class MpiCommunicator:
     def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
         from mpi4py import MPI
 
-        return _Requests(self._overlapped.Iallreduce(MPI.IN_PLACE, x, _operation(op)))
+        return _Requests(self, self._overlapped.Iallreduce(MPI.IN_PLACE, x, _operation(op)), buffers=(x,))
 
     def start_broadcast(self, x: Array, root: int) -> Handle:
-        return _Requests(self._overlapped.Ibcast(x, root))
+        return _Requests(self, self._overlapped.Ibcast(x, root), buffers=(x,))
 
     def start_gather(self, x: Array, into: Array) -> Handle:
-        return _Requests(self._overlapped.Iallgather(x, into))
+        return _Requests(self, self._overlapped.Iallgather(x, into), buffers=(x, into))
 
     def start_scatter(self, x: Array, into: Array, op: str) -> Handle:
-        return _Requests(self._overlapped.Ireduce_scatter_block(x, into, _operation(op)))
+        request = self._overlapped.Ireduce_scatter_block(x, into, _operation(op))
+        return _Requests(self, request, buffers=(x, into))
 
     def start_exchange(
         self, send: Array | None, to: int | None, receive: Array | None, source: int | None
@@ -99,10 +115,20 @@ class MpiCommunicator:
             requests.append(self._overlapped.Irecv(receive, source))
         if send is not None:
             requests.append(self._overlapped.Isend(send, to))
-        return _Requests(*requests)
+        return _Requests(self, *requests, buffers=(send, receive))
 
     def synchronize(self) -> None:
         pass
+
+    def abandon(self) -> None:
+        """End what is under way, on all ranks, after the death of one; nothing else can follow."""
+        self._closed = True
+        for comm in (self._blocking, self._overlapped):
+            comm.Revoke()
+        with self._watchdog.waiting("the end of the calls under way"):
+            while self.under_way:
+                self.under_way[0].give_up()
+                del self.under_way[0]
 
     def over(self, control_comm: Any) -> MpiCommunicator:
         return MpiCommunicator(control_comm, self._watchdog)
@@ -112,6 +138,14 @@ def _operation(name: str) -> Any:
     from mpi4py import MPI
 
     return {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}[name]
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether MPI says that a rank has died, or that another rank has heard of it."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not isinstance(error, mpi.Exception):
+        return False
+    return error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED)
 
 
 def free(comm: Any) -> None:
@@ -146,8 +180,10 @@ class StagedCommunicator(MpiCommunicator):
 
     staged = True
 
-    def __init__(self, world: Any, watchdog: Watchdog, backend: Backend) -> None:
-        super().__init__(world, watchdog)
+    def __init__(
+        self, world: Any, watchdog: Watchdog, backend: Backend, pair: tuple[Any, Any] | None = None
+    ) -> None:
+        super().__init__(world, watchdog, pair)
         self.backend = backend
 
     def _on_host(self, x: Array) -> np.ndarray:

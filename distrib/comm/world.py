@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from distrib import launched_ranks
 from distrib.comm.base import SingleCommunicator, SingleControl, Transport, first_error
 from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
-from distrib.comm.mpi import MpiCommunicator, free
+from distrib.comm.meeting import Meeting, require_support
+from distrib.comm.mpi import MpiCommunicator, is_loss
+from distrib.comm.start import end_with_process, join, own
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
-from distrib.faults.watchdog import Watchdog, abort_on_crash, kill_after
+from distrib.faults.watchdog import Watchdog, die
 from nn.device import Backend
 
-SLOW_IO_FACTOR = 10
-"""Timeouts that the ranks wait for work of rank 0 alone, such as writing to a slow shared disk."""
+
+@dataclass(frozen=True)
+class Member:
+    """A rank as it tells the others at a meeting."""
+
+    number: int  # its rank at the start, which it keeps
+    host: str
+    pid: int
+    position: Any = None  # how far it has come; None before its run has begun
 
 
 @dataclass
@@ -31,9 +37,10 @@ class World:
     """This rank's place among all ranks, and how it reaches them; `connect` makes it.
 
     `comm` is for your own arrays, NumPy's or CuPy's; `transport` moves the trainer's, unchecked.
-    `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `hosts` has the host of each
-    rank. `choice_explanation` says why backend and communicator were chosen. `host` is the transport of NumPy
-    arrays where `transport` is a device's. `resources` releases all of them.
+    `control_comm` (mpi4py's, or `SingleControl`) exchanges small Python objects. `members` are all ranks.
+    `choice_explanation` says why backend and communicator were chosen. `host` is the transport of NumPy
+    arrays where `transport` is a device's. `resources` releases all of them. `meet_again` is there if ranks
+    may die.
 
         with connect() as world:
             world.comm.all_reduce(x).wait()
@@ -47,9 +54,12 @@ class World:
     backend: Backend
     choice_explanation: str
     watchdog: Watchdog
-    hosts: list[str]
+    members: list[Member]
     host: Transport | None = None
     resources: ExitStack = field(default_factory=ExitStack, repr=False)
+    meeting: Meeting | None = None
+    meet_again: Callable[[World], World] | None = None
+    position: Any = None  # how far this rank has come, which it tells the others when they `regroup`
 
     @cached_property
     def comm(self) -> Comm:
@@ -87,6 +97,38 @@ class World:
     def size(self) -> int:
         return self.transport.size
 
+    @property
+    def hosts(self) -> list[str]:
+        """The host of each rank."""
+        return [member.host for member in self.members]
+
+    @property
+    def number(self) -> int:
+        """This rank's number at the start, which it keeps when others die."""
+        return self.members[self.rank].number
+
+    def has_lost(self, error: BaseException) -> bool:
+        """Whether `error` says that a rank has died, and the others may go on."""
+        return self.meet_again is not None and is_loss(error)
+
+    def ended(self) -> bool:
+        """Whether all ranks have come here; False if one died before, and the others must `regroup`."""
+        return self.meeting is None or self.meeting.ended()
+
+    def regroup(self) -> list[Member]:
+        """After a death, become the world of the survivors; returns those that have died meanwhile.
+
+        Every survivor calls it. What was under way is lost.
+        """
+        assert self.meet_again is not None
+        self.__dict__.pop("comm", None)
+        before = self.members
+        found = self.meet_again(self)
+        for name in ("transport", "control_comm", "backend", "members", "host", "meeting"):
+            setattr(self, name, getattr(found, name))
+        living = {member.number for member in self.members}
+        return [member for member in before if member.number not in living]
+
     @contextmanager
     def fail_together(self, timeouts: float = 1) -> Iterator[None]:
         """Turn a UserError of one rank into the same UserError on all ranks.
@@ -117,91 +159,6 @@ class World:
             return list(self.control_comm.allgather(value))
 
 
-LEAST_MPI_INIT, MPI_INIT_TIMEOUTS = 60, 5
-"""MPI_Init is considered hung after so many seconds and so many timeouts: in a large job it takes long."""
-
-_mpi_is_ours = False  # whether this module started MPI, not the program before
-
-
-def import_mpi(timeout: float = 60.0) -> Any:
-    """Import `mpi4py.MPI`, which calls MPI_Init. RuntimeError in one line if it cannot be imported."""
-    global _mpi_is_ours
-    os.environ.setdefault("OMPI_MCA_btl", "^ofi,uct")  # saves a second in MPI_Init
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")  # more ranks than cores must not starve
-    if "mpi4py.MPI" in sys.modules:
-        return sys.modules["mpi4py.MPI"]
-    try:
-        with kill_after(max(LEAST_MPI_INIT, MPI_INIT_TIMEOUTS * timeout), "MPI_Init"):
-            from mpi4py import MPI
-    except ImportError as error:
-        raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
-    except RuntimeError as error:  # mpi4py reports a missing library in many lines
-        first = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
-    _mpi_is_ours = True
-    return MPI
-
-
-def end_mpi(mpi: Any, seconds: float) -> None:
-    """Call MPI_Finalize, which waits for all ranks; kill this process if it takes longer than `seconds`."""
-    if not mpi.Is_finalized():
-        with kill_after(seconds, "MPI_Finalize"):
-            mpi.Finalize()
-
-
-def _started_ranks() -> int:
-    """Number of ranks that a launcher started, as its variables say or an MPI that is already up."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    return max(launched_ranks(), mpi.COMM_WORLD.Get_size() if mpi and up else 1)
-
-
-def _given(comm: Any) -> tuple[Any, str]:
-    """`_join` on a caller's mpi4py communicator."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not isinstance(comm, mpi.Comm):
-        raise UserError(f"comm {comm!r}: give {', '.join(CHOICES['comm'])}, or an mpi4py communicator")
-    _require_mpi_up(mpi)
-    if comm == mpi.COMM_NULL:
-        raise UserError("comm MPI.COMM_NULL: only the ranks of a communicator can connect on it")
-    if comm.Is_inter():
-        raise UserError("comm: an intercommunicator has no ranks of its own: give its Merge()")
-    return comm, f"{comm.Get_size()} ranks of the given communicator"
-
-
-def _require_mpi_up(mpi: Any) -> None:
-    if mpi.Is_finalized():
-        raise UserError("MPI has been finalized, and cannot start again: connect before MPI.Finalize()")
-    if not mpi.Is_initialized():
-        raise UserError("mpi4py was told not to start MPI: call MPI.Init() before you connect")
-
-
-def _join(comm: Any, timeout: float) -> tuple[Any, str]:
-    """(communicator, explanation): MPI_COMM_WORLD if there is more than this process, or the given one."""
-    if not isinstance(comm, str):
-        return _given(comm)
-    launched = _started_ranks()
-    if comm == "none" and launched > 1:  # a shell inside srun -n 4 --pty, say
-        return (
-            SingleControl(),
-            f"one process, as --comm none asks, though the launcher counts {launched} ranks",
-        )
-    if comm in ("auto", "none") and launched == 1:
-        return SingleControl(), "one process: no mpirun or srun started more"
-    try:
-        mpi = import_mpi(timeout)
-    except RuntimeError as error:
-        raise UserError(f"--comm {comm} with {launched} ranks: {error}") from None
-    _require_mpi_up(mpi)
-    world = mpi.COMM_WORLD
-    if world.Get_size() == 1 and launched > 1:
-        raise UserError(
-            f"{launched} ranks were started but MPI sees 1 in each: launcher and MPI library do not match;"
-            " use the mpirun of this MPI library, or srun --mpi=pmix; for one process alone give --comm none"
-        )
-    return world, f"{world.Get_size()} ranks over MPI"
-
-
 def _check_same_options(control_comm: Any, options: dict[str, str]) -> None:
     """UserError if a rank was started with other `options` than rank 0."""
     everyone = control_comm.allgather(options)
@@ -228,21 +185,12 @@ def _leave_stream(backend: Backend) -> None:
         current.__exit__(None, None, None)
 
 
-def _own(joined: Any, watchdog: Watchdog, resources: ExitStack) -> Any:
-    """A duplicate of an mpi4py communicator: what a program sends there never meets what we send."""
-    with watchdog.waiting("the meeting of all ranks"):
-        control_comm = joined.Dup()
-    resources.callback(free, control_comm)
-    if _mpi_is_ours:
-        resources.callback(abort_on_crash(watchdog, lambda: control_comm.Abort(1)))
-        atexit.unregister(end_mpi)
-        # while rank 0 may still write a checkpoint
-        atexit.register(end_mpi, import_mpi(), SLOW_IO_FACTOR * watchdog.timeout)
-    return control_comm
-
-
 def connect(
-    comm: Any = "auto", backend: str = "auto", precision: str = "float32", timeout: float = 60.0
+    comm: Any = "auto",
+    backend: str = "auto",
+    precision: str = "float32",
+    timeout: float = 60.0,
+    elastic: bool = False,
 ) -> World:
     """Join the other ranks and choose backend and communicator, given the options of the command line.
 
@@ -251,7 +199,8 @@ def connect(
     started here, and until `World.close` an uncaught exception of one rank ends the job.
 
     No wait for other ranks is longer than `timeout` seconds; for the start of MPI it is a minute or five
-    timeouts. Then the rank prints what it waited for, and the job ends.
+    timeouts. Then the rank prints what it waited for, and the job ends. `elastic`, a rank that fails ends
+    alone, and the others can `World.regroup`.
 
     Raises the same UserError on every rank if an option asks for something that is not available, if the
     ranks were started with different options, or if the set-up fails on one of them.
@@ -259,52 +208,88 @@ def connect(
     _check_names(backend=backend, precision=precision, **({"comm": comm} if isinstance(comm, str) else {}))
     if not timeout > 0:
         raise UserError(f"--timeout {timeout}: must be a number of seconds above 0")
-    joined, ranks = _join(comm, timeout)
+    if elastic:
+        require_support()
+    joined, ranks = join(comm, timeout)
     rank = 0 if isinstance(joined, SingleControl) else int(joined.Get_rank())
-    watchdog = Watchdog(rank, timeout)
+    watchdog = Watchdog(rank, timeout, elastic)
     resources = ExitStack()
     resources.callback(watchdog.stop)
+    choose = partial(_choose, comm, backend, precision, ranks, rank, watchdog, resources)
     try:
-        control_comm = joined if isinstance(joined, SingleControl) else _own(joined, watchdog, resources)
-        with watchdog.waiting("the choice of backend and communicator"):
-            return _choose(comm, backend, precision, control_comm, ranks, watchdog, resources)
+        if elastic and not isinstance(joined, SingleControl):
+            end_with_process(die, watchdog, resources)
+            return _gather(choose, Meeting(joined, watchdog), None)
+        control_comm = joined if isinstance(joined, SingleControl) else own(joined, watchdog, resources)
+        return choose(control_comm)
     except UserError:  # all ranks have it; after any other the crash of this rank must end the others
         resources.close()
         raise
+
+
+def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> World:
+    """The world of those who come to a meeting. Whoever dies on the way, the others meet again."""
+    while True:
+        try:
+            world = choose(meeting.control, meeting.pair, position)
+        except UserError:
+            if meeting.ended():
+                raise
+        except Exception as error:
+            if not is_loss(error):
+                raise
+        else:
+            world.meeting = meeting
+            world.meet_again = partial(_survive, choose)
+            return world
+        meeting = meeting.again()
+
+
+def _survive(choose: Callable[..., World], world: World) -> World:
+    """The world of the survivors."""
+    assert world.meeting is not None
+    world.transport.abandon()
+    return _gather(choose, world.meeting.again(), world.position)
 
 
 def _choose(
     comm: Any,
     backend: str,
     precision: str,
-    control_comm: Any,
     ranks: str,
+    number: int,
     watchdog: Watchdog,
     resources: ExitStack,
+    control_comm: Any,
+    pair: tuple[Any, Any] | None = None,
+    position: Any = None,
 ) -> World:
-    """`connect` on joined ranks."""
-    name = comm if isinstance(comm, str) else "auto"
-    _check_same_options(control_comm, {"comm": name, "backend": backend, "precision": precision})
-    chosen, why = choose_backend(backend, precision, control_comm)
-    if chosen.stream is not None:
-        chosen.cuda.runtime.deviceSynchronize()  # what the caller has queued on another stream
-        resources.callback(_leave_stream, chosen)
-    if chosen.on_host and name == "nccl":
-        raise UserError(
-            f"--comm nccl needs a GPU: {why}" if why != "asked for" else "--comm nccl needs --backend cupy"
-        )
-    transport: Transport
-    host: Transport | None = None
-    if isinstance(control_comm, SingleControl):
-        transport = host = SingleCommunicator()
-    elif chosen.on_host:
-        transport = MpiCommunicator(control_comm, watchdog)
-    else:
-        transport, note = device_transport(name, control_comm, chosen, watchdog)
-        ranks += note
-        host = MpiCommunicator(control_comm, watchdog)
-        resources.callback(host.close)
-    resources.callback(transport.close)
-    hosts = control_comm.allgather(socket.gethostname())
+    """`connect` on joined ranks, of which this was `number` at the start."""
+    with watchdog.waiting("the choice of backend and communicator"):
+        name = comm if isinstance(comm, str) else "auto"
+        _check_same_options(control_comm, {"comm": name, "backend": backend, "precision": precision})
+        chosen, why = choose_backend(backend, precision, control_comm)
+        if chosen.stream is not None:
+            chosen.cuda.runtime.deviceSynchronize()  # what the caller has queued on another stream
+            resources.callback(_leave_stream, chosen)
+        if chosen.on_host and name == "nccl":
+            raise UserError(
+                f"--comm nccl needs a GPU: {why}"
+                if why != "asked for"
+                else "--comm nccl needs --backend cupy"
+            )
+        transport: Transport
+        host: Transport | None = None
+        if isinstance(control_comm, SingleControl):
+            transport = host = SingleCommunicator()
+        elif chosen.on_host:
+            transport = MpiCommunicator(control_comm, watchdog, pair)
+        else:
+            transport, note = device_transport(name, control_comm, chosen, watchdog)
+            ranks += note
+            host = MpiCommunicator(control_comm, watchdog, pair)
+            resources.callback(host.close)
+        resources.callback(transport.close)
+        members = control_comm.allgather(Member(number, socket.gethostname(), os.getpid(), position))
     explanation = f"backend {chosen.name} ({why}), communicator {transport.name} ({ranks})"
-    return World(transport, control_comm, chosen, explanation, watchdog, hosts, host, resources)
+    return World(transport, control_comm, chosen, explanation, watchdog, members, host, resources)

@@ -28,6 +28,7 @@ STALE_SECONDS = 2.5
 
 # values of `state` in a heartbeat file, besides "running" and "finished"
 TOLD_TO_STOP, USER_ERROR, FAILED = "told to stop", "ended with a message", "failed: "
+SURVIVED = "died, and the others went on: "
 
 
 @dataclass
@@ -91,15 +92,21 @@ class Heartbeats:
 
     def report_failure(self, cause: str, rank: int, step: int) -> str:
         """Record that `rank`, this one or another, failed; returns the recorded failure as a line."""
-        cause = cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
-        state = f"{FAILED}{cause}" if rank == self.own.rank else self.own.state
-        self.publish(now=True, step=step, state=state)
+        cause = shortened(cause)
+        if rank == self.own.rank:
+            self.fail(cause, step)
+        else:
+            self.publish(now=True, step=step)
         found = [
             dataclasses.replace(beat, step=self.own.step)
             for beat in read_heartbeats(self.folder)
             if beat.rank == rank
         ]
         return record_failure(self.folder, found[0] if found else self.own, cause)
+
+    def fail(self, cause: str, step: int) -> None:
+        """Leave word of what ends this rank."""
+        self.publish(now=True, step=step, state=f"{FAILED}{shortened(cause)}")
 
     def diagnose(self, fallback: str, collectives: list[str], publish: Callable[[], None]) -> str:
         """Record the rank that keeps the others waiting; `fallback` is the cause if none can be blamed.
@@ -126,6 +133,11 @@ class Heartbeats:
                     self.folder, beat, "its process is gone without an error: killed, or out of memory"
                 )
         return None
+
+
+def shortened(cause: str) -> str:
+    """A cause that is not too long for a file."""
+    return cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
@@ -182,7 +194,7 @@ def record_failure(folder: Path, beat: Heartbeat, cause: str) -> str:
         create(beside, text)
         os.link(beside, path)  # fails if another rank was first
     except FileExistsError:
-        failure = read_failure(folder) or failure
+        failure = read_failure(folder) or _add_failure(path, failure)
     except OSError:  # no hard links here, or a full or lost disk: the line is still printed
         try:
             create(path, text)
@@ -191,6 +203,13 @@ def record_failure(folder: Path, beat: Heartbeat, cause: str) -> str:
     with contextlib.suppress(OSError):
         beside.unlink(missing_ok=True)
     return format_failure(failure)
+
+
+def _add_failure(path: Path, failure: dict[str, Any]) -> dict[str, Any]:
+    """Add a failure to a file that has only ranks that were survived."""
+    with contextlib.suppress(OSError, UserError):
+        replace(path, json.dumps({**failure, **read_json(path, MAX_BYTES)}, indent=2).encode())
+    return failure
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ class Wait:
     what: str
     limit: float  # seconds
     seconds: float = 0.0
+    lenient: bool = True  # before the end of the job, a hanging rank may be ended
 
 
 class Watchdog:
@@ -58,8 +59,10 @@ class Watchdog:
     scheduling, Ctrl-Z, a laptop's lid) does not time out.
     """
 
-    def __init__(self, rank: int, timeout: float) -> None:
-        self.rank, self.timeout, self.step = rank, timeout, 0
+    def __init__(self, rank: int, timeout: float, elastic: bool = False) -> None:
+        """Of `rank`, its number at the start. `elastic`: a rank that fails ends alone."""
+        self.rank, self.timeout, self.step, self.elastic = rank, timeout, 0, elastic
+        self.end_hanging: Callable[[], None] | None = None  # kills ranks of this host that hang
         self.heartbeats: Heartbeats | None = None  # once there is a run's folder
         self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
         self._begun = 0
@@ -136,7 +139,7 @@ class Watchdog:
             now = time.monotonic()
             if wait := self._wait:
                 wait.seconds += min(now - before, 2 * TICK)
-                if wait.seconds > wait.limit and self._still_in(wait):
+                if wait.seconds > wait.limit and self._still_in(wait) and not self._go_on(wait):
                     self._expire(
                         f"waited {wait.limit:.0f} s in {wait.what} at step {self.step}: another rank has"
                         " stopped or is too slow; see its log, or raise --timeout"
@@ -152,6 +155,14 @@ class Watchdog:
                 return loop()
             except MemoryError:
                 RESERVE.release()
+
+    def _go_on(self, wait: Wait) -> bool:
+        """Whether to wait once more: then hanging ranks of this host are killed, and others do so on theirs."""
+        if self.end_hanging is None or not wait.lenient:
+            return False
+        wait.lenient, wait.seconds, wait.limit = False, 0.0, min(wait.limit, HANG_GRACE)
+        self.end_hanging()
+        return True
 
     def _still_in(self, wait: Wait) -> bool:
         """Whether the main thread, after it had time to run, is still in the same wait."""
@@ -226,6 +237,9 @@ def print_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+HANG_GRACE = 15.0
+"""Seconds until the death of a hanging rank, which its host's other ranks killed, must have been heard of."""
+
 LAUNCHER_GRACE = 8
 """Seconds that mpirun has to end the job after a rank aborted it."""
 
@@ -297,8 +311,16 @@ def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> Callable[[]
     return undo
 
 
+def die() -> None:
+    """End this process in the one way of which its launcher tells the other ranks."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None]) -> None:
-    """Report why this rank cannot continue, on its last line and in failure.json, and end the job."""
+    """Report why this rank cannot continue, on its last line and in failure.json, and end the job.
+
+    If the others go on without it, it ends alone.
+    """
     RESERVE.release()
     rank, cause = watchdog.rank, f"{type(error).__name__}: {error}"
     if isinstance(error, RankFailure):
@@ -306,6 +328,10 @@ def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None
     elif isinstance(error, SystemExit):
         cause = f"it called sys.exit({error.code!r})"
     line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
+    if watchdog.elastic and not isinstance(error, RankFailure):
+        watchdog.ask_heartbeats(lambda beats: beats.fail(cause, watchdog.step))
+        print_error(f"distrib: {line}: the others go on")
+        die()
     line = watchdog.ask_heartbeats(lambda beats: beats.report_failure(cause, rank, watchdog.step)) or line
     print_error(f"distrib: {line}")
     time.sleep(0.2)  # for the launcher to forward the line

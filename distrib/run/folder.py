@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_info
 from distrib import __version__
 from distrib.config import Config, require_types
 from distrib.errors import UserError
+from distrib.faults import survived
 from distrib.files import (
     append,
     create,
@@ -42,6 +43,9 @@ from nn.device import Backend
 
 LONGEST_LINE = 1 << 20
 """Longest line of metrics.jsonl that a resume keeps, in bytes. Ours have a few hundred."""
+
+TAIL = 1 << 16
+"""Bytes at the end of metrics.jsonl in which the lines of the last step are looked for."""
 
 
 def new_folder(config: Config) -> Path:
@@ -190,13 +194,59 @@ class Run:
             step = found.position["step"] if found else 0
             if os.path.lexists(self.metrics_path):
                 replace(self.metrics_path, self._kept(step), sync=True)
-            begin = time.time()
-            self.events_path = self.path / events.name(self.path, socket.gethostname(), begin)
-            create(self.events_path, events.head(begin) + events.start(begin, step + 1))
+            self._begin_events(step)
             (self.path / "summary.json").unlink(missing_ok=True)
         except OSError as error:
             path = Path(str(error.filename or self.path))
             raise UserError(f"{path}: cannot be used {reason(error, path)}") from None
+
+    def take_over(self, step: int) -> None:
+        """Become the writer of a run after `step`, in the place of a rank that has died."""
+        self._take_lock()
+        self._remove_partial()
+        self._begin_events(step)
+
+    def _begin_events(self, step: int) -> None:
+        """Begin a file for TensorBoard with what follows `step`."""
+        begin = time.time()
+        self.events_path = self.path / events.name(self.path, socket.gethostname(), begin)
+        create(self.events_path, events.head(begin) + events.start(begin, step + 1))
+
+    def note_ranks(self, step: int, ranks: int) -> None:
+        """Write to TensorBoard's file that `ranks` are left after `step`."""
+        append(self.events_path, events.scalars({"time": time.time(), "step": step, "ranks": ranks}))
+
+    def cut(self, step: int, closed: bool) -> None:
+        """Cut a torn line, and those past `step`, from metrics.jsonl; without `closed`, its epoch's, too."""
+        for start, line in self._tail():
+            try:
+                found = parse_object(line) if line.endswith(b"\n") else {}
+            except ValueError:
+                found = {}
+            at = number(found.get("step"))
+            if at is None or at > step or (at == step and not closed and "loss" not in found):
+                os.truncate(self.metrics_path, start)
+                return
+
+    def has_step(self, step: int) -> bool:
+        """Whether metrics.jsonl has the line of a step, one of the last."""
+        found = [parse_object(line) for _, line in self._tail()]
+        return any(line.get("step") == step and "loss" in line for line in found)
+
+    def _tail(self) -> list[tuple[int, bytes]]:
+        """The last lines of metrics.jsonl, each with where it starts."""
+        if not os.path.lexists(self.metrics_path):
+            return []
+        with open_to_read(self.metrics_path) as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL)
+            file.seek(start)
+            if start:
+                start += len(file.readline())
+            lines = []
+            for line in file:
+                lines.append((start, line))
+                start += len(line)
+        return lines
 
     def _clear(self) -> None:
         """Remove heartbeats and failure.json of an earlier start, and temporary files of a killed one."""
@@ -204,7 +254,19 @@ class Run:
         if ranks.is_symlink():  # so that nothing is written elsewhere
             ranks.unlink()
         shutil.rmtree(ranks, ignore_errors=True)
-        for leftover in (self.path / "failure.json", *self.checkpoints.glob(".*.tmp")):
+        self._forget_failure()
+        self._remove_partial()
+
+    def _forget_failure(self) -> None:
+        """Keep of failure.json only which ranks were survived."""
+        before = survived.read(self.path)
+        with contextlib.suppress(OSError):
+            (self.path / "failure.json").unlink(missing_ok=True)
+        survived.keep(self.path, before)
+
+    def _remove_partial(self) -> None:
+        """Remove checkpoints that a killed process was writing."""
+        for leftover in self.checkpoints.glob(".*.tmp"):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
 
@@ -275,9 +337,8 @@ class Run:
             raise UserError(f"{path}: cannot be removed {reason(error, path)}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the last file of a run. Removes failure.json, as the run did not fail."""
-        with contextlib.suppress(OSError):
-            (self.path / "failure.json").unlink(missing_ok=True)
+        """Write summary.json, the last file of a run. Removes what failure.json says of a failure."""
+        self._forget_failure()
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
 
 

@@ -183,10 +183,10 @@ def test_two_ranks_say_it_once(option: str, late: int, small_data: Path, tmp_pat
 def test_a_rank_alone_with_a_mistake_before_mpi_says_it(small_data: Path, tmp_path: Path) -> None:
     """As where one host has no MPI library: rank 0 waits in MPI_Init and can say nothing."""
     code = (
-        "import os, sys; from distrib.comm import world; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
-        "plain = world.import_mpi\n"
+        "import os, sys; from distrib.comm import start; alone = os.environ['OMPI_COMM_WORLD_RANK'] == '1';"
+        "plain = start.import_mpi\n"
         "def missing(*_):\n    raise RuntimeError('no MPI library (planted)')\n"
-        "world.import_mpi = missing if alone else plain\n"
+        "start.import_mpi = missing if alone else plain\n"
         "from distrib.train import main; sys.exit(main())"
     )
     done = run("-c", code, *SMALL, "--run-dir", tmp_path / "run", "--data", small_data, ranks=2, check=False)

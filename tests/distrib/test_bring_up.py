@@ -12,7 +12,7 @@ RANKS = 4
 CONNECT = """
 import os, sys, threading, time
 from distrib import launched_rank
-from distrib.comm import choice, nccl, world
+from distrib.comm import choice, nccl, start, world
 from distrib.errors import UserError
 from nccl_double import Cuda, Nccl
 from strict_array import StrictModule
@@ -33,8 +33,8 @@ def cupy_backend(precision, local_rank):
 
 choice.backends.cupy_backend = cupy_backend
 choice.import_nccl = lambda: cuda.nccl
-world.LEAST_MPI_INIT, world.MPI_INIT_TIMEOUTS = 0, 1
-plain_own = world._own
+start.LEAST_MPI_INIT, start.MPI_INIT_TIMEOUTS = 0, 1
+plain_own = world.own
 
 plain_init = Nccl.__init__
 def without_communicators(self, *more):
@@ -137,8 +137,8 @@ def test_what_auto_does_without_nccl(fault: str) -> None:
 
 
 ALONE = {
-    "in the exchange": (2, "world._own = Failing"),
-    "before the id is sent": (0, "world._own = Failing"),
+    "in the exchange": (2, "world.own = Failing"),
+    "before the id is sent": (0, "world.own = Failing"),
     "after the exchange": (2, "Nccl.__init__ = without_communicators"),
     "in the first sum": (1, "nccl.NcclCommunicator._warm_up = planted"),
 }
@@ -179,6 +179,6 @@ def test_a_rank_that_never_comes(fault: str, timeout: int, words: str) -> None:
 
 def test_a_rank_that_fails_before_mpi_ends_the_others() -> None:
     """The launcher sees it: nobody waits for MPI_Init's bound."""
-    done = connect("world.LEAST_MPI_INIT = 3600\nif rank == 3: raise OSError('planted')")
+    done = connect("start.LEAST_MPI_INIT = 3600\nif rank == 3: raise OSError('planted')")
     assert done.returncode not in (0, 2)
     assert "OSError: planted" in done.stderr

@@ -259,8 +259,8 @@ def test_a_rank_that_hangs_after_its_last_line_ends_the_job(tmp_path: Path) -> N
     script = """
 import sys, os, signal
 from distrib import loop as train
-from distrib.comm import world
-world.SLOW_IO_FACTOR = 1
+from distrib.comm import start
+start.SLOW_IO_FACTOR = 1
 plain = train.Trainer.close
 def close(self):
     if self.world.rank == 1:

@@ -16,7 +16,7 @@ from strict_array import (
 )
 
 from distrib.comm.base import SingleCommunicator, SingleControl
-from distrib.comm.world import World
+from distrib.comm.world import Member, World
 from distrib.config import Config
 from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
@@ -47,7 +47,9 @@ def a_trainer(backend: Backend, **options) -> Trainer:
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), ["here"])
+    world = World(
+        SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), [Member(0, "", 0)]
+    )
     return Trainer(Config(**{"batch_size": 8, "width": 0.0625, **options}), world, data)
 
 

@@ -1,0 +1,83 @@
+"""Brings the ranks together: at the start, and again after some of them have died (MPI's ULFM).
+
+Each meeting has communicators of its own. Who hears of a death revokes them, so that all ranks hear of it;
+then all take part in the next meeting. A meeting ends with an agreement, so that either all ranks have its
+communicators or none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from distrib.comm.mpi import is_loss
+from distrib.errors import UserError
+from distrib.faults.watchdog import Watchdog
+
+
+SUPPORT = "OMPI_MCA_mpi_ft_enable"
+"""What mpirun --with-ft ulfm sets for the ranks."""
+
+
+class Meeting:
+    """The communicators of all living ranks: one for small Python objects, two for arrays."""
+
+    def __init__(self, base: Any, watchdog: Watchdog) -> None:
+        """Meet the ranks of `base`, an mpi4py communicator, which is used for nothing else."""
+        self._watchdog, self._asked = watchdog, False
+        with watchdog.waiting("the meeting of all ranks"):
+            while not self._try(base):
+                base = base.Shrink()
+
+    def _try(self, base: Any) -> bool:
+        """Whether all ranks have made the communicators."""
+        self.base, made = base, []
+        try:
+            for _ in range(3):
+                made.append(base.Dup())
+        except Exception as error:
+            if not is_loss(error):
+                raise
+        self.made = made
+        return self._agreed(len(made) == 3)
+
+    def _agreed(self, mine: bool) -> bool:
+        """Whether all ranks say yes and none has died. Every rank gets the same answer, whoever dies."""
+        try:
+            return bool(self.base.Agree(int(mine)))
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            return False
+
+    @property
+    def control(self) -> Any:
+        return self.made[0]
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        return self.made[1], self.made[2]
+
+    def ended(self) -> bool:
+        """Whether all ranks have come to the end together. Else a rank has died, and all meet again."""
+        self._asked = True
+        with self._watchdog.waiting("the end of all ranks"):
+            return self._agreed(True)
+
+    def again(self) -> Meeting:
+        """The meeting of the survivors, after a rank has died."""
+        for comm in (self.base, *self.made):
+            comm.Revoke()
+        with self._watchdog.waiting("the meeting of the survivors"):
+            if not self._asked:
+                self._agreed(False)  # the answer to those in `ended`
+            return Meeting(self.base.Shrink(), self._watchdog)
+
+
+def require_support() -> None:
+    """UserError unless the launcher keeps ranks alive when others die."""
+    if os.environ.get(SUPPORT, "0") not in ("1", "true"):
+        raise UserError(
+            "--elastic: this launcher ends all ranks when one dies: start them with mpirun --with-ft ulfm"
+            " (Open MPI 5)"
+        )

@@ -1,0 +1,141 @@
+"""Goes on after the death of ranks: from the last whole step, with the same global batches."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from distrib import state
+from distrib.comm.world import Member, World
+from distrib.errors import OnAllRanks, UserError
+from distrib.faults import survived
+from distrib.run.folder import Run
+from distrib.trainer import Trainer
+
+if TYPE_CHECKING:
+    from distrib.loop import Caller
+
+
+class Position(NamedTuple):
+    """How far a rank has come. Of two ranks, the later one has the state that counts."""
+
+    checked: bool = False  # the run's folder was found to be fit for this run
+    begun: bool = False  # training has begun, here or in an earlier process
+    step: int = 0  # whole steps done
+    closed: bool = False  # and after an epoch's last step, the evaluation is done, too
+
+
+@dataclass
+class Job:
+    """A run on this rank."""
+
+    trainer: Trainer
+    caller: Caller
+    run: Run | None  # rank 0's
+    owned: ExitStack  # closes it
+
+
+def must_regroup(world: World, error: BaseException) -> bool:
+    """Whether this rank must meet the others again after `error`, because one of them has died.
+
+    An error that all ranks have ends the run only if none of them died while it was told.
+    """
+    if isinstance(error, UserError | OnAllRanks):
+        return not world.ended()
+    return world.has_lost(error)
+
+
+def was_checked(world: World) -> bool:
+    """Whether a rank knows that the run's folder was found to be fit: then what it holds is of this run."""
+    return any(member.position is not None and member.position.checked for member in world.members)
+
+
+def recover(job: Job) -> bool:
+    """Go on with the survivors; False if one of them has not begun to train: then the run starts again.
+
+    Every survivor takes part. Should more die meanwhile, the rest does it again.
+    """
+    trainer, world, begin = job.trainer, job.trainer.world, time.perf_counter()
+    trainer.roll_back()
+    dead: list[Member] = []
+    while True:
+        progress = trainer.progress
+        world.position = Position(True, True, progress.step, progress.images == 0)
+        try:
+            dead += world.regroup()
+            if not all(member.position and member.position.begun for member in world.members):
+                return False
+            _share_state(trainer)
+            with world.fail_together():
+                trainer.join()
+            _record(job, dead, begin)
+            _take_over(job)
+            return True
+        except Exception as error:
+            if not must_regroup(world, error):
+                raise
+
+
+def _share_state(trainer: Trainer) -> None:
+    """Give all ranks the state of one that has come furthest."""
+    world = trainer.world
+    positions = [member.position for member in world.members]
+    source = positions.index(max(positions))
+    results = trainer.results
+    mine = (
+        vars(trainer.progress),
+        trainer.optimizer.steps,
+        trainer.model.batches_tracked,
+        results.last,
+        results.stopped,
+        trainer.unlogged,
+    )
+    with world.watchdog.waiting("the state of the run"):
+        held = world.control_comm.bcast(mine, root=source)
+        if len(set(positions)) > 1:
+            for array in trainer.lasting():
+                world.transport.broadcast(array, source)
+    position, trainer.optimizer.steps, trainer.model.batches_tracked, *logged = held
+    vars(trainer.progress).update(position)
+    results.last, results.stopped, trainer.unlogged = logged
+    trainer.params.refresh()
+    trainer.before_step[...] = trainer.model.statistics
+    trainer.epoch = -1
+
+
+def _record(job: Job, dead: list[Member], begin: float) -> None:
+    """Note who was survived: on every rank, as each may be the next rank 0."""
+    trainer, world = job.trainer, job.trainer.world
+    known = {entry["rank"] for entry in trainer.survived}
+    found = [
+        survived.entry(trainer.folder, member.number, member.host, trainer.progress.step, begin)
+        for member in dead
+        if member.number not in known
+    ]
+    trainer.survived += world.broadcast(found, "who has died")
+    left = world.size
+    for entry in trainer.survived[len(known) :]:
+        job.caller.screen(world).say(f"{survived.line(entry)}; {left} rank(s) go on")
+
+
+def _take_over(job: Job) -> None:
+    """Make the run's folder agree with the state, by a new rank 0 if the old one has died, and save."""
+    trainer, world, config = job.trainer, job.trainer.world, job.trainer.config
+    with world.fail_together():
+        if world.rank == 0 and trainer.folder:
+            step, closed = trainer.progress.step, trainer.progress.images == 0
+            if job.run is None:
+                job.run = job.owned.enter_context(Run(trainer.folder))
+                job.run.take_over(step)
+            job.run.cut(step, closed)
+            if trainer.unlogged and not job.run.has_step(step):
+                job.run.log(trainer.unlogged)
+            job.run.note_ranks(step, world.size)
+            survived.keep(trainer.folder, trainer.survived)
+    trainer.unlogged = None
+    if not trainer.has_best:  # whose weights are not those of training
+        state.save(trainer, job.run)
+    if world.size < config.min_ranks:
+        trainer.results.stopped = True
