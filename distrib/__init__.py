@@ -62,12 +62,16 @@ LAUNCHERS = ("prterun", "prted", "mpirun", "mpiexec", "orterun", "orted", "hydra
 """Names of mpirun's processes that start ranks. Slurm's step daemon is not one of them."""
 
 
+GUARD = "DISTRIB_GUARD"
+"""Variable with the pid of the process that guards this one; see `distrib.faults.guard`."""
+
+
 def parent() -> tuple[int, str]:
-    """(pid, name) of the process that started this one, skipping a shell in between; on Linux."""
+    """(pid, name) of the process that started this one, skipping a guard and a shell in between; on Linux."""
     pid, name = os.getppid(), ""
     with suppress(OSError, ValueError):
         name = Path(f"/proc/{pid}/comm").read_text().strip()
-        if name in ("bash", "dash", "sh"):
+        while name in ("bash", "dash", "sh") or str(pid) == os.environ.get(GUARD):
             pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
             name = Path(f"/proc/{pid}/comm").read_text().strip()
     return pid, name

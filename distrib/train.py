@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ import typer
 from distrib import launched_rank, launched_ranks
 from distrib.config import CHOICES, Config, build, options
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.faults.guard import guarded
 from distrib.files import parsed, printable
 from distrib.loop import train
 from distrib.run.console import secure_output
@@ -33,7 +35,10 @@ def train_command(**given: Any) -> None:
 
       mpirun -n 4 python -m distrib.train --epochs 1 --limit-train 8000
     """
-    raise typer.Exit(train(build(given), exiting=True))
+    config = build(given)
+    with guarded() if config.elastic else nullcontext():
+        code = train(config, exiting=True)
+    raise typer.Exit(code)
 
 
 def _parser(flag: str, kind: type) -> Callable[[str], Any]:

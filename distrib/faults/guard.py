@@ -1,0 +1,61 @@
+"""Makes any end of a rank one that its launcher tells the others: a signal.
+
+mpirun --with-ft ulfm tells the ranks when one of them was killed by a signal, but not when one exits with an
+error's code, as by `os._exit(1)`: the others would wait for it. So the rank runs in a child process, and its
+parent, which the launcher watches, ends as the child did, or by SIGKILL if the child left without a word.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from distrib import GUARD
+from distrib.errors import UserError
+from distrib.faults.signals import STOP_SIGNALS
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TOGETHER = b"1"
+"""Written by a rank that leaves with all others."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Run the block, and what follows, in a child of this process, whose end becomes this one's.
+
+    All ranks end the block together, or with the same UserError: then the exit code is passed on.
+    """
+    read_end, write_end = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child:
+        os.close(write_end)
+        _end_like(child, read_end)
+    os.close(read_end)
+    with suppress(OSError, AttributeError):  # on Linux: the child ends if only its parent is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.environ[GUARD] = str(parent)
+    try:
+        yield
+    except UserError:
+        os.write(write_end, TOGETHER)
+        raise
+    os.write(write_end, TOGETHER)
+
+
+def _end_like(child: int, read_end: int) -> None:
+    """Wait for `child`, which gets the launcher's signals itself; end as it did."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status) and os.read(read_end, 1):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else signal.SIGKILL
+    with suppress(OSError):  # SIGKILL has no handler
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGKILL)  # if that one does not end a process
