@@ -18,6 +18,7 @@ from distrib.comm.mpi import MpiCommunicator, is_loss
 from distrib.comm.start import end_with_process, join, own
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
+from distrib.faults.hang import end_hanging
 from distrib.faults.watchdog import Watchdog, die
 from nn.device import Backend
 
@@ -241,6 +242,8 @@ def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> Wo
         else:
             world.meeting = meeting
             world.meet_again = partial(_survive, choose)
+            if world.watchdog.end_hanging is None:
+                world.watchdog.end_hanging = partial(end_hanging, world)
             return world
         meeting = meeting.again()
 

@@ -114,8 +114,17 @@ class Heartbeats:
         Writes down `collectives`, this rank's last ones, so that you can compare those of all ranks. Calls
         `publish` while it waits for heartbeats, so that this rank does not look dead to the others.
         """
-        self.publish(now=True)
         self._write(f"{self.own.rank:05}-collectives.json", collectives)
+        return record_failure(self.folder, *self._culprit(fallback, publish))
+
+    def find_hanging(self, publish: Callable[[], None]) -> int | None:
+        """The rank that keeps the others waiting; None if it is this one, or none can be blamed."""
+        beat, _ = self._culprit("", publish)
+        return None if beat.rank == self.own.rank else beat.rank
+
+    def _culprit(self, fallback: str, publish: Callable[[], None]) -> tuple[Heartbeat, str]:
+        """(heartbeat, cause) of the rank to blame, after a look at whose heartbeats stand still."""
+        self.publish(now=True)
         # clocks differ between hosts, so a heartbeat is stale if its time did not change
         before = {beat.rank: beat.time for beat in read_heartbeats(self.folder)}
         for _ in range(10):  # count looks, not seconds: all ranks may be suspended meanwhile
@@ -123,7 +132,7 @@ class Heartbeats:
             publish()
         beats = read_heartbeats(self.folder)
         stale = {beat.rank for beat in beats if before.get(beat.rank) == beat.time}
-        return record_failure(self.folder, *find_culprit(beats, stale, self.size, self.own, fallback))
+        return find_culprit(beats, stale, self.size, self.own, fallback)
 
     def find_dead_local_rank(self) -> str | None:
         """Record a running rank of this host whose process has died, as a line; None if there is none."""
