@@ -1,0 +1,123 @@
+"""A program that trains as `python -m distrib.train` does, and whose ranks die as they are told.
+
+MORTAL_PLAN in the environment, "RANK:STEP:PLACE:CAUSE RANK:…", plans deaths: of the rank of that number at
+the start, before what PLACE names in PLACES, once STEP steps are done. MORTAL_NOTES names a folder: there each
+rank writes its pid, and after each step who computed which images. SIGUSR2 asks for a death by an exception,
+SIGHUP for one by `os._exit`, both before the next of PLACES.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from distrib import elastic, loop, state
+from distrib.comm.meeting import Meeting
+from distrib.comm.mpi import MpiCommunicator
+from distrib.data import sampler
+from distrib.run.folder import Run
+from distrib.trainer import Trainer
+
+NUMBER = int(os.environ["OMPI_COMM_WORLD_RANK"])
+PLAN = [each.split(":") for each in os.environ.get("MORTAL_PLAN", "").split()]
+NOTES = Path(os.environ["MORTAL_NOTES"])
+
+trainer: Trainer | None = None
+asked = ""
+
+
+def die(cause: str) -> None:
+    if cause == "raise":
+        raise RuntimeError("planted")
+    if cause == "exit":
+        os._exit(1)
+    if cause == "leave":
+        sys.exit(3)
+    if cause == "memory":
+        raise MemoryError
+    os.kill(os.getpid(), getattr(signal, cause))
+    time.sleep(600)  # a signal may take its time
+
+
+def at(place: str) -> None:
+    if asked:
+        die(asked)
+    step = trainer.progress.step if trainer else -1
+    for number, when, where, cause in PLAN:
+        if (int(number), int(when), where) == (NUMBER, step, place):
+            die(cause)
+
+
+def mortal(owner: object, name: str) -> Callable[[], None]:
+    """Make each call of a function a place to die."""
+    plain = getattr(owner, name)
+
+    def function(*given: object, **named: object) -> object:
+        at(name)
+        return plain(*given, **named)
+
+    setattr(owner, name, function)
+    return plain
+
+
+def note_step(self: Trainer) -> None:
+    """A step, then a line of who computed which images, as this rank knows it."""
+    global trainer
+    trainer = self
+    at("step")
+    s, batch = self.progress.step % self.steps_per_epoch, self.config.batch_size
+    plain_step(self)
+    images = self.order[s * batch : (s + 1) * batch].tolist()
+    parts = self.parts(len(images))
+    who = {m.number: images[part] for m, part in zip(self.world.members, parts, strict=True)}
+    with open(NOTES / f"steps-{NUMBER}.jsonl", "a") as file:
+        file.write(json.dumps({"step": self.progress.step, "images": who, "time": time.time()}) + "\n")
+
+
+def ask(cause: str) -> Callable[[int, object], None]:
+    def handler(*_: object) -> None:
+        global asked
+        asked = cause
+
+    return handler
+
+
+if __name__ == "__main__":
+    faulthandler.disable()
+    plain_step, Trainer.step = Trainer.step, note_step
+    for owner, name in (
+        (Trainer, "sum_over_ranks"),
+        (MpiCommunicator, "start_gather"),
+        (MpiCommunicator, "all_reduce"),
+        (Trainer, "test"),
+        (Trainer, "state_dict"),
+        (state, "save"),
+        (loop, "build"),
+        (loop, "begin"),
+        (loop, "finish"),
+        (Meeting, "again"),
+        (elastic, "_share_state"),
+        (elastic, "_take_over"),
+        (Run, "log"),
+        (Run, "finish"),
+        (sampler, "permutation"),
+    ):
+        mortal(owner, name)
+    signal.signal(signal.SIGUSR2, ask("raise"))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    plain_meeting = Meeting.__init__
+
+    def met(self: Meeting, *given: object) -> None:
+        (NOTES / f"pid-{NUMBER}").write_text(str(os.getpid()))
+        plain_meeting(self, *given)
+
+    Meeting.__init__ = met
+    from distrib.train import main
+
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Ranks die, for any cause and in any phase; the others go on, and the run ends as if nobody had died.
+
+ELASTIC_ROUNDS in the environment asks for more deaths at random moments than a quick pass has (`make soak`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FOLDERS, HELPERS, LIMIT, ROOT, environment, metrics, run, summary, wait_for
+from safetensors.numpy import load_file
+
+from distrib.run import checkpoint as ckpt
+
+ROUNDS = int(os.environ.get("ELASTIC_ROUNDS", "4"))
+MORTAL = ROOT / "tests" / "distrib" / "mortal.py"
+TRAINING = "--width 0.0625 --limit-train 130 --limit-test 150 --batch-size 26 --epochs 2 --log-every 2"
+MORE = "--checkpoint-every 2 --schedule onecycle --average 0.9 --elastic --backend numpy --timeout 60"
+OPTIONS = (*TRAINING.split(), *MORE.split())
+STEPS = 10
+
+
+def command(folder: Path, ranks: int, *options: object) -> list[str]:
+    mpirun = Path(sys.executable).with_name("mpirun")
+    start = [str(mpirun) if mpirun.exists() else "mpirun", "--with-ft", "ulfm", "-n", str(ranks)]
+    return [*start, sys.executable, str(MORTAL), "--run-dir", str(folder), *map(str, (*OPTIONS, *options))]
+
+
+def told(folder: Path, plan: str = "") -> dict[str, str]:
+    """The environment of a mortal program, whose notes lie beside the run's folder."""
+    notes = folder.with_name(f"{folder.name}-notes")
+    notes.mkdir(exist_ok=True)
+    return environment({**HELPERS, "MORTAL_PLAN": plan, "MORTAL_NOTES": str(notes)})
+
+
+def train(folder: Path, plan: str, *options: object, ranks: int = 4) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, ranks, *options),
+        env=told(folder, plan),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=LIMIT,
+    )
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """What the ranks noted after each step, all ranks together, in time."""
+    found = []
+    for path in folder.with_name(f"{folder.name}-notes").glob("steps-*.jsonl"):
+        found += [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+    return sorted(found, key=lambda note: note["time"])
+
+
+def logged(folder: Path) -> list[tuple]:
+    """All numbers of metrics.jsonl that do not depend on time."""
+    names = "step", "epoch", "lr", "loss", "accuracy", "train_loss", "test_loss", "test_accuracy"
+    return [tuple(line.get(name) for name in names) for line in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """The runs without a death, by the options that change the result; made when they are asked for."""
+    made: dict[str, Path] = {}
+
+    class Made(dict):
+        def __missing__(self, options: str) -> Path:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            done = train(folder, "", *options.split(), ranks=2)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made[options] = self[options] = folder
+            return folder
+
+    yield Made()
+
+
+def require_alike(folder: Path, plain: Path, died: set[int], done: object = None) -> None:
+    """A run ended as the undisturbed one did, each image counted once, and the history names who died."""
+    result, wanted = summary(folder), summary(plain)
+    assert result["finished"], done
+    assert result["parameter_digest"] == wanted["parameter_digest"]
+    assert set(result["rank_digests"]) == {wanted["parameter_digest"]}
+    assert logged(folder) == logged(plain)
+    assert sum(result["images_per_rank"]) == sum(wanted["images_per_rank"])
+    ours, theirs = (load_file(each / "logits.safetensors")["logits"] for each in (folder, plain))
+    assert np.array_equal(ours, theirs)
+    history = json.loads((folder / "failure.json").read_text())["survived"] if died else []
+    assert {entry["rank"] for entry in history} == died
+    assert result["survived"] == history
+    assert result["world_size"] == len(result["images_per_rank"]) - len(died)
+    require_each_image_once(folder)
+    saved, problems = ckpt.newest_valid(folder / "checkpoints")
+    assert saved is not None
+    assert saved.position["step"] == STEPS
+    assert not problems
+
+
+def require_each_image_once(folder: Path) -> None:
+    by_step: dict[int, dict] = {}
+    computed = np.zeros(len(summary(folder)["images_per_rank"]), int)
+    for note in steps_of(folder):
+        known = by_step.setdefault(note["step"], note["images"])
+        assert known == note["images"], "all ranks know the same shares of a step"
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    for epoch in range(2):
+        parts = [by_step[step] for step in range(epoch * 5 + 1, epoch * 5 + 6)]
+        assert sorted(i for part in parts for share in part.values() for i in share) == list(range(130))
+    for part in by_step.values():
+        for number, share in part.items():
+            computed[int(number)] += len(share)
+    assert summary(folder)["images_per_rank"] == computed.tolist()
+
+
+REPRODUCIBLE = "--reproducible"
+DEATHS = {
+    "a step": ("1:3:step:SIGKILL", 1),
+    "rank 0 in a step": ("0:3:step:SIGSEGV", 1),
+    "within a step's sums": ("2:4:start_gather:SIGABRT", 1),
+    "an exception": ("0:2:step:raise", 1),
+    "an exit": ("1:6:start_gather:exit", 1),
+    "sys.exit": ("3:1:step:leave", 1),
+    "no memory": ("2:7:start_gather:memory", 1),
+    "a checkpoint": ("1:4:save:SIGKILL 0:8:state_dict:SIGKILL", 2),
+    "an evaluation": ("0:5:test:SIGKILL 2:10:test:SIGKILL", 2),
+    "a line of the log": ("0:6:log:SIGKILL", 1),
+    "the end": ("0:10:finish:SIGKILL", 1),
+    "two at once": ("0:4:step:SIGKILL 2:4:step:SIGKILL", 2),
+    "one after another": ("0:1:step:SIGKILL 1:2:step:SIGKILL 2:7:step:SIGKILL", 3),
+    "a recovery": ("1:3:step:SIGKILL 2:3:again:SIGKILL 0:3:_share_state:SIGKILL", 3),
+    "taking over": ("0:3:step:SIGKILL 1:3:_take_over:SIGKILL", 2),
+    "the start": ("2:-1:build:SIGKILL", 1),
+    "rank 0 at the start": ("0:-1:begin:SIGKILL", 1),
+    "the first step": ("0:0:step:SIGKILL", 1),
+}
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_death_changes_nothing(name: str, tmp_path: Path, undisturbed: dict[str, Path]) -> None:
+    plan, count = DEATHS[name]
+    done = train(tmp_path / "run", plan, REPRODUCIBLE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    died = {int(each.split(":")[0]) for each in plan.split()}
+    assert len(died) == count
+    require_alike(tmp_path / "run", undisturbed[REPRODUCIBLE], died, done)
+
+
+def test_without_reproducible_the_result_agrees_up_to_rounding(
+    tmp_path: Path, undisturbed: dict[str, Path]
+) -> None:
+    options = "--precision float64"
+    done = train(tmp_path / "run", "0:3:sum_over_ranks:SIGKILL 2:7:step:SIGKILL", *options.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = metrics(tmp_path / "run"), metrics(undisturbed[options])
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, wanted in zip(ours, theirs, strict=True):
+        for name in ("loss", "train_loss", "test_loss"):
+            if name in wanted:
+                assert line[name] == pytest.approx(wanted[name], rel=1e-9)
+    require_each_image_once(tmp_path / "run")
+
+
+def test_a_rank_that_hangs_is_killed(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
+    done = train(tmp_path / "run", "1:3:step:SIGSTOP", REPRODUCIBLE, "--timeout", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    require_alike(tmp_path / "run", undisturbed[REPRODUCIBLE], {1}, done)
+    assert "hung" in summary(tmp_path / "run")["survived"][0]["cause"]
+
+
+def test_below_min_ranks_it_stops_with_a_checkpoint(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
+    plan = "1:3:step:SIGKILL 2:5:test:SIGKILL"
+    done = train(tmp_path / "run", plan, REPRODUCIBLE, "--min-ranks", 3)
+    assert done.returncode == 85, done.stdout + done.stderr
+    assert not summary(tmp_path / "run")["finished"]
+    saved, _ = ckpt.newest_valid(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.position["step"] == 5
+    done = train(tmp_path / "run", "", REPRODUCIBLE, ranks=3)  # and can be resumed
+    assert done.returncode == 0, done.stdout + done.stderr
+    result, wanted = summary(tmp_path / "run"), summary(undisturbed[REPRODUCIBLE])
+    assert result["parameter_digest"] == wanted["parameter_digest"]
+    assert logged(tmp_path / "run") == logged(undisturbed[REPRODUCIBLE])
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    def told_in_one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert [line for line in done.stderr.splitlines() if words in line], done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+    plain = "-m", "distrib.train", "--run-dir", tmp_path / "run", *OPTIONS
+    told_in_one_line(run(*plain, check=False), "mpirun --with-ft ulfm")
+    told_in_one_line(run(*plain, ranks=2, check=False), "mpirun --with-ft ulfm")
+    done = train(tmp_path / "run", "", "--min-ranks", 3, ranks=2)
+    told_in_one_line(done, "--min-ranks 3: is above the number of ranks, 2")
+    done = train(tmp_path / "run", "", "--batch-norm", "local", ranks=2)
+    told_in_one_line(done, "--batch-norm local: depends on the ranks")
+
+
+SIGNALS = ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGUSR2")
+
+
+def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
+    """Each round a run of four ranks, of which one to three die at random moments."""
+    lost, causes = [], dict.fromkeys(SIGNALS, 0)
+    seed = int(os.environ.get("ELASTIC_SEED", time.time_ns()))
+    chance = random.Random(seed)
+    print(f"seed {seed}")
+    while sum(causes.values()) < ROUNDS:
+        folder = tmp_path / f"run-{sum(causes.values())}"
+        deaths = run_and_kill(folder, chance)
+        require_alike(folder, undisturbed[REPRODUCIBLE], {number for number, _, _ in deaths})
+        for number, cause, moment in deaths:
+            causes[cause] += 1
+            after = [
+                note["time"]
+                for note in steps_of(folder)
+                if note["time"] > moment and str(number) not in note["images"]
+            ]
+            before = [note for note in steps_of(folder) if note["time"] < moment]
+            if before and after and cause != "SIGUSR2":
+                lost.append(after[0] - moment)
+    print(f"deaths: {causes}")
+    if lost:
+        print(
+            f"{len(lost)} deaths between the first and the last step: seconds to the next whole step: median"
+            f" {statistics.median(lost):.3f}, worst {max(lost):.3f}"
+        )
+
+
+def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, float]]:
+    """A run of which ranks die; (number, cause, time) of each that died by our hand."""
+    env, deaths = told(folder), list[tuple[int, str, float]]()
+    notes = Path(env["MORTAL_NOTES"])
+    with open(notes / "output", "w") as output:
+        process = subprocess.Popen(
+            command(folder, 4, REPRODUCIBLE), env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
+        wait_for(lambda: len(list(notes.glob("pid-*"))) == 4, "the start of MPI", process)
+        pids = {int(path.name.split("-")[1]): int(path.read_text()) for path in notes.glob("pid-*")}
+        for _ in range(chance.randint(1, 3)):
+            time.sleep(chance.uniform(0, 1.5) ** 2)
+            number, cause = chance.choice(sorted(pids)), chance.choice(SIGNALS)
+            if process.poll() is not None or (folder / "summary.json").exists():
+                break
+            moment = time.time()
+            os.kill(pids.pop(number), getattr(signal, cause))
+            deaths.append((number, cause, moment))
+        process.wait(LIMIT)
+    text = (notes / "output").read_text()
+    assert process.returncode == 0, text
+    # who was asked to die may have come to the end before, and who finished is not missed
+    died = {entry["rank"] for entry in summary(folder)["survived"]}
+    return [each for each in deaths if each[0] in died]
