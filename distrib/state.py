@@ -162,7 +162,7 @@ def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: does not fit this run ({error}): use a matching checkpoint") from None
     trainer.optimizer.steps = position.pop("optimizer_steps")
-    vars(trainer.progress).update(position, images_per_rank=[0] * size)
+    vars(trainer.progress).update(position, images_per_rank=[0] * trainer.world.started)
     trainer.earlier_images = position["images_per_rank"]
     now = {**trainer.environment(), "world_size": before["world_size"] if c.reproducible else size}
     return [

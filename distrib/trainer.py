@@ -84,7 +84,7 @@ class Trainer:
         # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
         self.averages = [(xp.zeros_like(values), values) for values in averaged]
-        self.progress = Progress(images_per_rank=[0] * world.size)  # by the rank at the start
+        self.progress = Progress(images_per_rank=[0] * world.started)  # by the rank at the start
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.last_step = min(self.steps, config.max_steps or self.steps)

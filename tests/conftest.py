@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import typer
 
+from distrib.comm.world import Member
 from distrib.data.dataset import Dataset, make
 from distrib.train import run_app
 
@@ -191,6 +192,11 @@ def metrics(folder: Path) -> list[dict]:
 def losses(folder: Path) -> list[float]:
     """The loss of each logged step."""
     return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def some_members(size: int) -> list[Member]:
+    """The ranks of a world that a test makes itself."""
+    return [Member(number, size, "here", 0) for number in range(size)]
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

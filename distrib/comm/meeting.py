@@ -14,9 +14,12 @@ from distrib.comm.mpi import is_loss
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
 
-
 SUPPORT = "OMPI_MCA_mpi_ft_enable"
 """What mpirun --with-ft ulfm sets for the ranks."""
+
+
+NO, YES, FAILING = 0, 1, 2
+"""What ranks say in an agreement, which MPI takes bit by bit."""
 
 
 class Meeting:
@@ -39,12 +42,12 @@ class Meeting:
             if not is_loss(error):
                 raise
         self.made = made
-        return self._agreed(len(made) == 3)
+        return self._agreed(YES if len(made) == 3 else NO)
 
-    def _agreed(self, mine: bool) -> bool:
-        """Whether all ranks say yes and none has died. Every rank gets the same answer, whoever dies."""
+    def _agreed(self, mine: int) -> bool:
+        """Whether all ranks say `mine`, and none has died. All get the same answer, whoever dies."""
         try:
-            return bool(self.base.Agree(int(mine)))
+            return self.base.Agree(mine) == mine != NO
         except Exception as error:
             if not is_loss(error):
                 raise
@@ -62,15 +65,24 @@ class Meeting:
         """Whether all ranks have come to the end together. Else a rank has died, and all meet again."""
         self._asked = True
         with self._watchdog.waiting("the end of all ranks"):
-            return self._agreed(True)
+            return self._agreed(YES)
+
+    def all_fail(self) -> bool:
+        """Whether no rank can go on: this one cannot. Else it must end, and the others meet again."""
+        self._revoke()
+        with self._watchdog.waiting("the word of the other ranks"):
+            return self._agreed(FAILING)
+
+    def _revoke(self) -> None:
+        for comm in (self.base, *self.made):
+            comm.Revoke()
 
     def again(self) -> Meeting:
         """The meeting of the survivors, after a rank has died."""
-        for comm in (self.base, *self.made):
-            comm.Revoke()
+        self._revoke()
         with self._watchdog.waiting("the meeting of the survivors"):
             if not self._asked:
-                self._agreed(False)  # the answer to those in `ended`
+                self._agreed(NO)  # the answer to those in `ended` and `all_fail`
             return Meeting(self.base.Shrink(), self._watchdog)
 
 

@@ -55,7 +55,7 @@ class MpiCommunicator:
     name, version, graph_safe, sums_bf16, staged = "mpi", "", False, False, False
 
     def __init__(self, world: Any, watchdog: Watchdog, pair: tuple[Any, Any] | None = None) -> None:
-        """Over the ranks of `world` (mpi4py), by two duplicates of it: a `pair` that is there, or new ones."""
+        """Over the ranks of `world` (mpi4py), by two duplicates of it: `pair`, or new ones."""
         self._world, self._watchdog = world, watchdog
         self._blocking, self._overlapped = pair or (world.Dup(), world.Dup())
         self.under_way: list[_Requests] = []

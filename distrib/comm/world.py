@@ -28,6 +28,7 @@ class Member:
     """A rank as it tells the others at a meeting."""
 
     number: int  # its rank at the start, which it keeps
+    started: int  # the number of ranks then
     host: str
     pid: int
     position: Any = None  # how far it has come; None before its run has begun
@@ -99,6 +100,11 @@ class World:
         return self.transport.size
 
     @property
+    def started(self) -> int:
+        """The number of ranks at the start."""
+        return self.members[self.rank].started
+
+    @property
     def hosts(self) -> list[str]:
         """The host of each rank."""
         return [member.host for member in self.members]
@@ -115,6 +121,11 @@ class World:
     def ended(self) -> bool:
         """Whether all ranks have come here; False if one died before, and the others must `regroup`."""
         return self.meeting is None or self.meeting.ended()
+
+    def others_go_on(self) -> bool:
+        """Whether a rank is left that can do without this one, which has failed."""
+        assert self.meeting is not None
+        return self.size > 1 and not self.meeting.all_fail()
 
     def regroup(self) -> list[Member]:
         """After a death, become the world of the survivors; returns those that have died meanwhile.
@@ -212,16 +223,17 @@ def connect(
     if elastic:
         require_support()
     joined, ranks = join(comm, timeout)
-    rank = 0 if isinstance(joined, SingleControl) else int(joined.Get_rank())
+    alone = isinstance(joined, SingleControl)
+    rank, size = (0, 1) if alone else (int(joined.Get_rank()), int(joined.Get_size()))
     watchdog = Watchdog(rank, timeout, elastic)
     resources = ExitStack()
     resources.callback(watchdog.stop)
-    choose = partial(_choose, comm, backend, precision, ranks, rank, watchdog, resources)
+    choose = partial(_choose, comm, backend, precision, ranks, rank, size, watchdog, resources)
     try:
-        if elastic and not isinstance(joined, SingleControl):
+        if elastic and not alone:
             end_with_process(die, watchdog, resources)
             return _gather(choose, Meeting(joined, watchdog), None)
-        control_comm = joined if isinstance(joined, SingleControl) else own(joined, watchdog, resources)
+        control_comm = joined if alone else own(joined, watchdog, resources)
         return choose(control_comm)
     except UserError:  # all ranks have it; after any other the crash of this rank must end the others
         resources.close()
@@ -244,6 +256,7 @@ def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> Wo
             world.meet_again = partial(_survive, choose)
             if world.watchdog.end_hanging is None:
                 world.watchdog.end_hanging = partial(end_hanging, world)
+                world.watchdog.others_go_on = world.others_go_on
             return world
         meeting = meeting.again()
 
@@ -261,13 +274,14 @@ def _choose(
     precision: str,
     ranks: str,
     number: int,
+    started: int,
     watchdog: Watchdog,
     resources: ExitStack,
     control_comm: Any,
     pair: tuple[Any, Any] | None = None,
     position: Any = None,
 ) -> World:
-    """`connect` on joined ranks, of which this was `number` at the start."""
+    """`connect` on joined ranks, of which this was `number` of those `started`."""
     with watchdog.waiting("the choice of backend and communicator"):
         name = comm if isinstance(comm, str) else "auto"
         _check_same_options(control_comm, {"comm": name, "backend": backend, "precision": precision})
@@ -293,6 +307,6 @@ def _choose(
             host = MpiCommunicator(control_comm, watchdog, pair)
             resources.callback(host.close)
         resources.callback(transport.close)
-        members = control_comm.allgather(Member(number, socket.gethostname(), os.getpid(), position))
+        members = control_comm.allgather(Member(number, started, socket.gethostname(), os.getpid(), position))
     explanation = f"backend {chosen.name} ({why}), communicator {transport.name} ({ranks})"
     return World(transport, control_comm, chosen, explanation, watchdog, members, host, resources)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from distrib import GUARD
-from distrib.errors import UserError
 from distrib.faults.signals import STOP_SIGNALS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -26,7 +25,7 @@ TOGETHER = b"1"
 def guarded() -> Iterator[None]:
     """Run the block, and what follows, in a child of this process, whose end becomes this one's.
 
-    All ranks end the block together, or with the same UserError: then the exit code is passed on.
+    All ranks end the block together, or with the same error: then the exit code is passed on.
     """
     read_end, write_end = os.pipe()
     parent, child = os.getpid(), os.fork()
@@ -41,7 +40,9 @@ def guarded() -> Iterator[None]:
     os.environ[GUARD] = str(parent)
     try:
         yield
-    except UserError:
+    except SystemExit:  # of this rank alone
+        raise
+    except BaseException:  # which the others have, too, or which ends this process by a signal
         os.write(write_end, TOGETHER)
         raise
     os.write(write_end, TOGETHER)
@@ -49,12 +50,12 @@ def guarded() -> Iterator[None]:
 
 def _end_like(child: int, read_end: int) -> None:
     """Wait for `child`, which gets the launcher's signals itself; end as it did."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.read(read_end, 1):
         os._exit(os.WEXITSTATUS(status))
-    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else signal.SIGKILL
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(signal.SIGKILL)
     with suppress(OSError):  # SIGKILL has no handler
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distrib.faults.heartbeat import Heartbeats
 from distrib.faults.watchdog import print_error
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ def end_hanging(world: World) -> None:
         print_error(f"distrib: rank {member.number} on {member.host} hangs: killed, the others go on")
         with suppress(OSError):
             os.kill(member.pid, signal.SIGKILL)
+        cause = f"it hung, and rank {own.number} killed it"
+        world.watchdog.ask_heartbeats(partial(Heartbeats.fail_for, rank=member.number, cause=cause))
 
 
 def is_suspended(pid: int) -> bool:

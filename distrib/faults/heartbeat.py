@@ -108,6 +108,12 @@ class Heartbeats:
         """Leave word of what ends this rank."""
         self.publish(now=True, step=step, state=f"{FAILED}{shortened(cause)}")
 
+    def fail_for(self, rank: int, cause: str) -> None:
+        """Leave word of what ended another rank of this host."""
+        for beat in read_heartbeats(self.folder):
+            if beat.rank == rank:
+                self._write(f"{rank:05}.json", asdict(dataclasses.replace(beat, state=f"{FAILED}{cause}")))
+
     def diagnose(self, fallback: str, collectives: list[str], publish: Callable[[], None]) -> str:
         """Record the rank that keeps the others waiting; `fallback` is the cause if none can be blamed.
 

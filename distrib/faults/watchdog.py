@@ -62,6 +62,7 @@ class Watchdog:
     def __init__(self, rank: int, timeout: float, elastic: bool = False) -> None:
         """Of `rank`, its number at the start. `elastic`: a rank that fails ends alone."""
         self.rank, self.timeout, self.step, self.elastic = rank, timeout, 0, elastic
+        self.others_go_on: Callable[[], bool] = lambda: elastic  # without this rank, should it fail
         self.end_hanging: Callable[[], None] | None = None  # kills ranks of this host that hang
         self.heartbeats: Heartbeats | None = None  # once there is a run's folder
         self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
@@ -157,7 +158,7 @@ class Watchdog:
                 RESERVE.release()
 
     def _go_on(self, wait: Wait) -> bool:
-        """Whether to wait once more: then hanging ranks of this host are killed, and others do so on theirs."""
+        """Whether to wait once more; then hanging ranks of this host were killed, as on other hosts."""
         if self.end_hanging is None or not wait.lenient:
             return False
         wait.lenient, wait.seconds, wait.limit = False, 0.0, min(wait.limit, HANG_GRACE)
@@ -311,6 +312,17 @@ def abort_on_crash(watchdog: Watchdog, abort: Callable[[], None]) -> Callable[[]
     return undo
 
 
+def without_this_rank(watchdog: Watchdog) -> bool:
+    """Whether the others go on. Should they not answer, this process ends."""
+    if not watchdog.elastic:
+        return False
+    try:
+        with kill_after(watchdog.timeout, "the agreement with the other ranks"):
+            return watchdog.others_go_on()
+    except Exception:  # no memory to ask
+        return True
+
+
 def die() -> None:
     """End this process in the one way of which its launcher tells the other ranks."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -328,7 +340,7 @@ def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None
     elif isinstance(error, SystemExit):
         cause = f"it called sys.exit({error.code!r})"
     line = f"rank {rank} on {socket.gethostname()} failed at step {watchdog.step}: {cause}"
-    if watchdog.elastic and not isinstance(error, RankFailure):
+    if not isinstance(error, RankFailure) and without_this_rank(watchdog):
         watchdog.ask_heartbeats(lambda beats: beats.fail(cause, watchdog.step))
         print_error(f"distrib: {line}: the others go on")
         die()

@@ -1,9 +1,9 @@
 """A program that trains as `python -m distrib.train` does, and whose ranks die as they are told.
 
 MORTAL_PLAN in the environment, "RANK:STEP:PLACE:CAUSE RANK:…", plans deaths: of the rank of that number at
-the start, before what PLACE names in PLACES, once STEP steps are done. MORTAL_NOTES names a folder: there each
-rank writes its pid, and after each step who computed which images. SIGUSR2 asks for a death by an exception,
-SIGHUP for one by `os._exit`, both before the next of PLACES.
+the start, before the function named PLACE, once STEP steps are done. MORTAL_NOTES names a folder: there each
+rank writes its pid, and after each step who computed which images. SIGUSR2 asks for a death by an exception
+before the next of those functions.
 """
 
 from __future__ import annotations

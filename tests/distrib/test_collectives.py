@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, some_members
 from networks import resnet9
 
 from distrib.comm.base import DONE, SingleCommunicator, SingleControl
 from distrib.comm.reducer import Reducer
-from distrib.comm.world import Member, World
+from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
@@ -41,7 +41,7 @@ def a_trainer(comm, variant: str = "baseline", width: float = 0.125, **options) 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 28, 28), np.uint8), rng.integers(0, 10, 16, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), [Member(0, "here", 0)])
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), some_members(comm.size))
     trainer = Trainer(Config(batch_size=8, width=width, variant=variant, **options), world, data)
     return trainer
 

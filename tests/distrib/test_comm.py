@@ -30,7 +30,7 @@ nccl = Nccl(mpi, cuda, log)
 staged = StagedCommunicator(mpi, watchdog, backend)
 device = NcclCommunicator(mpi, cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"))
 host = MpiCommunicator(mpi, watchdog)
-world = World({comm}, mpi, backend, "double", watchdog, [Member(0, "", 0)] * mpi.size, host)
+world = World({comm}, mpi, backend, "double", watchdog, some_members(mpi.size), host)
 """
 )
 ONE_DEVICE = (

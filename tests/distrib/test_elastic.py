@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FOLDERS, HELPERS, LIMIT, ROOT, environment, metrics, run, summary, wait_for
+from conftest import HELPERS, LIMIT, ROOT, environment, metrics, run, summary, wait_for
 from safetensors.numpy import load_file
 
 from distrib.run import checkpoint as ckpt
@@ -70,7 +69,7 @@ def logged(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs without a death, by the options that change the result; made when they are asked for."""
     made: dict[str, Path] = {}
 
@@ -82,7 +81,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             made[options] = self[options] = folder
             return folder
 
-    yield Made()
+    return Made()
 
 
 def require_alike(folder: Path, plain: Path, died: set[int], done: object = None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from conftest import some_members
 from strict_array import (
     StrictArray,
     names_are_current,
@@ -16,7 +17,7 @@ from strict_array import (
 )
 
 from distrib.comm.base import SingleCommunicator, SingleControl
-from distrib.comm.world import Member, World
+from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
@@ -47,9 +48,7 @@ def a_trainer(backend: Backend, **options) -> Trainer:
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(
-        SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), [Member(0, "", 0)]
-    )
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
     return Trainer(Config(**{"batch_size": 8, "width": 0.0625, **options}), world, data)
 
 

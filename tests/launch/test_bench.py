@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run, some_members
 from networks import resnet9
 from test_torch_parity import import_torch
 
-import distrib.loop
+import distrib.announce
 from distrib.comm.base import SingleControl
-from distrib.comm.world import Member, World, connect
+from distrib.comm.world import World, connect
 from distrib.config import Config
 from distrib.data.dataset import make
 from distrib.faults.watchdog import Watchdog
@@ -249,9 +249,9 @@ def test_how_many_ranks_to_start(
     cores: int, ranks: int, threads: int, batch: int, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setattr(distrib.loop, "blas_threads", lambda: threads)
+    monkeypatch.setattr(distrib.announce, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), [Member(0, "here", 0)] * ranks)
-    line = distrib.loop.suggest_ranks(world, Config(batch_size=batch))
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), some_members(ranks))
+    line = distrib.announce.suggest_ranks(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)
