@@ -479,7 +479,7 @@ def test_listed_parameters_are_the_real_ones() -> None:
             text = getattr(compiled, name.split(".")[1]).__doc__
             found = re.findall(r"(\w+): ", text.split("\n")[0])
         assert [p for p in found if p in expected] == expected, f"{name}({', '.join(found)})"
-    for enum, some_members in {
+    for enum, members in {
         "data_type": ("FLOAT", "BFLOAT16"),
         "heur_mode": ("A", "FALLBACK"),
         "numerical_note": sorted(set().union(*nn.cuda.plans.NOTES.values())),
