@@ -10,7 +10,8 @@ from distrib.comm.world import World
 from distrib.config import Config
 from distrib.data.dataset import Dataset
 from distrib.run.console import Screen
-from distrib.run.folder import Run, blas_threads
+from distrib.run.folder import Run
+from distrib.run.machine import blas_threads
 from distrib.trainer import Trainer
 from nn.layer import text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distrib import state
 from distrib.comm.world import Member, World
@@ -58,7 +58,7 @@ def recover(job: Job) -> bool:
     Every survivor takes part. Should more die meanwhile, the rest does it again.
     """
     trainer, world, begin = job.trainer, job.trainer.world, time.perf_counter()
-    trainer.roll_back()
+    _roll_back(trainer)
     dead: list[Member] = []
     while True:
         progress = trainer.progress
@@ -78,6 +78,20 @@ def recover(job: Job) -> bool:
                 raise
 
 
+def _roll_back(trainer: Trainer) -> None:
+    """Undo what a step or an evaluation did before a death cut it short."""
+    if trainer.in_step:
+        trainer.model.statistics[...], trainer.in_step = trainer.before_step, False
+    trainer.logits = None
+
+
+def _lasting(trainer: Trainer) -> list[Any]:
+    """All arrays that make the state after a step."""
+    averages = [mean for mean, _ in trainer.averages]
+    state = trainer.optimizer.state.values()
+    return [trainer.params.values, trainer.model.statistics, *state, *averages]
+
+
 def _share_state(trainer: Trainer) -> None:
     """Give all ranks the state of one that has come furthest."""
     world = trainer.world
@@ -95,7 +109,7 @@ def _share_state(trainer: Trainer) -> None:
     with world.watchdog.waiting("the state of the run"):
         held = world.control_comm.bcast(mine, root=source)
         if len(set(positions)) > 1:
-            for array in trainer.lasting():
+            for array in _lasting(trainer):
                 world.transport.broadcast(array, source)
     position, trainer.optimizer.steps, trainer.model.batches_tracked, *logged = held
     vars(trainer.progress).update(position)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distrib import models
+from distrib.averages import Averages
 from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.errors import UserError
 from distrib.run import checkpoint as ckpt
@@ -37,8 +40,8 @@ def save(trainer: Trainer, run: Run | None) -> None:
     world, config = trainer.world, trainer.config
     position = {
         **asdict(trainer.progress),
-        "wall_seconds": trainer.wall_seconds(),
-        "images_per_rank": trainer.images_per_rank(),
+        "wall_seconds": wall_seconds(trainer),
+        "images_per_rank": images_per_rank(trainer),
         "optimizer_steps": trainer.optimizer.steps,
         "world_size": world.size,
         "environment": trainer.environment(),
@@ -60,6 +63,18 @@ def save(trainer: Trainer, run: Run | None) -> None:
                 position,
                 config.keep,
             )
+
+
+def images_per_rank(trainer: Trainer) -> list[int]:
+    """Training images that each rank computed, by its number at the start, with those before a resume."""
+    new = trainer.progress.images_per_rank
+    return [sum(pair) for pair in zip_longest(new, trainer.earlier_images, fillvalue=0)]
+
+
+def wall_seconds(trainer: Trainer, end: float | None = None) -> float:
+    """Seconds of training and evaluation up to `end` (default: now), including before a resume."""
+    now = time.perf_counter() if end is None else end
+    return trainer.progress.wall_seconds + now - (now if trainer.started is None else trainer.started)
 
 
 def keep_best(trainer: Trainer, run: Run | None) -> None:
@@ -112,7 +127,7 @@ def take_best(trainer: Trainer, run: Run | None) -> None:
     model = trainer.world.broadcast(model, "the best epoch's model")
     assert model is not None
     trainer.model.load_state_dict(model)
-    trainer.averages, trainer.has_best = [], True
+    trainer.averages, trainer.has_best = Averages(), True
 
 
 def _moments(trainer: Trainer) -> ckpt.Tensors:

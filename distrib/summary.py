@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distrib.run import checkpoint as ckpt
+from distrib.state import images_per_rank, wall_seconds
 from distrib.trainer import Trainer
 
 
@@ -14,7 +15,7 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
     if progress.images:  # stopped within an epoch: the figures so far
         result = {**result, **trainer.train_metrics()}
     digest = ckpt.digest(trainer.state_dict())
-    images = trainer.images_per_rank()
+    images = images_per_rank(trainer)
     return {
         "finished": trainer.is_finished(),
         "test_accuracy": result.get("test_accuracy"),
@@ -31,7 +32,7 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
         "parameters": trainer.params.count,
         "images_per_second": sum(images) / progress.train_seconds if progress.train_seconds else None,
         "images_per_rank": images,
-        "wall_seconds": trainer.wall_seconds(trainer.evaluated),
+        "wall_seconds": wall_seconds(trainer, trainer.evaluated),
         "parameter_digest": digest,
         "survived": trainer.survived,  # ranks that died while the others went on
         "rank_digests": world.allgather(digest, "the comparison of digests"),

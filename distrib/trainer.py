@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distrib import models
+from distrib.averages import Averages
 from distrib.comm.base import Handle
 from distrib.comm.reducer import Reducer
 from distrib.comm.world import World
@@ -24,7 +24,7 @@ from distrib.evaluate import evaluate
 from distrib.graph import Graphs
 from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
-from distrib.run.folder import blas_threads, environment
+from distrib.run.machine import blas_threads, environment
 from distrib.run.model_spec import describe_model, network_arguments
 from distrib.shards import Shards
 from distrib.state import Progress
@@ -83,7 +83,7 @@ class Trainer:
         self.keys = xp.zeros(len(data.train_images), np.uint32) if self.model.is_random() else None
         # (average, values) of parameters and running statistics, if weights are averaged; see `averaged`
         averaged = (self.params.values, self.model.statistics) if config.average else ()
-        self.averages = [(xp.zeros_like(values), values) for values in averaged]
+        self.averages = Averages((xp.zeros_like(values), values) for values in averaged)
         self.progress = Progress(images_per_rank=[0] * world.started)  # by the rank at the start
         self.steps_per_epoch = sampler.steps_per_epoch(len(data.train_images), config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -194,17 +194,6 @@ class Trainer:
         for member, each in zip(self.world.members, parts, strict=True):
             self.progress.images_per_rank[member.number] += each.stop - each.start
 
-    def roll_back(self) -> None:
-        """Undo what a step or an evaluation did before a death cut it short."""
-        if self.in_step:
-            self.model.statistics[...], self.in_step = self.before_step, False
-        self.logits = None
-
-    def lasting(self) -> list[Any]:
-        """All arrays that make the state after a step."""
-        averages = [mean for mean, _ in self.averages]
-        return [self.params.values, self.model.statistics, *self.optimizer.state.values(), *averages]
-
     def parts(self, count: int) -> list[slice]:
         """Which images of a global batch of `count` each rank computes."""
         ranks = range(self.world.size)
@@ -305,28 +294,14 @@ class Trainer:
         if self.shards:
             self.shards.close()
 
-    @contextmanager
-    def averaged(self, share: float | None = None) -> Iterator[None]:
+    def averaged(self, share: float | None = None) -> AbstractContextManager[None]:
         """Context in which the model has the averaged weights, if the run averages them.
 
         The average starts at 0, which after t steps still has the weight decay^t. So it is divided by
         `share`, by default 1 − decay^t.
         """
-        if not self.averages:
-            yield
-            return
         share = share or 1 - self.config.average**self.optimizer.steps or 1.0
-        kept = [values.copy() for _, values in self.averages]
-        for mean, values in self.averages if self.optimizer.steps else ():
-            values[...] = mean
-            values /= share
-        self.params.refresh()
-        try:
-            yield
-        finally:
-            for old, (_, values) in zip(kept, self.averages, strict=True):
-                values[...] = old
-            self.params.refresh()
+        return self.averages.in_place(share, self.optimizer.steps > 0, self.params.refresh)
 
     def capturable(self) -> bool:
         """Whether a graph can hold the last step: all its convolutions ran on the device."""
@@ -352,16 +327,6 @@ class Trainer:
         file = models.digest(self.config.model)
         own = {"model file": file} if file else {}
         return {**environment(blas_threads(), self.world.backend), **self.world.comm_version, **own}
-
-    def images_per_rank(self) -> list[int]:
-        """Training images that each rank computed, by its number at the start, with those before a resume."""
-        new = self.progress.images_per_rank
-        return [sum(pair) for pair in zip_longest(new, self.earlier_images, fillvalue=0)]
-
-    def wall_seconds(self, end: float | None = None) -> float:
-        """Seconds of training and evaluation up to `end` (default: now), including before a resume."""
-        now = time.perf_counter() if end is None else end
-        return self.progress.wall_seconds + now - (now if self.started is None else self.started)
 
     def test(self) -> dict[str, float]:
         """Evaluate: test_loss and test_accuracy (percent). After the last step, also keep the logits."""

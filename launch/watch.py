@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.errors import UserError
-from distrib.faults.heartbeat import FAILED, STALE_SECONDS
+from distrib.faults import survived
+from distrib.faults.heartbeat import FAILED, STALE_SECONDS, SURVIVED
 from distrib.run.console import PLAIN_SECONDS, on_terminal
 from launch.entry import one_process, positive
 from launch.report.follow import Follower
@@ -88,6 +89,11 @@ def ranks(run: Follower, most: int) -> Iterator[Table | Text]:
         )
 
 
+def lost_line(entry: dict[str, Any]) -> str:
+    """A rank that died while the others went on."""
+    return f"{survived.line(entry)}; the others went on after {entry['seconds']:.2f} s"
+
+
 def cropped(text: str, style: str = "") -> Text:
     return Text(text, style, no_wrap=True, overflow="crop")
 
@@ -114,15 +120,18 @@ def view(run: Follower, console: Console) -> Group:
         cropped(f"{shown_path(run)}  {shown(', '.join(map(str, names)))}", "bold"),
         grid,
         *epochs,
+        *(cropped(lost_line(entry), "yellow") for entry in run.survived[-SHOWN_EPOCHS:]),
         *(ranks(run, most) if run.heartbeats else [Text("no heartbeat yet")]),
     )
 
 
 def plain(run: Follower) -> str:
     """The state in a line, for a log file."""
-    (_, epoch, step), ages = run.progress(), [run.age(beat) for beat in run.heartbeats]
+    alive = [beat for beat in run.heartbeats if not beat.state.startswith(SURVIVED)]
+    (_, epoch, step), ages = run.progress(), [run.age(beat) for beat in alive]
     parts = [epoch, *(f"{name} {text}" for name, text in {"step": step, **figures(run)}.items())]
     parts.append(f"{len(ages)} rank(s), last heartbeat {max(ages):.0f} s ago" if ages else "no heartbeat yet")
+    parts += [f"{len(run.survived)} died, the others went on"] if run.survived else []
     return "  ".join(parts)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import shutil
 import socket
 import time
@@ -17,9 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import save
-from threadpoolctl import threadpool_info
 
-from distrib import __version__
 from distrib.config import Config, require_types
 from distrib.errors import UserError
 from distrib.faults import survived
@@ -38,8 +35,6 @@ from distrib.files import (
 )
 from distrib.run import checkpoint as ckpt
 from distrib.run import events
-from distrib.sources import code_digest
-from nn.device import Backend
 
 LONGEST_LINE = 1 << 20
 """Longest line of metrics.jsonl that a resume keeps, in bytes. Ours have a few hundred."""
@@ -340,43 +335,3 @@ class Run:
         """Write summary.json, the last file of a run. Removes what failure.json says of a failure."""
         self._forget_failure()
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2).encode(), ckpt.AGAIN)
-
-
-def blas_threads() -> int:
-    """Threads that BLAS uses for matrix products."""
-    return max(
-        (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
-    )
-
-
-def environment(threads: int, backend: Backend) -> dict[str, Any]:
-    """What must not change, besides the configuration, if a resumed run is to agree to the bit."""
-    blas = next(
-        (
-            f"{p['internal_api']} {p.get('version')} {p.get('architecture', '')}".strip()
-            for p in threadpool_info()
-            if p["user_api"] == "blas"
-        ),
-        "unknown",
-    )
-    return {
-        "distrib": __version__,
-        "code": code_digest()[:12],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": blas,
-        "processor": _processor(),
-        "threads": threads,
-        "backend": backend.name,
-        **backend.describe(),
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ import typer
 
 from distrib.errors import EXIT_CRASH, UserError
 from distrib.files import write_atomically
-from distrib.run.folder import environment
+from distrib.run.machine import environment
 from launch.entry import one_process, positive
 from launch.machine import DISTRIB, MPI_DEFAULTS, NO_END, finish, machine
 from nn.cuda.backend import cupy_backend

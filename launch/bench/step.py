@@ -18,7 +18,7 @@ from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
 from distrib.results import HISTORY
-from distrib.run.folder import blas_threads
+from distrib.run.machine import blas_threads
 from distrib.timing import PHASES
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrib.errors import EXIT_CRASH, EXIT_REQUEUE, UserError
-from distrib.faults import heartbeat
+from distrib.faults import heartbeat, survived
 from distrib.faults.heartbeat import STALE_SECONDS, TOLD_TO_STOP, Heartbeat
 from distrib.files import open_to_read
 from launch.report.records import line_of, read_config, read_heartbeats, read_summary, whole_lines
@@ -37,6 +37,7 @@ class Follower:
         self.dataset: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.heartbeats: list[Heartbeat] = []
+        self.survived: list[dict[str, Any]] = []  # ranks that died while the others went on
         self.steps: deque[dict[str, Any]] = deque(maxlen=KEPT)  # lines of logged steps
         self.epochs: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self.ended = 0  # epochs, those that are kept no more included
@@ -53,6 +54,7 @@ class Follower:
         self._read_config()
         # before the summary, which a rank writes before its heartbeat says "finished"
         self.heartbeats = read_heartbeats(self.folder)
+        self.survived = survived.read(self.folder)
         for beat in self.heartbeats:
             known, _ = self._seen.get(beat.rank, (None, 0))
             if known != beat.time:  # clocks differ between hosts: they count for the first heartbeat only

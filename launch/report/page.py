@@ -41,6 +41,9 @@ COLUMNS, COMPUTED, LEGEND, BARS = 4, 8, 21, 30
 UNLIKE = ("label_smoothing", *Augmentation._fields, "average")
 """Options with which training and test loss are not of the same kind."""
 
+SHOWN_DEATHS = 50
+"""Ranks of a run that died, of which a page tells."""
+
 SUMMARY = {
     "test accuracy": ("test_accuracy", "{:.2f} %"),
     "test loss": ("test_loss", "{:.4f}"),
@@ -288,6 +291,7 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
         "report.html.j2",
         runs=runs,
         plots=plots,
+        died=[(run.name, entry) for run in runs for entry in run.survived[:SHOWN_DEATHS]],
         named=len(runs) <= LEGEND,
         details=details,
         accuracy=summary[0][1][0],

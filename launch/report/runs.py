@@ -23,6 +23,7 @@ from distrib.data import formats, idx
 from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
 from distrib.evaluate import HOST_BATCH
+from distrib.faults import survived
 from distrib.files import open_to_read
 from distrib.predict import Loaded
 from distrib.predict import logits as logits_of
@@ -138,6 +139,7 @@ class RunData:
     dataset: dict[str, Any]
     log: Log
     summary: dict[str, Any]
+    survived: list[dict[str, Any]] = field(default_factory=list)  # ranks that died; the others went on
 
     @property
     def state(self) -> str:
@@ -204,6 +206,7 @@ def read_run(path: Path) -> RunData:
         dataset,
         read_log(path / "metrics.jsonl"),
         read_summary(summary) if summary.exists() else {},
+        survived.read(path),
     )
 
 
