@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distrib import state
-from distrib.comm.world import Member, World
+from distrib.comm.world import World
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults import survived
 from distrib.run.folder import Run
@@ -57,20 +56,19 @@ def recover(job: Job) -> bool:
 
     Every survivor takes part. Should more die meanwhile, the rest does it again.
     """
-    trainer, world, begin = job.trainer, job.trainer.world, time.perf_counter()
+    trainer, world = job.trainer, job.trainer.world
     _roll_back(trainer)
-    dead: list[Member] = []
     while True:
         progress = trainer.progress
         world.position = Position(True, True, progress.step, progress.images == 0)
         try:
-            dead += world.regroup()
+            world.regroup()
             if not all(member.position and member.position.begun for member in world.members):
                 return False
             _share_state(trainer)
             with world.fail_together():
                 trainer.join()
-            _record(job, dead, begin)
+            record_deaths(job)
             _take_over(job)
             return True
         except Exception as error:
@@ -119,19 +117,24 @@ def _share_state(trainer: Trainer) -> None:
     trainer.epoch = -1
 
 
-def _record(job: Job, dead: list[Member], begin: float) -> None:
-    """Note who was survived: on every rank, as each may be the next rank 0."""
+def record_deaths(job: Job) -> None:
+    """Note who has died: on every rank, as each may be the next rank 0."""
     trainer, world = job.trainer, job.trainer.world
-    known = {entry["rank"] for entry in trainer.survived}
+    known = {entry["rank"] for entry in trainer.survived} | {member.number for member in world.members}
+    hosts = {member.number: member.host for member in world.dead}
     found = [
-        survived.entry(trainer.folder, member.number, member.host, trainer.progress.step, begin)
-        for member in dead
-        if member.number not in known
+        survived.entry(
+            trainer.folder, number, hosts.get(number, "an unknown host"), trainer.progress.step, world.heard
+        )
+        for number in range(world.started)
+        if number not in known
     ]
-    trainer.survived += world.broadcast(found, "who has died")
-    left = world.size
-    for entry in trainer.survived[len(known) :]:
-        job.caller.screen(world).say(f"{survived.line(entry)}; {left} rank(s) go on")
+    trainer.survived, found = world.broadcast((trainer.survived + found, found), "who has died")
+    world.heard = 0.0
+    for entry in found:
+        job.caller.screen(world).say(f"{survived.line(entry)}; {world.size} rank(s) go on")
+    if world.rank == 0 and trainer.folder:
+        survived.keep(trainer.folder, trainer.survived)
 
 
 def _take_over(job: Job) -> None:
@@ -147,7 +150,6 @@ def _take_over(job: Job) -> None:
             if trainer.unlogged and not job.run.has_step(step):
                 job.run.log(trainer.unlogged)
             job.run.note_ranks(step, world.size)
-            survived.keep(trainer.folder, trainer.survived)
     trainer.unlogged = None
     if not trainer.has_best:  # whose weights are not those of training
         state.save(trainer, job.run)

@@ -21,7 +21,7 @@ from distrib.comm.world import World, connect
 from distrib.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
-from distrib.elastic import Job, Position, must_regroup, recover, was_checked
+from distrib.elastic import Job, Position, must_regroup, record_deaths, recover, was_checked
 from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
@@ -243,7 +243,10 @@ def start(world: World, config: Config, caller: Caller, owned: ExitStack) -> Job
     except Exception:
         trainer.close()
         raise
-    return Job(trainer, caller, run, owned)
+    job = Job(trainer, caller, run, owned)
+    if world.size < world.started:
+        record_deaths(job)
+    return job
 
 
 def to_the_end(job: Job) -> dict[str, Any] | None:

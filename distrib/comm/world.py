@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class World:
     meeting: Meeting | None = None
     meet_again: Callable[[World], World] | None = None
     position: Any = None  # how far this rank has come, which it tells the others when they `regroup`
+    dead: list[Member] = field(default_factory=list)
+    heard: float = 0.0  # when this rank heard of a death (time.perf_counter)
 
     @cached_property
     def comm(self) -> Comm:
@@ -127,19 +130,20 @@ class World:
         assert self.meeting is not None
         return self.size > 1 and not self.meeting.all_fail()
 
-    def regroup(self) -> list[Member]:
-        """After a death, become the world of the survivors; returns those that have died meanwhile.
+    def regroup(self) -> None:
+        """After a death, become the world of the survivors. Every survivor calls it.
 
-        Every survivor calls it. What was under way is lost.
+        What was under way is lost.
         """
         assert self.meet_again is not None
+        self.heard = self.heard or time.perf_counter()
         self.__dict__.pop("comm", None)
         before = self.members
         found = self.meet_again(self)
         for name in ("transport", "control_comm", "backend", "members", "host", "meeting"):
             setattr(self, name, getattr(found, name))
         living = {member.number for member in self.members}
-        return [member for member in before if member.number not in living]
+        self.dead += [member for member in before if member.number not in living]
 
     @contextmanager
     def fail_together(self, timeouts: float = 1) -> Iterator[None]:

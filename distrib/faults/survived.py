@@ -33,7 +33,7 @@ def entry(folder: Path | None, number: int, host: str, step: int, begin: float) 
     """
     states = [beat.state for beat in read_heartbeats(folder) if beat.rank == number] if folder else []
     cause = states[0].removeprefix(FAILED) if states and states[0].startswith(FAILED) else KILLED
-    seconds = round(time.perf_counter() - begin, 4)
+    seconds = round(time.perf_counter() - begin, 4) if begin else 0.0
     return {
         "rank": number,
         "host": host,
