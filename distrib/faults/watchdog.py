@@ -161,7 +161,7 @@ class Watchdog:
         """Whether to wait once more; then hanging ranks of this host were killed, as on other hosts."""
         if self.end_hanging is None or not wait.lenient:
             return False
-        wait.lenient, wait.seconds, wait.limit = False, 0.0, min(wait.limit, HANG_GRACE)
+        wait.lenient, wait.seconds, wait.limit = False, 0.0, HANG_GRACE
         self.end_hanging()
         return True
 

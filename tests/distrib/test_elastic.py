@@ -170,7 +170,7 @@ def test_without_reproducible_the_result_agrees_up_to_rounding(
 
 
 def test_a_rank_that_hangs_is_killed(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
-    done = train(tmp_path / "run", "1:3:step:SIGSTOP", REPRODUCIBLE, "--timeout", 3)
+    done = train(tmp_path / "run", "1:3:step:SIGSTOP", REPRODUCIBLE, "--timeout", 15)
     assert done.returncode == 0, done.stdout + done.stderr
     require_alike(tmp_path / "run", undisturbed[REPRODUCIBLE], {1}, done)
     assert "hung" in summary(tmp_path / "run")["survived"][0]["cause"]
