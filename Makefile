@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 
-.PHONY: help demo test test-quick test-gpu lint bench soak cudnn-plans gpu-kit replica wheel clean
+.PHONY: help demo demo-kill test test-quick test-gpu lint bench soak cudnn-plans gpu-kit replica wheel clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ $(VENV)/.dev: $(VENV)/.run
 
 demo: $(VENV)/.run  ## train on two ranks to 99 % test accuracy, in seconds
 	PATH=$(CURDIR)/$(BIN):$$PATH mpirun -n 2 python -m distrib.train --recipe demo
+
+demo-kill: $(VENV)/.run  ## the demo on four ranks, two of which are killed: it ends with the same bits
+	$(BIN)/python -m launch.demo_kill
 
 test: lint  ## every test that needs no GPU; the last lines say what was not run, and what it needs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -67,9 +70,10 @@ bench: $(VENV)/.dev  ## docs/benchmarks.md's table, against PyTorch on two cores
 	distrib bench run $(QUARTER) --repeats 2 --against torch
 
 soak: export PATH := $(CURDIR)/$(BIN):$(PATH)
-soak: $(VENV)/.dev  ## a campaign of 170 faults, kills and suspensions, also on Slurm: an hour
+soak: $(VENV)/.dev  ## a campaign of 370 faults, kills and suspensions, also on Slurm: two hours
 	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/cluster/test_hosts.py \
 		$(addprefix tests/distrib/test_,failures.py kill.py suspend.py output.py)
+	ELASTIC_ROUNDS=200 python -m pytest -s tests/distrib/test_elastic.py
 	DISTRIB_SOAK=1 python -m pytest tests/cluster/test_slurm.py
 
 cudnn-plans:  ## the plans that the real cuDNN (366 MB) builds for a described H100, without a GPU

@@ -34,6 +34,9 @@ def import_mpi(timeout: float = 60.0) -> Any:
         return sys.modules["mpi4py.MPI"]
     try:
         with kill_after(max(LEAST_MPI_INIT, MPI_INIT_TIMEOUTS * timeout), "MPI_Init"):
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # `end_mpi` does it, which is bounded
             from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
@@ -41,7 +44,13 @@ def import_mpi(timeout: float = 60.0) -> Any:
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
     _mpi_is_ours = True
+    atexit.register(end_mpi, MPI, SLOW_IO_FACTOR * timeout)
     return MPI
+
+
+def leave_mpi() -> None:
+    """Do not end MPI when the process exits: after the death of a rank, MPI_Finalize may wait for it."""
+    atexit.unregister(end_mpi)
 
 
 def end_mpi(mpi: Any, seconds: float) -> None:

@@ -16,7 +16,7 @@ from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
-from distrib.comm.start import end_with_process, join, own
+from distrib.comm.start import end_with_process, join, leave_mpi, own
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults.hang import end_hanging
@@ -142,6 +142,7 @@ class World:
         found = self.meet_again(self)
         for name in ("transport", "control_comm", "backend", "members", "host", "meeting"):
             setattr(self, name, getattr(found, name))
+        leave_mpi()
         living = {member.number for member in self.members}
         self.dead += [member for member in before if member.number not in living]
 
