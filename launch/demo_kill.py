@@ -1,4 +1,4 @@
-"""`make demo-kill`: the demo on four ranks, of which two are killed on the way, and what that changes: nothing.
+"""`make demo-kill`: the demo on four ranks, of which two are killed; it shows that this changes nothing.
 
 Run it as `python -m launch.demo_kill`.
 """
@@ -21,9 +21,9 @@ import typer
 from distrib.errors import UserError
 from distrib.faults import survived
 from distrib.faults.heartbeat import read_heartbeats
+from distrib.files import read_json
 from distrib.train import run_app
 from launch.machine import child_environment, mpirun, refuse_launcher
-from launch.report.records import read_summary
 from launch.report.runs import read_run
 
 DEATHS = ((0, 140), (2, 280))
@@ -34,7 +34,7 @@ LIMIT = 600
 
 
 def demo_kill() -> None:
-    """Train the demo on four ranks with --reproducible --elastic, kill two of them, compare with a quiet run."""
+    """Train the demo on four ranks, kill two of them, and compare the result with that of a quiet run."""
     refuse_launcher("make demo-kill")
     place = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-demo-kill"
     print("kill -9 of two of four ranks, rank 0 among them:", flush=True)
@@ -69,7 +69,7 @@ def train(folder: Path, launcher: list[str], options: list[str], deaths: Iterabl
         reader.join(5)
     if child.returncode:
         raise UserError(f"{folder}: the run ended with exit code {child.returncode}: see its lines above")
-    return str(read_summary(folder / "summary.json")["parameter_digest"])
+    return str(read_json(folder / "summary.json")["parameter_digest"])
 
 
 def kill(folder: Path, rank: int, step: int, child: subprocess.Popen[str]) -> None:
@@ -88,7 +88,9 @@ def kill(folder: Path, rank: int, step: int, child: subprocess.Popen[str]) -> No
 def forward(lines: IO[str]) -> None:
     """Print a run's lines, without those that Open MPI prints of each sum that a death cuts short."""
     for line in lines:
-        if not line.startswith("NBC_Progress") and line.startswith(("epoch", "finished", "rank", "distrib")):
+        if not line.startswith("NBC_Progress") and line.startswith(
+            ("epoch", "finished", "rank ", "distrib:")
+        ):
             print(line, end="", flush=True)
 
 
