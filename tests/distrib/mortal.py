@@ -102,6 +102,7 @@ if __name__ == "__main__":
         (loop, "begin"),
         (loop, "finish"),
         (Meeting, "again"),
+        (Meeting, "ended"),
         (elastic, "_share_state"),
         (elastic, "_take_over"),
         (Run, "log"),
