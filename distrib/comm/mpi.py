@@ -1,4 +1,4 @@
-"""The communicator on host arrays, over MPI. Only this module and `distrib.comm.world` use mpi4py."""
+"""The communicator on host arrays, over MPI. Only this module and `distrib.comm.start` import mpi4py."""
 
 from __future__ import annotations
 
