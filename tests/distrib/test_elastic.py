@@ -5,6 +5,7 @@ ELASTIC_ROUNDS in the environment asks for more deaths at random moments than a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -259,8 +260,9 @@ def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, fl
             if process.poll() is not None or (folder / "summary.json").exists():
                 break
             moment = time.time()
-            os.kill(pids.pop(number), getattr(signal, cause))
-            deaths.append((number, cause, moment))
+            with contextlib.suppress(ProcessLookupError):  # it has just come to the end
+                os.kill(pids.pop(number), getattr(signal, cause))
+                deaths.append((number, cause, moment))
         process.wait(LIMIT)
     text = (notes / "output").read_text()
     assert process.returncode == 0, text
