@@ -45,8 +45,6 @@ class Trainer:
         """Build what `config` says; `model` makes the layers where --model names no file that can be run."""
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
-        if config.reproducible and not backend.on_host:
-            raise UserError("--reproducible: computes on the host so far: add --backend numpy")
         self.images, self.test_images = (
             backend.asarray(images) for images in (data.train_images, data.test_images)
         )
@@ -77,7 +75,8 @@ class Trainer:
                 f"--gradients bf16: needs NCCL, and this run has {world.transport.name}: leave it out"
             )
         gradients = config.gradients if world.size > 1 else "float32"
-        self.updates_early = world.size == 1 and backend.side_stream is not None
+        alone = world.size == 1 and not config.reproducible
+        self.updates_early = alone and backend.side_stream is not None
         then = self._update if self.updates_early else None
         self.reducer = Reducer(self.params, world.transport, gradients, then=then)
         # what steps read and count on the device; see `begin_epoch`
@@ -105,13 +104,12 @@ class Trainer:
         self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
         self.graphs: Graphs | None = None
         if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
-            self.graphs = Graphs(
-                backend.cuda, lambda: self.model.buffers.generation, self.capturable, world.size == 1
-            )
+            self.graphs = Graphs(backend.cuda, self.generation, self.capturable, world.size == 1)
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
         if config.reproducible:
-            self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
+            at_once = blas_threads() if backend.on_host else 1  # on a device they queue their work in turn
+            self.shards = Shards(self, partial(self._network, self.params.twin), at_once)
         self.started = time.perf_counter()
         self.logits: list[np.ndarray] | None = None  # of this rank's test images, after the last step
         self.evaluated: float | None = None  # when the evaluation after the current step ended
@@ -248,7 +246,7 @@ class Trainer:
             labels,
             self.stop_flag,
             dlogits,
-            self.local_loss if whole else buffers.persistent("loss", (1,)),
+            self.local_loss if whole else buffers.persistent("loss", (1,), str(model.dtype)),
             model.params.step_metrics,
             loss=config.loss,
             count=count,
@@ -300,7 +298,11 @@ class Trainer:
 
     def capturable(self) -> bool:
         """Whether a graph can hold the last step: all its convolutions ran on the device."""
-        return self.model.capturable()
+        return self.shards.capturable() if self.shards else self.model.capturable()
+
+    def generation(self) -> int:
+        """Goes up whenever a buffer that steps use moves."""
+        return self.shards.generation if self.shards else self.model.buffers.generation
 
     def lr(self) -> float:
         """Learning rate of the next step."""
