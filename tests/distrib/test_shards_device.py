@@ -1,0 +1,104 @@
+"""Virtual shards on the double of a GPU: the same bits on any number of ranks, eager, captured, and staged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HELPERS, run
+from device_double import double_only, needs_device
+
+from nn.device import Backend
+
+pytestmark = needs_device
+
+CASES: dict[str, dict[str, Any]] = {
+    "adam": {"average": 0.5, "shift": 1.0},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "loss": "bce", "shards": 5},
+    "shard": {"batch_norm": "shard", "precision": "tf32"},
+    "at once": {"batch_norm": "shard", "precision": "tf32", "shards_at_once": 1},
+    "bf16": {"precision": "bf16", "variant": "three-blocks"},
+    "float64": {"precision": "float64", "shards": 4},
+}
+"""Options; the batch of 9 in 8 shards unless they say otherwise, and a last one of 3 in 3."""
+
+LONG, STEPS = 21, 6
+
+
+def digest(backend: Backend, trainer: Any) -> str:
+    """Of the weights, the moments, the averages and the running statistics."""
+    arrays = [trainer.params.values, *trainer.optimizer.state.values(), trainer.model.statistics]
+    arrays += [mean for mean, _ in trainer.averages]
+    return hashlib.sha256(b"".join(backend.to_host(array).tobytes() for array in arrays)).hexdigest()
+
+
+RANKS = """
+import json, sys
+from mpi4py import MPI
+from device_double import CapturedNccl, device
+from distrib.comm.mpi import StagedCommunicator
+from distrib.comm.nccl import NcclCommunicator
+from test_graph import *
+from test_shards_device import CASES, LONG, STEPS, digest
+world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
+
+def bits(kind, graph, given):
+    given = {"batch_size": 9, "width": 0.0625, "epochs": 3, "lr": 1e-2, "reproducible": True, **given}
+    with device(given.get("precision", "float32")) as backend:
+        if kind == "staged":
+            comm = StagedCommunicator(world, watchdog, backend)
+        else:
+            nccl = CapturedNccl(world, backend.cuda, [])
+            zero = lambda: backend.xp.zeros(1, "float32")
+            comm = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, backend.side_stream)
+        data = random_data(LONG)
+        config = Config(**given, cuda_graph=graph).resolve(comm.size, data)
+        trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), data)
+        warm_up(trainer, None)
+        reset_syncs()
+        trainer.step()
+        assert sync_count() == 0 or kind == "staged", "a step waits for the device"
+        trainer.results.read()
+        found = [trainer.results.last["loss"], *steps(trainer, STEPS - 1), trainer.test()["test_loss"]]
+        captured = trainer.graphs is not None
+        assert captured == (graph and kind == "nccl" and config.precision != "float64")
+        assert not captured or trainer.graphs.replays == STEPS, trainer.graphs.replays
+        mine = digest(backend, trainer)
+        assert len(set(world.allgather(mine))) == 1, "ranks differ"
+        trainer.close(), comm.close()
+        return [mine, found]
+
+found = {f"{name}, {way}": bits(way.split()[0], way.endswith("graph"), given)
+         for name, given in GIVEN.items() for way in WAYS}
+if world.rank == 0:
+    print(json.dumps(found))
+"""
+
+
+@cache
+def bits(
+    ranks: int,
+    ways: tuple[str, ...] = ("nccl", "nccl graph"),
+    names: tuple[str, ...] = tuple(CASES),
+    **more: Any,
+) -> dict[str, Any]:
+    """[digest, losses] by case and way."""
+    given = {name: {**CASES[name], **more} for name in names}
+    done = run("-c", f"GIVEN, WAYS = {given!r}, {ways!r}\n" + RANKS, ranks=ranks, env=HELPERS)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@double_only
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_same_bits_on_any_number_of_ranks(ranks: int) -> None:
+    found, alone = bits(ranks), bits(1)
+    for name in CASES:
+        wanted = alone[f"{name}, nccl"]
+        assert len(set(wanted[1])) == len(wanted[1])
+        assert [found[f"{name}, {way}"] for way in ("nccl", "nccl graph")] == [wanted, wanted], name
+    assert found["shard, nccl"] == found["at once, nccl"]
