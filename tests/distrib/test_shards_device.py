@@ -1,18 +1,21 @@
-"""Virtual shards on the double of a GPU: the same bits on any number of ranks, eager, captured, and staged."""
+"""Virtual shards on the double of a GPU: the same bits on any number of ranks; eager, captured, staged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import HELPERS, run
 from device_double import double_only, needs_device
 
+from distrib.data.dataset import Dataset, make
 from nn.device import Backend
+from nn.layer import Layer, Shape
+from nn.layers import ConvBN, Dropout, GlobalMaxPool, Linear, Residual, Sequential
 
 pytestmark = needs_device
 
@@ -21,12 +24,23 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "loss": "bce", "shards": 5},
     "shard": {"batch_norm": "shard", "precision": "tf32"},
     "at once": {"batch_norm": "shard", "precision": "tf32", "shards_at_once": 1},
-    "bf16": {"precision": "bf16", "variant": "three-blocks"},
+    "bf16": {"precision": "bf16"},
     "float64": {"precision": "float64", "shards": 4},
 }
 """Options; the batch of 9 in 8 shards unless they say otherwise, and a last one of 3 in 3."""
 
-LONG, STEPS = 21, 6
+IMAGES, STEPS = 21, 6
+
+
+def net(shape: Shape, classes: int) -> Layer:
+    body = Residual(ConvBN(4), ConvBN(4, relu=False))
+    return Sequential(ConvBN(4, pool=2), body, GlobalMaxPool(), Dropout(0.3), Linear(classes))
+
+
+def random_data() -> Dataset:
+    rng = np.random.default_rng(1)
+    part = rng.integers(0, 256, (IMAGES, 8, 8), np.uint8), rng.integers(0, 10, IMAGES, np.uint8)
+    return make("random", part, part, least=10)
 
 
 def digest(backend: Backend, trainer: Any) -> str:
@@ -43,11 +57,11 @@ from device_double import CapturedNccl, device
 from distrib.comm.mpi import StagedCommunicator
 from distrib.comm.nccl import NcclCommunicator
 from test_graph import *
-from test_shards_device import CASES, LONG, STEPS, digest
+from test_shards_device import STEPS, digest, net, random_data
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
 
 def bits(kind, graph, given):
-    given = {"batch_size": 9, "width": 0.0625, "epochs": 3, "lr": 1e-2, "reproducible": True, **given}
+    given = {"batch_size": 9, "epochs": 3, "lr": 1e-2, "reproducible": True, **given}
     with device(given.get("precision", "float32")) as backend:
         if kind == "staged":
             comm = StagedCommunicator(world, watchdog, backend)
@@ -55,9 +69,9 @@ def bits(kind, graph, given):
             nccl = CapturedNccl(world, backend.cuda, [])
             zero = lambda: backend.xp.zeros(1, "float32")
             comm = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, backend.side_stream)
-        data = random_data(LONG)
+        data = random_data()
         config = Config(**given, cuda_graph=graph).resolve(comm.size, data)
-        trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), data)
+        trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), data, net)
         warm_up(trainer, None)
         reset_syncs()
         trainer.step()
@@ -91,6 +105,23 @@ def bits(
     done = run("-c", f"GIVEN, WAYS = {given!r}, {ways!r}\n" + RANKS, ranks=ranks, env=HELPERS)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@double_only
+def test_through_the_host() -> None:
+    """MPI under the device's arrays."""
+    names = "adam", "shard"
+    found, alone = bits(3, ("staged",), names), bits(1)
+    assert all(found[f"{name}, staged"] == alone[f"{name}, nccl"] for name in names)
+
+
+@double_only
+def test_without_the_mode_the_bits_differ() -> None:
+    """Else the tests here could not fail."""
+    alone, three = (bits(ranks, ("nccl graph",), ("adam",), reproducible=False) for ranks in (1, 3))
+    (digest, losses), (other, others) = alone["adam, nccl graph"], three["adam, nccl graph"]
+    assert digest != other
+    np.testing.assert_allclose(losses[:3], others[:3], rtol=1e-3)
 
 
 @double_only
