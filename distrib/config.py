@@ -228,6 +228,8 @@ class Config:
         whole = self.batch_norm != "local" or not self.reproducible
         self._require("batch_norm", whole, "depends on the ranks: give sync or shard with --reproducible")
         self._require("shards_at_once", self.shards_at_once is None or own, "needs --batch-norm shard")
+        sent = self.gradients != "bf16" or not self.reproducible
+        self._require("gradients", sent, "rounds by rank: leave it out with --reproducible")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
         exact = self.gradients == "float32" or self.precision != "float64"
