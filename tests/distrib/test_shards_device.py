@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Options; the batch of 9 in 8 shards unless they say otherwise, and a last one of 3 in 3."""
 
-IMAGES, STEPS = 21, 6
+IMAGES, STEPS = 21, 4
 
 
 def net(shape: Shape, classes: int) -> Layer:
@@ -86,51 +86,58 @@ def bits(kind, graph, given):
         trainer.close(), comm.close()
         return [mine, found]
 
-found = {f"{name}, {way}": bits(way.split()[0], way.endswith("graph"), given)
-         for name, given in GIVEN.items() for way in WAYS}
+found = {f"{name}, {way}": bits(way.split()[0], way.endswith("graph"), given) for name, given, way in GIVEN}
 if world.rank == 0:
     print(json.dumps(found))
 """
 
+EAGER, GRAPH, STAGED = "nccl", "nccl graph", "staged"
+
 
 @cache
-def bits(
-    ranks: int,
-    ways: tuple[str, ...] = ("nccl", "nccl graph"),
-    names: tuple[str, ...] = tuple(CASES),
-    **more: Any,
-) -> dict[str, Any]:
+def bits(ranks: int, *wanted: tuple[str, str], **more: Any) -> dict[str, Any]:
     """[digest, losses] by case and way."""
-    given = {name: {**CASES[name], **more} for name in names}
-    done = run("-c", f"GIVEN, WAYS = {given!r}, {ways!r}\n" + RANKS, ranks=ranks, env=HELPERS)
+    given = [(name, {**CASES[name], **more}, way) for name, way in wanted]
+    done = run("-c", f"GIVEN = {given!r}\n" + RANKS, ranks=ranks, env=HELPERS)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def alone() -> dict[str, Any]:
+    """By case: the same whether a step is a graph or not."""
+    found = bits(1, *((name, way) for name in CASES for way in (EAGER, GRAPH)))
+    for name in CASES:
+        assert found[f"{name}, {EAGER}"] == found[f"{name}, {GRAPH}"], name
+    return {name: found[f"{name}, {GRAPH}"] for name in CASES}
+
+
+@double_only
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_same_bits_on_any_number_of_ranks(ranks: int) -> None:
+    names = CASES if ranks == 3 else ("adam", "at once")
+    found = bits(ranks, *((name, GRAPH) for name in names), *([("adam", EAGER)] if ranks == 3 else []))
+    for key, bits_and_losses in found.items():
+        assert bits_and_losses == alone()[key.split(",")[0]], key
+
+
+@double_only
+def test_one_shard_at_a_time_changes_no_bit() -> None:
+    assert alone()["shard"] == alone()["at once"]
+    assert len({each[0] for each in alone().values()}) == len(CASES) - 1
 
 
 @double_only
 def test_through_the_host() -> None:
     """MPI under the device's arrays."""
-    names = "adam", "shard"
-    found, alone = bits(3, ("staged",), names), bits(1)
-    assert all(found[f"{name}, staged"] == alone[f"{name}, nccl"] for name in names)
+    found = bits(2, ("adam", STAGED), ("shard", STAGED))
+    assert [found[f"{name}, {STAGED}"] for name in ("adam", "shard")] == [alone()["adam"], alone()["shard"]]
 
 
 @double_only
 def test_without_the_mode_the_bits_differ() -> None:
     """Else the tests here could not fail."""
-    alone, three = (bits(ranks, ("nccl graph",), ("adam",), reproducible=False) for ranks in (1, 3))
-    (digest, losses), (other, others) = alone["adam, nccl graph"], three["adam, nccl graph"]
-    assert digest != other
+    (one, losses), (three, others) = (
+        bits(ranks, ("adam", GRAPH), reproducible=False)[f"adam, {GRAPH}"] for ranks in (1, 3)
+    )
+    assert one != three
     np.testing.assert_allclose(losses[:3], others[:3], rtol=1e-3)
-
-
-@double_only
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_the_same_bits_on_any_number_of_ranks(ranks: int) -> None:
-    names = tuple(CASES) if ranks in (1, 3) else ("adam", "at once")
-    found, alone = bits(ranks, names=names) if ranks > 1 else bits(1), bits(1)
-    for name in names:
-        wanted = alone[f"{name}, nccl"]
-        assert len(set(wanted[1])) == len(wanted[1])
-        assert [found[f"{name}, {way}"] for way in ("nccl", "nccl graph")] == [wanted, wanted], name
-    assert alone["shard, nccl"] == alone["at once, nccl"]
