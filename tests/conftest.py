@@ -66,7 +66,8 @@ LONG = [
     f"test_{name}"
     for name in (
         *("slurm", "failures", "reproduce", "graph", "bench", "bench_allreduce", "pictures", "suspend"),
-        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli", "shards_device"),
+        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli"),
+        *("torch_parity", "shards_device"),
     )
 ]
 """The longest files: where several workers share the tests, these come first."""
