@@ -240,6 +240,8 @@ class Config:
         self._require("min_ranks", self.elastic or self.min_ranks == 1, "needs --elastic")
         alike = self.batch_norm != "local" or not self.elastic
         self._require("batch_norm", alike, "depends on the ranks: give sync with --elastic")
+        sent = self.gradients != "bf16" or not self.reproducible
+        self._require("gradients", sent, "rounds by rank: leave it out with --reproducible")
         smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
         self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
         exact = self.gradients == "float32" or self.precision != "float64"

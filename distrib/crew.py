@@ -9,11 +9,16 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-Meet = Callable[[np.ndarray], None]
+from nn.array import Array
+from nn.ops.activation import copy
+
+Meet = Callable[[Array], None]
 """Called by each piece of work at the same points; returns once its array holds the sum of all."""
 
 
@@ -22,13 +27,16 @@ class Abandoned(BaseException):
 
 
 class Crew:
-    """As many threads as there may be pieces of work. `at_once` of them run, the others wait their turn."""
+    """As many threads as there may be pieces of work. `at_once` of them run, the others wait their turn.
 
-    def __init__(self, size: int, at_once: int) -> None:
-        self._at_once = at_once
+    A thread works inside the context that `inside` gives.
+    """
+
+    def __init__(self, size: int, at_once: int, inside: Callable[[], Any] = nullcontext) -> None:
+        self._at_once, self._inside = at_once, inside
         self._turns = [threading.Semaphore(0) for _ in range(size)]
         self._works: list[Callable[[Meet], None] | None] = [None] * size
-        self._given: list[np.ndarray | None] = [None] * size
+        self._given: list[Array | None] = [None] * size
         self._news: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
         self._failed = False
         self._threads = [
@@ -38,9 +46,7 @@ class Crew:
         for thread in self._threads:
             thread.start()
 
-    def run(
-        self, works: Sequence[Callable[[Meet], None]], add: Callable[[list[np.ndarray]], np.ndarray]
-    ) -> None:
+    def run(self, works: Sequence[Callable[[Meet], None]], add: Callable[[list[Array]], Array]) -> None:
         """Run all `works`. Where they meet, `add` makes one array of theirs, in their order, in this thread.
 
         What a piece of work raises is raised here, once the others have ended.
@@ -68,13 +74,13 @@ class Crew:
         if error is not None:
             raise error
 
-    def _share(self, given: list, add: Callable[[list[np.ndarray]], np.ndarray]) -> BaseException | None:
+    def _share(self, given: list, add: Callable[[list[Array]], Array]) -> BaseException | None:
         try:
             total = add(given)
         except BaseException as raised:
             return raised
         for x in given:
-            x[...] = total
+            copy(total, x)
         return None
 
     def close(self) -> None:
@@ -85,20 +91,20 @@ class Crew:
             thread.join()
 
     def _serve(self, number: int) -> None:
-        while True:
-            self._turns[number].acquire()
-            work, raised = self._works[number], None
-            if work is None:
-                return
-            try:
-                with np.errstate(all="ignore"):
+        with self._inside(), np.errstate(all="ignore"):
+            while True:
+                self._turns[number].acquire()
+                work, raised = self._works[number], None
+                if work is None:
+                    return
+                try:
                     work(partial(self._meet, number))
-            except BaseException as error:
-                raised = error
-            self._works[number] = None
-            self._news.put((number, raised))
+                except BaseException as error:
+                    raised = error
+                self._works[number] = None
+                self._news.put((number, raised))
 
-    def _meet(self, number: int, x: np.ndarray) -> None:
+    def _meet(self, number: int, x: Array) -> None:
         self._given[number] = x
         self._news.put((number, None))
         self._turns[number].acquire()

@@ -21,6 +21,14 @@ def batch_size(model: Network) -> int:
     return HOST_BATCH if model.backend.on_host else DEVICE_BATCH
 
 
+def evaluated_part(images: int, size: int, rank: int, ranks: int, in_blocks: bool) -> slice:
+    """Which images a rank evaluates; `in_blocks` whole batches of `size`, the same on any number of ranks."""
+    if not in_blocks:
+        return shard(images, rank, ranks)
+    part = shard(-(-images // size), rank, ranks)
+    return slice(part.start * size, min(part.stop * size, images))
+
+
 def infer(model: Network, images: Array, labels: Array, start: int, stop: int) -> tuple[Array, Array]:
     """Logits (n, classes) with the running statistics, and labels (n,), of images[start:stop] (uint8)."""
     xp, n = model.backend.xp, stop - start
@@ -47,9 +55,7 @@ def evaluate(
     """
     xp, dtype, size = model.backend.xp, model.dtype, batch_size(model)
     batches = -(-len(images) // size)
-    part = shard(batches if in_blocks else len(images), comm.rank, comm.size)
-    if in_blocks:
-        part = slice(part.start * size, min(part.stop * size, len(images)))
+    part = evaluated_part(len(images), size, comm.rank, comm.size, in_blocks)
     sums = xp.zeros((batches if in_blocks else 1, 2), np.float64)
     zero, local_loss, metrics = (xp.zeros(length, dtype) for length in (1, 1, 3))
     for start in range(part.start, part.stop, size):

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from distrib.comm.tree import Stack, TreeSums
 from distrib.crew import Crew, Meet
 from distrib.data.sampler import shard
+from nn.array import Array
 from nn.network import Network
+from nn.ops.activation import copy
+from nn.ops.residual import add
+from nn.ops.tree import put_leaf
 
 if TYPE_CHECKING:
     from distrib.trainer import Trainer
@@ -37,15 +40,20 @@ class Shards:
         config, world = trainer.config, trainer.world
         assert config.shards is not None
         self._trainer, self.count = trainer, config.shards
-        self.sums = TreeSums(self.count, world.transport, world.watchdog)
+        self.sums = TreeSums(self.count, world.transport, world.watchdog, world.backend)
         self._alone = config.batch_norm == "shard"
         most = max(1, len(self.sums.own(self.count)))
         held = min(most, config.shards_at_once or most)
         self.networks = [twin() for _ in range(held)]
-        self._crew = Crew(held, threads)
+        self._ran: list[Network] = []  # in the last step
+        self._crew = Crew(held, threads, world.backend.place())
         self._limits = threadpool_limits(1, "blas")  # other numbers of threads add up in another order
         grads = trainer.params.comm_buffer
-        self._spare = [np.empty_like(grads) for _ in range(0 if held == most else most.bit_length() + 1)]
+        spare = 0 if held == most else most.bit_length() + 1
+        self._spare = [world.backend.xp.empty_like(grads) for _ in range(spare)]
+        self._convolutions = world.backend.algorithms.get("cudnn")
+        if self._convolutions:
+            self._convolutions.choose(by_time=False)
 
     def images(self, count: int, rank: int) -> slice:
         """Which images of a global batch a rank computes."""
@@ -62,8 +70,9 @@ class Shards:
         trainer, present = self._trainer, min(count, self.count)
         own: list[int | None] = list(self.sums.own(present))
         works = own if own or self._alone else [None]  # without an image it still takes part in the sums
-        stack, held, loss = Stack(), len(self.networks), 0.0
-        spare, moved = list(self._spare), list[np.ndarray]()
+        stack, held = Stack(), len(self.networks)
+        self._ran = self.networks[: len(works)]
+        moved = iter(self.sums.rows("statistics", trainer.model.statistics))
         for first in range(0, len(works), held):
             group = works[first : first + held]
             passes = [
@@ -72,16 +81,21 @@ class Shards:
             self._crew.run(passes, partial(self._meet, present))
             for network, each in zip(self.networks, group):
                 if each is not None:
-                    loss += float(network.params.step_metrics[0])
-                    stack.push(each, self._leaf(network, spare, stack))
-                    moved.append(self._statistics(network, count, each))
+                    stack.push(each, self._leaf(network, stack))
+                    if self._alone:
+                        put_leaf(network.statistics, next(moved), self._share(count, each))
         trainer.timer.lap("backward")
-        trainer.local_loss[0] = loss
+        at = trainer.params.grads.size  # of the loss
+        for number, (_, vector) in enumerate(stack.nodes):
+            if number:
+                add(trainer.local_loss, vector[at : at + 1])
+            else:
+                copy(vector[at : at + 1], trainer.local_loss)
         self.sums.large(stack.nodes, present, trainer.params.comm_buffer)
+        statistics = self.networks[0].statistics
         if self._alone:
-            trainer.model.statistics[...] = self.sums.small(moved, present, trainer.model.statistics)
-        else:
-            trainer.model.statistics[...] = self.networks[0].statistics
+            statistics = self.sums.small(self.sums.rows("statistics", statistics), present)
+        copy(statistics, trainer.model.statistics)
         trainer.timer.lap("gradients")
 
     def _part(self, count: int, each: int) -> slice:
@@ -91,33 +105,51 @@ class Shards:
         """Forward and backward of one shard; None: of no image."""
         part = slice(0, 0) if each is None else self._part(count, each)
         n = part.stop - part.start
-        network.statistics[...] = self._trainer.model.statistics
+        copy(self._trainer.model.statistics, network.statistics)
         over = (n, None) if self._alone else (count, meet)
         self._trainer.forward_backward(network, part.start, n, count, *over)
 
-    def _meet(self, present: int, given: list[np.ndarray]) -> np.ndarray:
+    def _meet(self, present: int, given: list[Array]) -> Array:
         begin = time.perf_counter()
-        leaves = given[: len(self.sums.own(present))]
-        total = self.sums.small(leaves, present, given[0])
+        rows = self.sums.rows("leaves", given[0])
+        for row, leaf in zip(rows, given[: len(self.sums.own(present))]):
+            put_leaf(leaf.reshape(-1), row)
+        total = self.sums.small(rows, present).reshape(given[0].shape)
         self._trainer.timer.add_sums(begin)
         return total
 
-    def _leaf(self, network: Network, spare: list[np.ndarray], stack: Stack) -> np.ndarray:
+    def _leaf(self, network: Network, stack: Stack) -> Array:
         """The gradient of a shard: the network's own, or a copy where the next shard needs the network."""
         found = network.params.comm_buffer
-        if not spare:
+        if not self._spare:
             return found
         used = {id(vector) for _, vector in stack.nodes}
-        free = next(vector for vector in spare if id(vector) not in used)
-        free[...] = found
+        free = next(vector for vector in self._spare if id(vector) not in used)
+        copy(found, free)
         return free
 
-    def _statistics(self, network: Network, count: int, each: int) -> np.ndarray:
-        """A shard's running statistics, by its share of the images."""
+    def _share(self, count: int, each: int) -> float:
+        """Of the images."""
         part = self._part(count, each)
-        return network.statistics * network.dtype.type((part.stop - part.start) / count)
+        return (part.stop - part.start) / count
+
+    def sizes(self, count: int) -> set[int]:
+        """Images of the shards of a global batch of `count`, on any rank."""
+        parts = (self._part(count, each) for each in range(min(count, self.count)))
+        return {part.stop - part.start for part in parts}
+
+    @property
+    def generation(self) -> int:
+        """Goes up whenever a buffer moves."""
+        return sum(network.buffers.generation for network in self.networks)
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold the last step."""
+        return all(network.capturable() for network in self._ran)
 
     def close(self) -> None:
-        """End the threads, and give BLAS its own back."""
+        """End the threads, and give BLAS and cuDNN their own back."""
         self._crew.close()
         self._limits.restore_original_limits()
+        if self._convolutions:
+            self._convolutions.choose(by_time=True)

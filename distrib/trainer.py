@@ -46,8 +46,6 @@ class Trainer:
         """Build what `config` says; `model` makes the layers where --model names no file that can be run."""
         self.config, self.world, self.data_digest = config, world, data.digest()
         backend = world.backend
-        if config.reproducible and not backend.on_host:
-            raise UserError("--reproducible: computes on the host so far: add --backend numpy")
         self.images, self.test_images = (
             backend.asarray(images) for images in (data.train_images, data.test_images)
         )
@@ -116,18 +114,19 @@ class Trainer:
             raise UserError(
                 f"--gradients bf16: needs NCCL, and this run has {world.transport.name}: leave it out"
             )
-        self.updates_early = alone and backend.side_stream is not None
+        self.updates_early = alone and not config.reproducible and backend.side_stream is not None
         then = self._update if self.updates_early else None
         gradients = "float32" if alone else config.gradients
         self.reducer = Reducer(self.params, world.transport, gradients, then=then)
         self.batch_norm_sum = None if alone else self.sum_over_ranks
         self.graphs: Graphs | None = None
         if config.cuda_graph and backend.cuda is not None and world.transport.graph_safe:
-            self.graphs = Graphs(backend.cuda, lambda: self.model.buffers.generation, self.capturable, alone)
+            self.graphs = Graphs(backend.cuda, self.generation, self.capturable, alone)
         if self.shards:
             self.shards.close()
         if config.reproducible:
-            self.shards = Shards(self, partial(self._network, self.params.twin), blas_threads())
+            at_once = blas_threads() if backend.on_host else 1  # on a device they queue their work in turn
+            self.shards = Shards(self, partial(self._network, self.params.twin), at_once)
 
     def _network(self, params: Callable[[], Parameters] | None = None) -> Network:
         """The network of the configuration, with weights of its own unless `params` gives some."""
@@ -267,7 +266,7 @@ class Trainer:
             labels,
             self.stop_flag,
             dlogits,
-            self.local_loss if whole else buffers.persistent("loss", (1,)),
+            self.local_loss if whole else buffers.persistent("loss", (1,), str(model.dtype)),
             model.params.step_metrics,
             loss=config.loss,
             count=count,
@@ -305,7 +304,11 @@ class Trainer:
 
     def capturable(self) -> bool:
         """Whether a graph can hold the last step: all its convolutions ran on the device."""
-        return self.model.capturable()
+        return self.shards.capturable() if self.shards else self.model.capturable()
+
+    def generation(self) -> int:
+        """Goes up whenever a buffer that steps use moves."""
+        return self.shards.generation if self.shards else self.model.buffers.generation
 
     def lr(self) -> float:
         """Learning rate of the next step."""

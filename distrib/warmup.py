@@ -9,7 +9,7 @@ from distrib.comm.base import SingleCommunicator
 from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.data import sampler
 from distrib.errors import UserError
-from distrib.evaluate import batch_size, evaluate
+from distrib.evaluate import batch_size, evaluate, evaluated_part
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
 
@@ -20,12 +20,25 @@ def global_batches(trainer: Trainer) -> list[int]:
     return sorted({min(batch, images), images % batch or min(batch, images)}, reverse=True)
 
 
+def training_batches(trainer: Trainer) -> set[int]:
+    """Sizes of the batches that are computed at once, on any rank."""
+    found, size = set[int](), trainer.world.size
+    for count in global_batches(trainer):
+        if trainer.shards:
+            found |= trainer.shards.sizes(count)
+        else:
+            parts = (sampler.shard(count, rank, size) for rank in range(size))
+            found |= {part.stop - part.start for part in parts}
+    return found
+
+
 def evaluation_batches(trainer: Trainer, rank: int) -> list[int]:
     """Sizes of a rank's evaluation batches."""
     size, found = batch_size(trainer.model), {0}
     for images, _ in evaluated(trainer):
-        part = sampler.shard(len(images), rank, trainer.world.size)
-        n = part.stop - part.start
+        ranks, in_blocks = trainer.world.size, trainer.config.reproducible
+        part = evaluated_part(len(images), size, rank, ranks, in_blocks)
+        n = max(0, part.stop - part.start)
         found |= {min(size, n), n % size}
     return sorted(found - {0}, reverse=True)
 
@@ -37,21 +50,22 @@ def evaluated(trainer: Trainer) -> list[tuple[Any, Any]]:
 
 
 def choose_plans(trainer: Trainer, run: Run | None) -> None:
-    """Choose a plan for each convolution, timed on rank 0, for all ranks; keep them in the run's folder."""
-    world, model = trainer.world, trainer.model
+    """Choose a plan for each convolution, timed on rank 0, for all ranks; keep them in the run's folder.
+
+    Of virtual shards nothing is timed, and nothing comes from the folder.
+    """
+    world, model, shards = trainer.world, trainer.model, trainer.shards
     convolutions = world.backend.algorithms.get("cudnn")
     if convolutions is None:
         return
     with world.fail_together(SLOW_IO_FACTOR):
         if world.rank == 0:
             device, ranks = world.backend.describe(), range(world.size)
+            run = None if shards else run
             convolutions.plans.update(run.plans(device) if run else {})
-            parts = [
-                sampler.shard(count, rank, world.size) for count in global_batches(trainer) for rank in ranks
-            ]
             try:
-                for n in sorted({part.stop - part.start for part in parts} - {0}, reverse=True):
-                    model.tune_convolutions(n, training=True)
+                for n in sorted(training_batches(trainer) - {0}, reverse=True):
+                    (shards.networks[0] if shards else model).tune_convolutions(n, training=True)
                 for n in sorted(
                     {n for rank in ranks for n in evaluation_batches(trainer, rank)}, reverse=True
                 ):
@@ -72,7 +86,7 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     if trainer.world.backend.on_host:
         return
     choose_plans(trainer, run)
-    model, rank, size = trainer.model, trainer.world.rank, trainer.world.size
+    model, rank = trainer.model, trainer.world.rank
     arrays = [trainer.params.values, *trainer.optimizer.state.values(), model.statistics]
     arrays += [mean for mean, _ in trainer.averages]
     before = [array.copy() for array in arrays]
@@ -83,17 +97,17 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     trainer.begin_epoch(trainer.progress.step // trainer.steps_per_epoch)
     steps = []
     for count in global_batches(trainer):
-        part = sampler.shard(count, rank, size)
+        part = trainer.parts(count)[rank]
         steps.append((part.start, part.stop - part.start, count))
     moved = capturable = True
     while moved:  # on any rank, as all must queue the same work and a graph holds addresses
-        generation = model.buffers.generation
+        generation = trainer.generation()
         for step in steps:
             trainer.step_in_epoch.fill(0)  # the first images of an epoch exist for every batch size
             trainer.compute(*step)
             capturable = capturable and trainer.capturable()
         moved = any(
-            trainer.world.allgather(model.buffers.generation != generation, "the first steps", SLOW_IO_FACTOR)
+            trainer.world.allgather(trainer.generation() != generation, "the first steps", SLOW_IO_FACTOR)
         )
     if not all(trainer.world.allgather(capturable, "the choice of CUDA graphs")):
         trainer.graphs = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,19 @@ class Backend:
             "cuda": str(runtime.runtimeGetVersion()),
             "cudnn": convolutions.version if convolutions else "none",
         }
+
+    def place(self) -> Callable[[], Any]:
+        """What gives another thread the context in which it works on this device and its compute stream."""
+        if self.cuda is None:
+            return contextlib.nullcontext
+        cuda, stream, device = self.cuda, self.stream, self.cuda.runtime.getDevice()
+
+        @contextlib.contextmanager
+        def inside() -> Iterator[None]:
+            with cuda.Device(device), stream:
+                yield
+
+        return inside
 
     def asarray(self, x: np.ndarray) -> Array:
         """Copy of the host array `x` on the device (on the host: `x` itself)."""

@@ -67,7 +67,8 @@ LONG = [
     f"test_{name}"
     for name in (
         *("slurm", "failures", "reproduce", "graph", "bench", "bench_allreduce", "pictures", "suspend"),
-        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli", "torch_parity"),
+        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli"),
+        *("torch_parity", "shards_device"),
     )
 ]
 """The longest files: where several workers share the tests, these come first."""

@@ -8,12 +8,18 @@ leaves).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from distrib.comm.base import Transport
 from distrib.data.sampler import shard
 from distrib.faults.watchdog import Watchdog
+from nn.array import Array
+from nn.device import Backend
+from nn.ops.activation import copy
+from nn.ops.residual import add
+from nn.ops.tree import add_leaves
 
 Node = tuple[int, int]
 """(first leaf, leaves): a power of two of leaves, the first at a multiple of it."""
@@ -23,9 +29,9 @@ class Stack:
     """Adds leaves that come in order: holds the nodes that still lack their neighbour, a few at most."""
 
     def __init__(self) -> None:
-        self.nodes: list[tuple[Node, np.ndarray]] = []
+        self.nodes: list[tuple[Node, Array]] = []
 
-    def push(self, leaf: int, part: np.ndarray) -> None:
+    def push(self, leaf: int, part: Array) -> None:
         """Take over `part`, and overwrite it as the sum of a node that starts with it."""
         self.nodes.append(((leaf, 1), part))
         while len(self.nodes) > 1:
@@ -33,7 +39,7 @@ class Stack:
             (_, same), right = self.nodes[-1]
             if size != same or first % (2 * size):
                 return
-            left += right
+            add(left, right)
             self.nodes[-2:] = [((first, 2 * size), left)]
 
 
@@ -45,16 +51,16 @@ def nodes_of(leaves: Sequence[int]) -> list[Node]:
     return [node for node, _ in stack.nodes]
 
 
-def add_up(known: dict[Node, np.ndarray]) -> np.ndarray:
+def add_up(known: dict[Node, Array]) -> Array:
     """The sum of all leaves, from the sums of nodes that hold each of them once; overwrites them."""
 
-    def total(first: int, size: int) -> np.ndarray | None:
+    def total(first: int, size: int) -> Array | None:
         if (first, size) in known or size == 1:
             return known.get((first, size))
         left, right = total(first, size // 2), total(first + size // 2, size // 2)
         if left is None or right is None:
             return right if left is None else left
-        left += right
+        add(left, right)
         return left
 
     whole = 1
@@ -72,45 +78,49 @@ class TreeSums:
     never added up on the way.
     """
 
-    def __init__(self, shards: int, transport: Transport, watchdog: Watchdog) -> None:
+    def __init__(self, shards: int, transport: Transport, watchdog: Watchdog, backend: Backend) -> None:
         self.shards, self._transport, self._watchdog = shards, transport, watchdog
-        self.rank, self.size = transport.rank, transport.size
-        self._arrays: dict[tuple[str, int, int, str], np.ndarray] = {}
+        self.rank, self.size, self._backend = transport.rank, transport.size, backend
+        self._arrays: dict[tuple[str, int, int, str], Array] = {}
+        self._places: dict[int, Array] = {}  # by the shards present: their rows in what is gathered
 
     def own(self, present: int, rank: int | None = None) -> range:
         """The shards with images that a rank (this one) computes."""
         part = shard(self.shards, self.rank if rank is None else rank, self.size)
         return range(min(part.start, present), min(part.stop, present))
 
-    def small(self, leaves: Sequence[np.ndarray], present: int, like: np.ndarray) -> np.ndarray:
-        """The sum of all ranks' leaves, arrays as `like`, which are all sent to all: for small ones.
-
-        The result lasts until the next call.
-        """
-        if self.size == 1:
-            return add_up({(v, 1): leaf.copy() for v, leaf in enumerate(leaves)})
+    def rows(self, name: str, like: Array) -> Array:
+        """Memory for this rank's leaves of the sum `name`, each as long as `like`: a leaf a row."""
         longest = -(-self.shards // self.size)
-        sent = self._array("leaves", 0, longest * like.size, like.dtype)
-        gathered = self._array("gathered", 0, self.size * longest * like.size, like.dtype)
-        assert sent is not None
-        assert gathered is not None
-        sent, gathered = sent.reshape(longest, -1), gathered.reshape(self.size, longest, -1)
-        for row, leaf in zip(sent, leaves):
-            row[:] = leaf.reshape(-1)
-        with self._watchdog.waiting("the sums of all shards"):
-            self._transport.start_gather(sent.reshape(-1), gathered.reshape(-1)).wait()
-        ranks = range(self.size)
-        rows = [gathered[rank, i] for rank in ranks for i in range(len(self.own(present, rank)))]
-        return add_up({(v, 1): row for v, row in enumerate(rows)}).reshape(like.shape)
+        return self._array(name, 0, longest * like.size, like.dtype).reshape(longest, -1)
 
-    def large(self, nodes: list[tuple[Node, np.ndarray]], present: int, out: np.ndarray) -> None:
+    def small(self, rows: Array, present: int) -> Array:
+        """The sum of all ranks' leaves, which lie in `rows` and are all sent to all: for small ones.
+
+        The result lasts until the next call; `rows` are overwritten.
+        """
+        longest, length = rows.shape
+        if self.size > 1:
+            gathered = self._array("gathered", 0, self.size * rows.size, rows.dtype)
+            with self._watchdog.waiting("the sums of all shards"):
+                self._transport.start_gather(rows.reshape(-1), gathered).wait()
+            rows = gathered.reshape(self.size * longest, length)
+        if present not in self._places:
+            ranks = range(self.size)
+            places = [rank * longest + i for rank in ranks for i in range(len(self.own(present, rank)))]
+            self._places[present] = self._backend.asarray(np.array(places, np.int32))
+        total = self._array("total", 0, length, rows.dtype)
+        add_leaves(rows, self._places[present], total)
+        return total
+
+    def large(self, nodes: list[tuple[Node, Array]], present: int, out: Array) -> None:
         """Write the sum of all ranks' `nodes`, vectors as long as `out`, to `out`.
 
         Each rank adds up one slice of the vector, of which the others send it the sums of their nodes. Then
         the slices are gathered. For 2, 4 or 8 ranks, as many bytes travel as in a ring.
         """
         if self.size == 1:
-            out[:] = add_up(dict(nodes))
+            copy(add_up(dict(nodes)), out)
             return
         length = -(-out.size // self.size)
         length += -length % 16
@@ -121,30 +131,34 @@ class TreeSums:
         waits = []
         for step in range(1, self.size):
             to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            parts = [vector[slices[to]] for _, vector in nodes]
-            sent = self._array("sent", to, sum(part.size for part in parts), out.dtype)
-            if sent is not None:
-                np.concatenate(parts, out=sent)
+            sent = self._pack([vector[slices[to]] for _, vector in nodes], to, out.dtype)
             theirs = nodes_of(self.own(present, source))
             received = self._array("received", source, len(theirs) * width, out.dtype)
-            waits.append(self._transport.start_exchange(sent, to, received, source))
-            if received is not None:
+            into = received if received.size else None
+            waits.append(self._transport.start_exchange(sent, to, into, source))
+            if received.size:
                 known |= dict(zip(theirs, received.reshape(len(theirs), width), strict=True))
-        total = self._array("total", 0, length, out.dtype)
+        part = self._array("part", 0, length, out.dtype)
         whole = self._array("whole", 0, length * self.size, out.dtype)
-        assert total is not None
-        assert whole is not None
         with self._watchdog.waiting("the gradients of all shards"):
             for wait in waits:
                 wait.wait()
             if width:
-                total[:width] = add_up(known)
-            self._transport.start_gather(total, whole).wait()
-        out[:] = whole[: out.size]
+                copy(add_up(known), part[:width])
+            self._transport.start_gather(part, whole).wait()
+        copy(whole[: out.size], out)
 
-    def _array(self, name: str, rank: int, size: int, dtype: np.dtype) -> np.ndarray | None:
-        """Memory that outlives a step; None for nothing."""
-        key = name, rank, size, dtype.str
+    def _pack(self, parts: list[Array], to: int, dtype: Any) -> Array | None:
+        """The parts behind each other, to be sent; None for nothing."""
+        packed, start = self._array("sent", to, sum(part.size for part in parts), dtype), 0
+        for part in parts:
+            copy(part, packed[start : start + part.size])
+            start += part.size
+        return packed if start else None
+
+    def _array(self, name: str, rank: int, size: int, dtype: Any) -> Array:
+        """Memory that outlives a step."""
+        key = name, rank, size, str(dtype)
         if key not in self._arrays:
-            self._arrays[key] = np.zeros(size, dtype)
-        return self._arrays[key] if size else None
+            self._arrays[key] = self._backend.xp.zeros(size, dtype)
+        return self._arrays[key]

@@ -80,7 +80,7 @@ class Convolutions:
         self._lanes: dict[int, Lane] = {}
         self._built: dict[Operation, tuple[Any, int]] = {}
         self._supported: dict[Operation, bool] = {}
-        self._cold = True
+        self._cold, self._by_time = True, True
 
     def forward(
         self, x: Array, w: Array, g: Geometry, y: Array, buffers: Buffers, keep: bool
@@ -130,6 +130,13 @@ class Convolutions:
         self._run(operation, self._pointer(x), self._pointer(dy), self._pointer(out))
         if self.from_bf16:
             self.from_bf16(out, memory)
+
+    def choose(self, by_time: bool) -> None:
+        """Choose from now on the fastest plan, or the first of cuDNN's list that runs: no clock decides then.
+
+        Earlier choices are forgotten.
+        """
+        self._by_time, self.plans, self._built = by_time, {}, {}
 
     def supports(
         self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Geometry, need_dx: bool = True
@@ -217,13 +224,15 @@ class Convolutions:
     def _fastest(self, operation: Operation, pointers: tuple[int, ...]) -> str:
         """The fastest of the first CANDIDATES plans that can be built, and of those that are borrowed.
 
-        The output is overwritten.
+        The output is overwritten. See `choose`.
         """
         graph, names = self.planner.candidates(operation)
         times: dict[str, float] = {}
         for name in names:
             with contextlib.suppress(RuntimeError):  # a plan that cannot run, or not in a CUDA graph, is none
                 times[name] = min(self._time(graph, pointers), times.get(name, float("inf")))
+                if not self._by_time:
+                    break
         if not times:
             raise NoPlan(
                 f"cuDNN {self.version} has no plan for {operation} {self.precision} that is deterministic "

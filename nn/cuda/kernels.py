@@ -20,7 +20,7 @@ from nn.ops.update import BETA1, BETA2, EPS_HAT
 
 FILES = (
     *("common", "norm", "norm_small", "activation", "batch", "stem", "pool", "flatten", "linear", "dropout"),
-    *("loss", "residual", "update"),
+    *("loss", "residual", "update", "tree"),
 )
 THREADS = 256
 """Of a block, unless said otherwise."""

@@ -120,7 +120,7 @@ class CudaOps:
         c = z.shape[3]
         rows = rows_of(z, pool=False)
         tiles = grid, _ = tiling(rows, c, 8)
-        moments = buffers.temporary("norm.moments", (3, c), "float64")
+        moments = buffers.persistent("norm.moments", (3, c), "float64")
         partial = buffers.temporary("norm.partial", (grid[0], c, 3), "float64")
         arrived = buffers.zeros("arrived", grid[1], "uint32")
         self._launch(z, "norm_statistics", tiles, z, partial, arrived, moments, rows, c)
@@ -149,7 +149,7 @@ class CudaOps:
             self._launch(z, "norm_small_backward", small_tiling(c), *arguments)
             return z, d_residual
         tiles = grid, _ = tiling(rows, c, 8)
-        sums = buffers.temporary("norm.moments", (2, c), "float64")
+        sums = buffers.persistent("norm.moments", (2, c), "float64")
         partial = buffers.temporary("norm.partial", (grid[0], c, 2), "float64")
         into = partial, buffers.zeros("arrived", grid[1], "uint32"), sums, d_gamma, d_beta
         self._launch(z, "norm_gradient_sums", tiles, dy, part, z, y, *known, *into, *saved.shape(), relu)
@@ -328,6 +328,13 @@ class CudaOps:
 
     def from_bf16(self, x: Array, y: Array) -> None:
         self._launch(x, "from_bf16", flat(x.size), x, y, x.size)
+
+    def put_leaf(self, x: Array, leaf: Array, share: float = 1.0) -> None:
+        if x.size:
+            self._launch(x, "put_leaf", flat(x.size), x, leaf, share, x.size)
+
+    def add_leaves(self, rows: Array, places: Array, total: Array) -> None:
+        self._launch(rows, "add_leaves", flat(total.size), rows, places, total, len(places), total.size)
 
 
 class Stem:

@@ -122,6 +122,7 @@ def test_resumed_on_another_number_of_ranks_to_the_bit(tmp_path: Path) -> None:
         ({"shards": 4}, "--shards 4: needs --reproducible"),
         ({"batch_norm": "shard"}, "--batch-norm shard: needs --reproducible"),
         ({"reproducible": True, "batch_norm": "local"}, "--batch-norm local: depends on the ranks"),
+        ({"reproducible": True, "gradients": "bf16"}, "--gradients bf16: rounds by rank: leave it out"),
         ({"reproducible": True, "shards_at_once": 2}, "--shards-at-once 2: needs --batch-norm shard"),
         ({"reproducible": True, "shards": 9, "batch_size": 8}, "--shards 9: is above the batch size, 8"),
         ({"reproducible": True, "shards": 2}, "--shards 2: is below the number of ranks, 3"),

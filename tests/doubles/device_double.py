@@ -137,7 +137,7 @@ class Cuda(_Cuda):
         self.holds_collectives = False
         self.Event = type("Event", (_CapturingEvent, self.Event), {"cuda": self})
         self.Stream = _bound(_CapturingStream, cuda=self)
-        self.current = self.compute = self.Stream.null = self.Stream(null=True)
+        self.compute = self.Stream.null = self.Stream(null=True)
         self.stream = self.Stream(non_blocking=True)
         self.stream.__enter__()  # as `cupy_backend` does
         self.compute = self.stream
@@ -223,19 +223,25 @@ class CapturedNccl(Nccl):
                 self.cuda.streams[stream].run()
             return
         batch, self._group = self._group, []
-        for comm, call in batch:
-            stream = self.cuda.streams[call.stream]
-            assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, (
-                "a branch of the graph is not joined"
-            )
-            calls = self.mpi.allgather(("captured", *call[3:5], call.op, call.root))
-            if len(set(calls)) > 1:
-                raise OrderError(f"ranks capture different collectives, or not together: {calls}")
+        if not batch:
+            return
+        stream, reads, writes = self.cuda.streams[batch[0][1].stream], [], []
+        assert stream is self.cuda.compute or stream.seen >= self.cuda.touches, (
+            "a branch of the graph is not joined"
+        )
+        for _, call in batch:
+            assert call.stream == stream.ptr, "a group on several streams"
+            if call.name not in ("send", "recv"):
+                calls = self.mpi.allgather(("captured", call.name, *call[3:5], call.op, call.root))
+                if len(set(calls)) > 1:
+                    raise OrderError(f"ranks capture different collectives, or not together: {calls}")
             size = call.elements * np.dtype(DTYPES[call.datatype]).itemsize
-            memory = [range(pointer, pointer + size) for pointer in (call.sendbuf, call.recvbuf)]
-            with stream:
-                self.cuda.queue(partial(self._run, [(comm, call)]), memory[:1], memory[1:])
-            self.cuda.holds_collectives = True
+            gathered = size * self.mpi.size if call.name == "allGather" else size
+            reads += [range(call.sendbuf, call.sendbuf + size)] if call.sendbuf else []
+            writes += [range(call.recvbuf, call.recvbuf + gathered)] if call.recvbuf else []
+        with stream:
+            self.cuda.queue(partial(self._run, batch), reads, writes)
+        self.cuda.holds_collectives = True
 
 
 class _Module:

@@ -21,6 +21,7 @@ import gc
 import itertools
 import operator
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,13 +194,26 @@ class Cuda:
         self.handles = itertools.count(0x1000, 0x10)
         self.streams: dict[int, _Stream] = {}
         self.outer: list[Any] = []  # devices that leaving the open `with` blocks makes current again
-        self.entered: list[Any] = []  # streams in open `with` blocks
+        self._thread = threading.local()
         self.graphs: Any = weakref.WeakSet()  # those alive whose captures hold NCCL calls
         self.Event = _bound(_Event, cuda=self)
         self.Stream = _bound(_Stream, cuda=self)
         self.Device = _bound(_Device, cuda=self)
-        self.current: _Stream = self.Stream(null=True)
-        self.compute = self.Stream.null = self.current
+        self.compute = self.Stream.null = self.Stream(null=True)
+
+    @property
+    def current(self) -> _Stream:
+        """Of the calling thread: the null stream until it makes another one current."""
+        return getattr(self._thread, "current", self.Stream.null)
+
+    @current.setter
+    def current(self, stream: _Stream) -> None:
+        self._thread.current = stream
+
+    @property
+    def entered(self) -> list[Any]:
+        """Streams in this thread's open `with` blocks."""
+        return self._thread.__dict__.setdefault("entered", [])
 
     def touch(self) -> None:
         """The test says: the current stream, henceforth the compute stream, has just written gradients."""

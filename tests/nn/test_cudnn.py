@@ -167,6 +167,17 @@ def test_fastest_plan_is_taken_and_named() -> None:
     assert lanes(algorithm) == {cuda.stream.ptr: [1024]}, "one workspace for all operations of a stream"
 
 
+def test_without_a_clock_the_first_plan_that_runs_is_taken() -> None:
+    """Then no choice depends on a measurement, nor on one before."""
+    offers = [Offer("broken", builds=False), Offer("first", milliseconds=3), Offer("fast", milliseconds=1)]
+    algorithm, _, _ = a_form(*offers)
+    case = Case(X, W, G, "float32")
+    for by_time, wanted in ((True, "fast"), (False, "first"), (True, "fast")):
+        algorithm.choose(by_time)
+        case.run(algorithm)
+        assert set(algorithm.plans.values()) == {wanted}
+
+
 def test_only_the_first_plans_that_build_are_timed() -> None:
     last = 2 * nn.cuda.plans.CANDIDATES - 2
     many = [Offer(f"eng{i}", milliseconds=99 - i, builds=i % 2 == 0) for i in range(last + 4)]

@@ -22,7 +22,7 @@ from nn.buffers import Buffers
 from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
 from nn.cuda.ops import LOSS_NUMBERS, CudaOps, rows_of
 from nn.device import NUMPY
-from nn.ops import activation, bf16, dropout, flatten, linear, pool, residual, update
+from nn.ops import activation, bf16, dropout, flatten, linear, pool, residual, tree, update
 from nn.ops import loss as losses
 from nn.ops import norm as F
 from nn.ops.batch import LABELS, Source, gather_batch, gather_keys
@@ -191,7 +191,7 @@ def test_norm_over_ranks(
     with device() as backend:
         one = Both(element, backend)
         _, kind = norm_case(one, whole, pool, relu, residual)
-        xp, stops = backend.xp, np.cumsum((0, *sizes))
+        xp, stops, inside = backend.xp, np.cumsum((0, *sizes)), backend.place()
         inputs = {name: pair[1] for name, pair in one.pairs.items()}
         start = {name: inputs[name].copy() for name in inputs}
 
@@ -200,8 +200,9 @@ def test_norm_over_ranks(
             part = {name: xp.array(v[images] if v.ndim == 4 else v) for name, v in start.items()}
             norm, over = norm_of(part.__getitem__), F.Count(150, sums)
             after = F.After(**kind, residual=part.get("residual"))
-            saved = F.norm_forward(part["z"], norm, part["y"], after, over, buffers)
-            dz, _ = F.norm_backward(part["dy"], saved, norm, part["dgamma"], part["dbeta"], over, buffers)
+            with inside():  # in a rank's thread
+                saved = F.norm_forward(part["z"], norm, part["y"], after, over, buffers)
+                dz, _ = F.norm_backward(part["dy"], saved, norm, part["dgamma"], part["dbeta"], over, buffers)
             return {name: one.found(v) for name, v in {**part, "dz": dz}.items()}
 
         def on_device(sums: Any) -> Any:
@@ -540,6 +541,26 @@ def test_average(both: Both) -> None:
         run(a("mean"), a("values"), np.empty((2, 100)), decay=0.75)
     both.check("mean", "values", bound=1e-12 if both.element == "float64" else 3e-7)
     TESTED.add("average")
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 5, 7, 8])
+def test_sum_of_leaves(both: Both, leaves: int) -> None:
+    """In float64 to the bit: one order of additions."""
+    size, rng = 300, both.rng
+    for name, shape in {"x": size, "rows": (9, size)}.items():
+        both.add(name, rng.normal(0, 1, shape), real=True)
+    for name in ("leaf", "total"):
+        both.add(name, np.full(size, np.nan), real=True)
+    both.exact("places", rng.permutation(9)[:leaves].astype(np.int32))
+    for side, (put, add) in enumerate(
+        ((tree.put_leaf.plain, tree.add_leaves.plain), (tree.put_leaf, tree.add_leaves))
+    ):
+        a = both[side]
+        put(a("x"), a("leaf"), 0.3)
+        add(a("rows"), a("places"), a("total"))
+    both.check("x", "places", bound=0)
+    both.check("leaf", "rows", "total", bound=0 if both.element == "float64" else None)
+    TESTED.update({"put_leaf", "add_leaves"})
 
 
 def test_narrow_and_widen() -> None:
