@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from distrib.comm.mpi import is_loss
+from distrib.comm.mpi import Control, is_loss
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
 
@@ -55,7 +55,7 @@ class Meeting:
 
     @property
     def control(self) -> Any:
-        return self.made[0]
+        return Control(self.made[0])
 
     @property
     def pair(self) -> tuple[Any, Any]:

@@ -40,7 +40,7 @@ from test_strict import STRICT as backend
 from distrib.comm.base import SingleControl
 from distrib.faults.watchdog import Watchdog
 single = SingleCommunicator()
-world = World(single, SingleControl(), backend, "double", Watchdog(0, 60), [""], single)
+world = World(single, SingleControl(), backend, "double", Watchdog(0, 60), some_members(1), single)
 """
 )
 
