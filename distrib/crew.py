@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -29,6 +28,7 @@ class Abandoned(BaseException):
 class Crew:
     """As many threads as there may be pieces of work. `at_once` of them run, the others wait their turn.
 
+    Pieces whose numbers are equal modulo `at_once` never run at the same time.
     A thread works inside the context that `inside` gives.
     """
 
@@ -53,19 +53,21 @@ class Crew:
         """
         for number, work in enumerate(works):
             self._works[number] = work
-        ready, running, met, error = deque(range(len(works))), 0, list[int](), None
+        ready, running, met, error = list(range(len(works))), set[int](), list[int](), None
         while ready or running or met:
             if not ready and not running:  # all have met
-                ready, met = deque(sorted(met)), []
+                ready, met = sorted(met), []
                 if error is None:
                     error = self._share([self._given[number] for number in ready], add)
                     self._failed = error is not None
-            while ready and running < self._at_once:
-                self._turns[ready.popleft()].release()
-                running += 1
+            for number in list(ready):
+                if number % self._at_once not in running:
+                    self._turns[number].release()
+                    ready.remove(number)
+                    running.add(number % self._at_once)
             if running:
                 number, raised = self._news.get()
-                running -= 1
+                running.remove(number % self._at_once)
                 if self._given[number] is not None:
                     met.append(number)
                 if raised is not None and not isinstance(raised, Abandoned):

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class Shards:
     """This rank's virtual shards, `threads` of which run at a time, each with one BLAS thread.
 
-    `twin()` makes a network that shares the parameters' values.
+    `twin` makes a network that shares the parameters' values, and scratch with one that it takes turns with.
 
     With batch norm over the global batch, all shards of a rank are in memory at once and meet at each of its
     sums. With `--batch-norm shard` each has its own statistics, and `--shards-at-once` of them are in memory.
     """
 
-    def __init__(self, trainer: Trainer, twin: Callable[[], Network], threads: int) -> None:
+    def __init__(self, trainer: Trainer, twin: Callable[..., Network], threads: int) -> None:
         config, world = trainer.config, trainer.world
         assert config.shards is not None
         self._trainer, self.count = trainer, config.shards
@@ -44,7 +44,11 @@ class Shards:
         self._alone = config.batch_norm == "shard"
         most = max(1, len(self.sums.own(self.count)))
         held = min(most, config.shards_at_once or most)
-        self.networks = [twin() for _ in range(held)]
+        self.networks: list[Network] = []
+        for number in range(held):
+            taking_turns = number >= threads and world.backend.on_host
+            self.networks.append(twin(turns_with=self.networks[number - threads] if taking_turns else None))
+        self._first = self.networks[:threads] if world.backend.on_host else []  # of those that take turns
         self._ran: list[Network] = []  # in the last step
         self._crew = Crew(held, threads, world.backend.place())
         self._limits = threadpool_limits(1, "blas")  # other numbers of threads add up in another order
@@ -72,6 +76,8 @@ class Shards:
         works = own if own or self._alone else [None]  # without an image it still takes part in the sums
         stack, held = Stack(), len(self.networks)
         self._ran = self.networks[: len(works)]
+        for network in self._first:
+            network.buffers.begin_step()
         moved = iter(self.sums.rows("statistics", trainer.model.statistics))
         for first in range(0, len(works), held):
             group = works[first : first + held]

@@ -128,7 +128,9 @@ class Trainer:
             at_once = blas_threads() if backend.on_host else 1  # on a device they queue their work in turn
             self.shards = Shards(self, partial(self._network, self.params.twin), at_once)
 
-    def _network(self, params: Callable[[], Parameters] | None = None) -> Network:
+    def _network(
+        self, params: Callable[[], Parameters] | None = None, turns_with: Network | None = None
+    ) -> Network:
         """The network of the configuration, with weights of its own unless `params` gives some."""
         config = self.config
         return Network(
@@ -138,6 +140,7 @@ class Trainer:
             dtype=config.dtype,
             activations="uint16" if config.precision == "bf16" else None,
             params=params() if params else None,
+            turns_with=turns_with,
         )
 
     def sum_over_ranks(self, x: Any) -> None:

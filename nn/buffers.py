@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,13 +24,14 @@ memory, up to one element-wise pass in ten ran five to ten times slower, whichev
 
 @dataclass
 class _Store:
-    """What a `Buffers` and its scopes share."""
+    """What a `Buffers` and its scopes share, or some of it several `Buffers` that take turns."""
 
     flat: dict[str, Array] = field(default_factory=dict)
     views: dict[tuple[Any, ...], Array] = field(default_factory=dict)  # the same request gets the same object
     plans: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     slab: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     generation: int = 0
+    done: set[str] | None = None  # of `once`, in this step; None: it knows of no steps
     holders: dict[int, int] = field(default_factory=dict)  # how many hold a buffer of the pool, by its number
     later: list[Array] = field(default_factory=list)  # held until the side stream is joined
     taken: int = 0  # in this pass
@@ -47,19 +49,31 @@ class Buffers:
     - `temporary`: shared by all layers, and holds nothing after the operation that took it;
     - `activation`: from a pool. Who takes one holds it until `release`; until then nobody else gets it.
 
+    Networks of which one at a time runs, and none stops in the middle of an operation but to sum over ranks,
+    may take turns with the same temporaries (`turns_with`), which so stay in cache. What follows from the
+    weights alone (`shared`) they have together, too.
+
     Everything large that an operation writes comes from here: after the first batch of each size no step
     allocates, and addresses stay what they are, as a captured graph needs. With `poison`, for tests, what is
     released is overwritten with NaN and not used again in the same pass, so that its use shows.
     """
 
-    def __init__(self, backend: Backend = NUMPY, dtype: str = "float32", *, poison: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Backend = NUMPY,
+        dtype: str = "float32",
+        *,
+        poison: bool = False,
+        turns_with: Buffers | None = None,
+    ) -> None:
         self.backend, self.dtype, self.poison = backend, np.dtype(dtype), poison
         self._prefix, self._store = "", _Store()
+        self._common = turns_with._common if turns_with else self._store
 
     @property
     def generation(self) -> int:
         """Goes up whenever a buffer grows and so moves: what was captured with the old address is void."""
-        return self._store.generation
+        return self._common.generation
 
     def scope(self, name: str) -> Buffers:
         """The same buffers, with the names of persistent ones under `name`."""
@@ -71,18 +85,26 @@ class Buffers:
 
     def persistent(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """Array of `shape` (C order), this scope's own: its contents last until it asks again."""
-        return self.temporary(self._prefix + name, shape, dtype)
+        return self._take(self._store, self._prefix + name, shape, dtype)
+
+    def shared(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Array of `shape` (C order) for what `once` makes of the weights, in this scope of all that take
+        turns."""
+        return self._take(self._common, self._prefix + name, shape)
 
     def temporary(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         """Array of `shape` (C order), contents undefined, valid until the next operation."""
-        store, key = self._store, (name, shape, dtype)
+        return self._take(self._common, name, shape, dtype)
+
+    def _take(self, store: _Store, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
+        key = name, shape, dtype
         view = store.views.get(key)
         if view is not None:
             return view
         kind, size = np.dtype(dtype or self.dtype), prod(shape)
         flat = store.flat.get(name)
         if flat is None or flat.size < size or flat.dtype != kind:
-            flat = self._grow(name, max(size, 1), kind)
+            flat = self._grow(store, name, max(size, 1), kind)
         view = store.views[key] = flat[:size].reshape(shape)
         return view
 
@@ -90,37 +112,41 @@ class Buffers:
         self, name: str, shape: tuple[int, ...], dtype: str | None = None, persistent: bool = True
     ) -> Array:
         """Activations of logical shape (N, H, W, C) in the backend's memory order."""
-        name = self._prefix + name if persistent else name
+        if persistent:
+            return self._image(self._store, self._prefix + name, shape, dtype)
+        return self._image(self._common, name, shape, dtype)
+
+    def _image(self, store: _Store, name: str, shape: tuple[int, ...], dtype: str | None = None) -> Array:
         if self.backend.order == "NHWC":
-            return self.temporary(name, shape, dtype)
+            return self._take(store, name, shape, dtype)
         key = (name, shape, dtype, "image")
-        view = self._store.views.get(key)
+        view = store.views.get(key)
         if view is None:
             n, h, w, c = shape
-            view = self.temporary(name, (h, w, n, c), dtype).transpose(2, 0, 1, 3)
-            self._store.views[key] = view
+            view = self._take(store, name, (h, w, n, c), dtype).transpose(2, 0, 1, 3)
+            store.views[key] = view
         return view
 
     def zeros(self, name: str, size: int, dtype: str) -> Array:
         """A vector of zeros which those who write to it leave at zero."""
-        flat = self._store.flat.get(name)
+        flat = self._common.flat.get(name)
         if flat is None or flat.size < size:
             self.temporary(name, (size,), dtype).fill(0)
         return self.temporary(name, (size,), dtype)
 
     def ones(self, length: int) -> Array:
         """A vector of ones: `ones @ x` sums over rows several times faster than `x.sum(0)`."""
-        flat = self._store.flat.get("ones")
+        flat = self._common.flat.get("ones")
         if flat is None or flat.size < length:
-            flat = self._grow("ones", max(length, 1), self.dtype)
+            flat = self._grow(self._common, "ones", max(length, 1), self.dtype)
             flat.fill(1)
         return flat[:length]
 
     def constant(self, name: str, values: np.ndarray) -> Array:
         """`values` on the device in the buffers' dtype, copied there once."""
-        flat = self._store.flat.get(name)
+        flat = self._common.flat.get(name)
         if flat is None:
-            flat = self._store.flat[name] = self._allocate(values.size, self.dtype)
+            flat = self._common.flat[name] = self._allocate(values.size, self.dtype)
             flat[...] = self.backend.asarray(values.astype(self.dtype).ravel())
         return flat.reshape(values.shape)
 
@@ -137,7 +163,7 @@ class Buffers:
             number += 1
         store.holders[number] = 1
         store.taken += 1
-        x = self.image(f"activation{number}", shape, persistent=False)
+        x = self._image(store, f"activation{number}", shape)
         store.number_of[id(x)] = number
         return x
 
@@ -216,28 +242,49 @@ class Buffers:
         """
         name, plans = self._prefix + name, self._store.plans
         plan = plans.get(name)
-        if plan is None or any(a is not b for a, b in zip(plan[0], arrays, strict=True)):
+        if (
+            plan is None
+            or plan[1] != self.generation
+            or any(a is not b for a, b in zip(plan[0], arrays, strict=True))
+        ):
             plans.pop(name, None)
-            plan = (arrays, *build())
-            plans[name] = plan
-        for call in plan[1]:
+            calls, result = build()
+            plans[name] = plan = arrays, self.generation, calls, result
+        for call in plan[2]:
             call()
-        return plan[2]
+        return plan[3]
+
+    def once(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        """`call`, which writes what is `shared`: within a step, those that take turns make it once."""
+        if self._common.done is None:
+            return call
+        return partial(self._once, self._prefix + name, call)
+
+    def _once(self, name: str, call: Callable[[], Any]) -> None:
+        done = self._common.done
+        assert done is not None
+        if name not in done:
+            call()
+            done.add(name)
+
+    def begin_step(self) -> None:
+        """From now on the weights stay what they are until the next call, so `once` makes nothing twice."""
+        self._common.done = set()
 
     # memory
 
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(int(flat.nbytes) for flat in self._store.flat.values())
+        """Bytes held, alone or with others."""
+        stores = [self._store] if self._common is self._store else [self._store, self._common]
+        return sum(int(flat.nbytes) for store in stores for flat in store.flat.values())
 
-    def _grow(self, name: str, size: int, kind: np.dtype) -> Array:
-        """A new buffer in the place of `name`; views of the old one, and plans, are forgotten."""
-        store = self._store
+    def _grow(self, store: _Store, name: str, size: int, kind: np.dtype) -> Array:
+        """A new buffer in the place of `name`; views of the old one are forgotten, and plans are void."""
         flat = store.flat[name] = self._allocate(size, kind)
         for key in [key for key in store.views if key[0] == name]:
             store.number_of.pop(id(store.views.pop(key)), None)
-        store.plans.clear()
-        store.generation += 1
+        self._store.plans.clear()
+        self._common.generation += 1
         return flat
 
     def _allocate(self, size: int, kind: np.dtype) -> Array:

@@ -36,7 +36,8 @@ class Network:
     `params` holds the parameters, `statistics` the running statistics in one vector, and `running` views into
     it by name. Weights come from `seed` alone. `activations` is their dtype where it is not the parameters':
     uint16, which holds the bits of bfloat16, for layers that take it (`Layer.bf16`). With `poison`, for
-    tests, see `Buffers`. `params` are those of a network of the same layers, to compute with its weights.
+    tests, see `Buffers`. `params` are those of a network of the same layers, to compute with its weights, and
+    `turns_with` is one of these that never runs while this one does (see `Buffers`).
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Network:
         activations: str | None = None,
         poison: bool = False,
         params: Parameters | None = None,
+        turns_with: Network | None = None,
     ) -> None:
         self.layers = layers = model(shape, classes, **(options or {}))
         self.shape, self.classes = tuple(shape), classes
@@ -72,7 +74,8 @@ class Network:
         if activations and plain:
             kind = type(plain[0]).__name__
             raise ValueError(f"{plain[0].name}: {kind} does not compute in bf16: give another precision")
-        self.buffers = Buffers(backend, activations or dtype, poison=poison)
+        buffers = turns_with.buffers if turns_with else None
+        self.buffers = Buffers(backend, activations or dtype, poison=poison, turns_with=buffers)
         specs = [spec for layer in layers.walk() for spec in layer.specs()]
         self.params = params or Parameters(specs, backend, dtype, narrow=activations)
         sizes = {name: size for layer in layers.walk() for name, size in layer.statistics().items()}

@@ -203,12 +203,11 @@ class Winograd:
         parts = chunks(n, height, width, CHUNK)
         kernel = _kernel(height, width, buffers)
         take = buffers.persistent if keep else buffers.temporary
-        u = take("winograd.u", (*kernel.shape[:2], c, c_out))
+        u = (buffers.shared if keep else buffers.temporary)("winograd.u", (*kernel.shape[:2], c, c_out))
         sizes = [(chunk.part.stop - chunk.part.start) * c for chunk in parts]
         v = take("winograd.v", (sum(sizes) if keep else max(sizes, default=0),))
-        calls: list[Call] = [
-            partial(matmul, kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))
-        ]
+        make_u = partial(matmul, kernel.reshape(-1, 9), w.reshape(9, -1), out=u.reshape(-1, c * c_out))
+        calls: list[Call] = [buffers.once("winograd.u", make_u) if keep else make_u]
         for chunk, size in zip(parts, sizes, strict=True):
             v_part = v[chunk.part.start * c : chunk.part.stop * c] if keep else v[:size]
             calls += transform(
