@@ -112,7 +112,8 @@ class Config:
     )
     shards_at_once: int | None = option(
         None,
-        "Shards that a rank keeps in memory at once (needs --batch-norm shard). Default: all of its own.",
+        "Shards that a rank keeps in memory at once (needs --batch-norm shard). Default: as many as it has"
+        " threads.",
         ONE_OR_MORE,
         may_change=True,
     )

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,24 @@ class Abandoned(BaseException):
 class Crew:
     """As many threads as there may be pieces of work. `at_once` of them run, the others wait their turn.
 
-    Pieces whose numbers are equal modulo `at_once` never run at the same time.
-    A thread works inside the context that `inside` gives.
+    Pieces whose numbers are equal modulo `at_once` never run at the same time: one hands over to the next. A
+    thread works inside the context that `inside` gives.
     """
 
     def __init__(self, size: int, at_once: int, inside: Callable[[], Any] = nullcontext) -> None:
         self._at_once, self._inside = at_once, inside
-        self._turns = [threading.Semaphore(0) for _ in range(size)]
+        self._turns = [threading.Lock() for _ in range(size)]  # held, but while it is a thread's turn
+        self._next: list[int | None] = [None] * size  # whose turn follows, in this round
         self._works: list[Callable[[Meet], None] | None] = [None] * size
         self._given: list[Array | None] = [None] * size
-        self._news: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
-        self._failed = False
+        self._raised: list[BaseException] = []
+        self._rounds: queue.SimpleQueue[None] = queue.SimpleQueue()  # that have come to their end
         self._threads = [
             threading.Thread(target=self._serve, args=(number,), daemon=True, name=f"shard {number}")
             for number in range(size)
         ]
-        for thread in self._threads:
+        for turn, thread in zip(self._turns, self._threads):
+            turn.acquire()
             thread.start()
 
     def run(self, works: Sequence[Callable[[Meet], None]], add: Callable[[list[Array]], Array]) -> None:
@@ -51,39 +54,45 @@ class Crew:
 
         What a piece of work raises is raised here, once the others have ended.
         """
-        for number, work in enumerate(works):
-            self._works[number] = work
-        ready, running, met, error = list(range(len(works))), set[int](), list[int](), None
-        while ready or running or met:
-            if not ready and not running:  # all have met
-                ready, met = sorted(met), []
-                if error is None:
-                    error = self._share([self._given[number] for number in ready], add)
-                    self._failed = error is not None
-            for number in list(ready):
-                if number % self._at_once not in running:
-                    self._turns[number].release()
-                    ready.remove(number)
-                    running.add(number % self._at_once)
-            if running:
-                number, raised = self._news.get()
-                running.remove(number % self._at_once)
-                if self._given[number] is not None:
-                    met.append(number)
-                if raised is not None and not isinstance(raised, Abandoned):
-                    error, self._failed = error or raised, True
-        self._failed = False
-        if error is not None:
-            raise error
+        self._works[: len(works)] = works
+        at_work = list(range(len(works)))
+        while at_work:
+            self._round(at_work)
+            at_work = [number for number in at_work if self._given[number] is not None]
+            if at_work and not self._raised:
+                self._share([self._given[number] for number in at_work], add)
+        if self._raised:
+            first = self._raised[0]
+            self._raised.clear()
+            raise first
 
-    def _share(self, given: list, add: Callable[[list[Array]], Array]) -> BaseException | None:
+    def _round(self, numbers: list[int]) -> None:
+        """Let these go on until each has met or ended."""
+        step = self._at_once
+        rows = [[number for number in numbers if number % step == i] for i in range(step)]
+        rows = [row for row in rows if row]
+        for row in rows:
+            for number, following in zip_longest(row, row[1:]):
+                self._next[number] = following
+        for row in rows:
+            self._turns[row[0]].release()
+        for _ in rows:
+            self._rounds.get()
+
+    def _hand_over(self, number: int) -> None:
+        following = self._next[number]
+        if following is None:
+            self._rounds.put(None)
+        else:
+            self._turns[following].release()
+
+    def _share(self, given: list, add: Callable[[list[Array]], Array]) -> None:
         try:
             total = add(given)
-        except BaseException as raised:
-            return raised
-        for x in given:
-            copy(total, x)
-        return None
+            for x in given:
+                copy(total, x)
+        except BaseException as error:
+            self._raised.append(error)
 
     def close(self) -> None:
         """End the threads."""
@@ -96,20 +105,22 @@ class Crew:
         with self._inside(), np.errstate(all="ignore"):
             while True:
                 self._turns[number].acquire()
-                work, raised = self._works[number], None
+                work = self._works[number]
                 if work is None:
                     return
                 try:
                     work(partial(self._meet, number))
+                except Abandoned:
+                    pass
                 except BaseException as error:
-                    raised = error
+                    self._raised.append(error)
                 self._works[number] = None
-                self._news.put((number, raised))
+                self._hand_over(number)
 
     def _meet(self, number: int, x: Array) -> None:
         self._given[number] = x
-        self._news.put((number, None))
+        self._hand_over(number)
         self._turns[number].acquire()
         self._given[number] = None
-        if self._failed:
+        if self._raised:
             raise Abandoned

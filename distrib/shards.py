@@ -33,7 +33,8 @@ class Shards:
     `twin` makes a network that shares the parameters' values, and scratch with one that it takes turns with.
 
     With batch norm over the global batch, all shards of a rank are in memory at once and meet at each of its
-    sums. With `--batch-norm shard` each has its own statistics, and `--shards-at-once` of them are in memory.
+    sums. With `--batch-norm shard` each has its own statistics, and `--shards-at-once` of them are in memory,
+    by default as many as run.
     """
 
     def __init__(self, trainer: Trainer, twin: Callable[..., Network], threads: int) -> None:
@@ -43,7 +44,7 @@ class Shards:
         self.sums = TreeSums(self.count, world.transport, world.watchdog, world.backend)
         self._alone = config.batch_norm == "shard"
         most = max(1, len(self.sums.own(self.count)))
-        held = min(most, config.shards_at_once or most)
+        held = min(most, config.shards_at_once or (threads if self._alone else most))
         self.networks: list[Network] = []
         for number in range(held):
             taking_turns = number >= threads and world.backend.on_host
@@ -87,7 +88,7 @@ class Shards:
             self._crew.run(passes, partial(self._meet, present))
             for network, each in zip(self.networks, group):
                 if each is not None:
-                    stack.push(each, self._leaf(network, stack))
+                    self._push(network, each, stack)
                     if self._alone:
                         put_leaf(network.statistics, next(moved), self._share(count, each))
         trainer.timer.lap("backward")
@@ -124,15 +125,16 @@ class Shards:
         self._trainer.timer.add_sums(begin)
         return total
 
-    def _leaf(self, network: Network, stack: Stack) -> Array:
-        """The gradient of a shard: the network's own, or a copy where the next shard needs the network."""
+    def _push(self, network: Network, each: int, stack: Stack) -> None:
+        """Add a shard's gradient; a copy stays on the stack where the next shard needs the network."""
         found = network.params.comm_buffer
-        if not self._spare:
-            return found
-        used = {id(vector) for _, vector in stack.nodes}
-        free = next(vector for vector in self._spare if id(vector) not in used)
-        copy(found, free)
-        return free
+        stack.push(each, found)
+        node, vector = stack.nodes[-1]
+        if self._spare and vector is found:
+            used = {id(kept) for _, kept in stack.nodes}
+            free = next(spare for spare in self._spare if id(spare) not in used)
+            copy(found, free)
+            stack.nodes[-1] = node, free
 
     def _share(self, count: int, each: int) -> float:
         """Of the images."""

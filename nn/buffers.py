@@ -68,7 +68,7 @@ class Buffers:
     ) -> None:
         self.backend, self.dtype, self.poison = backend, np.dtype(dtype), poison
         self._prefix, self._store = "", _Store()
-        self._common = turns_with._common if turns_with else self._store
+        self._common: _Store = turns_with._common if turns_with else self._store
 
     @property
     def generation(self) -> int:

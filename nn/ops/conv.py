@@ -183,18 +183,21 @@ class Patches:
         xp = namespace(x)
         c = w.shape[2]
         matrix, dmatrix = _as_matrix(w), _as_matrix(dw)
-        partial = buffers.temporary("conv.dw", dmatrix.shape)
-        dmatrix[...] = 0
+        chunks = list(Patches._chunks(x, w, g))
+        partial = dmatrix if len(chunks) == 1 else buffers.temporary("conv.dw", dmatrix.shape)
+        if partial is not dmatrix:
+            dmatrix[...] = 0
         if dx is not None:
             dx[...] = 0
-        for images in Patches._chunks(x, w, g):
+        for images in chunks:
             cols, rows = Patches._gather(x[images], dy, w, g, buffers)
             part = dy
             if len(cols) != len(x):
                 part = Patches._buffer(dy, cols.shape[:3], w.shape[3], "conv.part", buffers)
                 part[...] = dy[images]
             xp.matmul(rows.T, pixels(part), out=partial)
-            dmatrix += partial
+            if partial is not dmatrix:
+                dmatrix += partial
             if dx is None:
                 continue
             xp.matmul(pixels(part), matrix.T, out=rows)
