@@ -74,7 +74,7 @@ class Network:
         if activations and plain:
             kind = type(plain[0]).__name__
             raise ValueError(f"{plain[0].name}: {kind} does not compute in bf16: give another precision")
-        buffers = turns_with.buffers if turns_with else None
+        buffers: Buffers | None = turns_with.buffers if turns_with else None
         self.buffers = Buffers(backend, activations or dtype, poison=poison, turns_with=buffers)
         specs = [spec for layer in layers.walk() for spec in layer.specs()]
         self.params = params or Parameters(specs, backend, dtype, narrow=activations)
