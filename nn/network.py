@@ -74,8 +74,8 @@ class Network:
         if activations and plain:
             kind = type(plain[0]).__name__
             raise ValueError(f"{plain[0].name}: {kind} does not compute in bf16: give another precision")
-        buffers: Buffers | None = turns_with.buffers if turns_with else None
-        self.buffers = Buffers(backend, activations or dtype, poison=poison, turns_with=buffers)
+        buffers = turns_with.buffers if turns_with else None
+        self.buffers: Buffers = Buffers(backend, activations or dtype, poison=poison, turns_with=buffers)
         specs = [spec for layer in layers.walk() for spec in layer.specs()]
         self.params = params or Parameters(specs, backend, dtype, narrow=activations)
         sizes = {name: size for layer in layers.walk() for name, size in layer.statistics().items()}
