@@ -16,7 +16,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 
-.PHONY: help demo demo-kill test test-quick test-gpu lint bench soak cudnn-plans gpu-kit replica wheel clean
+.PHONY: help demo demo-kill test test-quick test-gpu lint bench soak ranks cudnn-plans gpu-kit replica wheel clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,10 @@ soak: $(VENV)/.dev  ## a campaign of 370 faults, kills and suspensions, also on 
 		$(addprefix tests/distrib/test_,failures.py kill.py suspend.py output.py)
 	ELASTIC_ROUNDS=200 python -m pytest -s tests/distrib/test_elastic.py
 	DISTRIB_SOAK=1 python -m pytest tests/cluster/test_slurm.py
+
+ranks: export PATH := $(CURDIR)/$(BIN):$(PATH)
+ranks: $(VENV)/.run  ## the same bits on 1 to 8 ranks, for 80 combinations of options: 40 minutes; goes on where it was
+	PYTHONPATH=. python tests/any_ranks.py
 
 cudnn-plans:  ## the plans that the real cuDNN (366 MB) builds for a described H100, without a GPU
 	$(PYTHON) -m venv .venv-cudnn
