@@ -172,17 +172,18 @@ def test_the_tree_is_the_same_however_leaves_are_dealt(leaves: int) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_a_crew_meets(at_once: int) -> None:
-    crew, running, most = Crew(5, at_once), [0], [0]
+    crew, running, most = Crew(5, at_once), set[int](), [0]
     lock = threading.Lock()
 
     def work(number: int, meet: Meet) -> None:
         for turn in range(3):
             with lock:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
+                assert number % at_once not in running, "they take turns"
+                running.add(number % at_once)
+                most[0] = max(most[0], len(running))
             x = np.full(2, 10.0**number + turn)
             with lock:
-                running[0] -= 1
+                running.remove(number % at_once)
             meet(x)
             found.setdefault(turn, []).append(x.tolist())
 

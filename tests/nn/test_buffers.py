@@ -136,3 +136,51 @@ def test_run_cached_makes_its_list_once_for_the_same_arrays() -> None:
     assert (len(built), b[0]) == (3, 2)
     buffers.scope("other").run_cached("plan", (b,), lambda: build(b))
     assert len(built) == 4
+
+
+def test_those_that_take_turns_share_temporaries_and_nothing_else() -> None:
+    first = Buffers()
+    second, shape = Buffers(turns_with=first), (1, 2, 2, 3)
+    for name in ("temporary", "shared", "constant"):
+        given = (np.ones(shape),) if name == "constant" else (shape,)
+        made = [getattr(buffers.scope("layer"), name)(name, *given) for buffers in (first, second)]
+        assert np.shares_memory(*made), name
+    for name in ("persistent", "image"):
+        assert not np.shares_memory(*(getattr(buffers, name)(name, shape) for buffers in (first, second)))
+    taken = [buffers.activation(shape) for buffers in (first, second)]
+    assert not np.shares_memory(*taken)
+    assert first.held() == second.held() == 1
+    first.release_all()
+    assert second.held() == 1
+
+
+def test_a_temporary_that_moves_voids_the_lists_of_all_that_take_turns() -> None:
+    first = Buffers()
+    second, x = Buffers(turns_with=first), np.zeros(2)
+
+    def run() -> np.ndarray:
+        return first.run_cached("plan", (x,), lambda: ([], first.temporary("a", (2,))))
+
+    old, generation = run(), first.generation
+    assert run() is old
+    second.temporary("a", (20,))
+    assert first.generation > generation
+    assert not np.shares_memory(run(), old)
+
+
+def test_what_follows_from_the_weights_is_made_once_a_step() -> None:
+    first = Buffers()
+    second, made = Buffers(turns_with=first), []
+
+    def run() -> list[str]:
+        made.clear()
+        for number, buffers in enumerate((first, second)):
+            for layer in "ab":
+                buffers.scope(layer).once("u", lambda at=f"{layer}{number}": made.append(at))()
+        return made
+
+    assert run() == ["a0", "b0", "a1", "b1"], "without steps, the weights may change at any time"
+    for _ in range(2):
+        first.begin_step()
+        assert run() == ["a0", "b0"]
+    assert run() == []
