@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 class Shards:
     """This rank's virtual shards, `threads` of which run at a time, each with one BLAS thread.
 
-    `twin` makes a network that shares the parameters' values, and scratch with one that it takes turns with.
+    `network` makes one, with arguments of `Network`. Those of a thread take turns, and share scratch.
 
     With batch norm over the global batch, all shards of a rank are in memory at once and meet at each of its
     sums. With `--batch-norm shard` each has its own statistics, and `--shards-at-once` of them are in memory,
     by default as many as run.
     """
 
-    def __init__(self, trainer: Trainer, twin: Callable[..., Network], threads: int) -> None:
+    def __init__(self, trainer: Trainer, network: Callable[..., Network], threads: int) -> None:
         config, world = trainer.config, trainer.world
         assert config.shards is not None
         self._trainer, self.count = trainer, config.shards
@@ -47,8 +47,8 @@ class Shards:
         held = min(most, config.shards_at_once or (threads if self._alone else most))
         self.networks: list[Network] = []
         for number in range(held):
-            taking_turns = number >= threads and world.backend.on_host
-            self.networks.append(twin(turns_with=self.networks[number - threads] if taking_turns else None))
+            other = self.networks[number - threads] if number >= threads and world.backend.on_host else None
+            self.networks.append(network(params=trainer.params.twin(), turns_with=other))
         self._first = self.networks[:threads] if world.backend.on_host else []  # of those that take turns
         self._ran: list[Network] = []  # in the last step
         self._crew = Crew(held, threads, world.backend.place())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,6 @@ from nn.ops.loss import loss_and_gradient
 from nn.ops.norm import AllReduce
 from nn.ops.update import StepRecord, average
 from nn.optim import OPTIMIZERS
-from nn.params import Parameters
 
 
 class Trainer:
@@ -126,12 +124,10 @@ class Trainer:
             self.shards.close()
         if config.reproducible:
             at_once = blas_threads() if backend.on_host else 1  # on a device they queue their work in turn
-            self.shards = Shards(self, partial(self._network, self.params.twin), at_once)
+            self.shards = Shards(self, self._network, at_once)
 
-    def _network(
-        self, params: Callable[[], Parameters] | None = None, turns_with: Network | None = None
-    ) -> Network:
-        """The network of the configuration, with weights of its own unless `params` gives some."""
+    def _network(self, **more: Any) -> Network:
+        """The network of the configuration; `more` are arguments of `Network`."""
         config = self.config
         return Network(
             *network_arguments(self.model_spec, self.function),
@@ -139,8 +135,7 @@ class Trainer:
             backend=self.world.backend,
             dtype=config.dtype,
             activations="uint16" if config.precision == "bf16" else None,
-            params=params() if params else None,
-            turns_with=turns_with,
+            **more,
         )
 
     def sum_over_ranks(self, x: Any) -> None:
