@@ -195,7 +195,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
 
-def some_members(size: int) -> list[Member]:
+def crew(size: int) -> list[Member]:
     """The ranks of a world that a test makes itself."""
     return [Member(number, size, "here", 0) for number in range(size)]
 

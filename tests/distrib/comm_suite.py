@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import some_members  # noqa: F401  # for the scripts that import all
+from conftest import crew  # noqa: F401  # for the scripts that import all
 
 from distrib.comm.base import SingleCommunicator
 from distrib.comm.library import Comm

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, some_members
+from conftest import ROOT, crew, run
 from networks import resnet9
 
 from distrib.comm.base import DONE, SingleCommunicator, SingleControl
@@ -41,7 +41,7 @@ def a_trainer(comm, variant: str = "baseline", width: float = 0.125, **options) 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 28, 28), np.uint8), rng.integers(0, 10, 16, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), some_members(comm.size))
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), crew(comm.size))
     trainer = Trainer(Config(batch_size=8, width=width, variant=variant, **options), world, data)
     return trainer
 

@@ -30,7 +30,7 @@ nccl = Nccl(mpi, cuda, log)
 staged = StagedCommunicator(mpi, watchdog, backend)
 device = NcclCommunicator(mpi, cuda, nccl, 0, watchdog, lambda: backend.xp.zeros(1, "float32"))
 host = MpiCommunicator(mpi, watchdog)
-world = World({comm}, mpi, backend, "double", watchdog, some_members(mpi.size), host)
+world = World({comm}, mpi, backend, "double", watchdog, crew(mpi.size), host)
 """
 )
 ONE_DEVICE = (
@@ -40,7 +40,7 @@ from test_strict import STRICT as backend
 from distrib.comm.base import SingleControl
 from distrib.faults.watchdog import Watchdog
 single = SingleCommunicator()
-world = World(single, SingleControl(), backend, "double", Watchdog(0, 60), some_members(1), single)
+world = World(single, SingleControl(), backend, "double", Watchdog(0, 60), crew(1), single)
 """
 )
 

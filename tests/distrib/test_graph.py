@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HELPERS, run, some_members
+from conftest import HELPERS, crew, run
 from device_double import REAL, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
 from test_strict import apart
@@ -56,7 +56,7 @@ DATA = random_data(IMAGES)
 
 def a_trainer(backend: Backend, images: int = IMAGES, **options: Any) -> Trainer:
     data = random_data(images)
-    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
     return Trainer(Config(**{**OPTIONS, **options}), world, data)
 
 
@@ -128,7 +128,7 @@ def test_the_warm_up_prepares_for_the_validation_set() -> None:
     """Larger than the test set: its first evaluation moves no buffer."""
     with device("float32") as backend:
         data = random_data(60).first(None, 4).hold_back(0.5, 0)
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
         trainer = Trainer(Config(**OPTIONS, validation=0.5), world, data)
         warm_up(trainer, None)
         generation = trainer.model.buffers.generation
@@ -255,7 +255,7 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             comm="none",
         )
         with device("float32") as backend:
-            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
             if name == "device":
                 monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
             assert distrib.loop.train(options) == 0
@@ -287,7 +287,7 @@ def test_checkpoints_on_a_device_come_by_time(
     monkeypatch.setattr(distrib.loop, "CHECKPOINT_SECONDS", seconds)
     options = {**OPTIONS, "epochs": 1, "limit_train": 5 * BATCH, "limit_test": 10, "keep": 9}
     with device("float32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
         monkeypatch.setattr(distrib.loop, "connect", lambda *_: world)
         assert distrib.loop.train(Config(**options, checkpoint_every=given, run_dir=str(tmp_path))) == 0
     saved = {path.name[5:13] for path in (tmp_path / "checkpoints").glob("step-*.safetensors")}
@@ -350,7 +350,7 @@ def test_a_run_that_diverges_names_its_step(tmp_path: Path, monkeypatch: pytest.
             comm="none",
         )
         with device("float32") as backend:
-            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
             if name == "device":
                 monkeypatch.setattr(distrib.loop, "connect", lambda *_, world=world: world)
             with pytest.raises(UserError, match=r"the loss is (nan|inf) at step") as raised:
@@ -448,7 +448,7 @@ def train(graph):
         side, zero = BRANCH and backend.side_stream, lambda: backend.xp.zeros(1, "float32")
         comm = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, side)
         config = Config(**OPTIONS | BY_EIGHT, gradients=GRADIENTS, cuda_graph=graph)
-        all_ranks = World(comm, world, backend, "", watchdog, some_members(comm.size))
+        all_ranks = World(comm, world, backend, "", watchdog, crew(comm.size))
         trainer = Trainer(config, all_ranks, random_data(18))
         trainer.reducer = Reducer(
             trainer.params, comm, trainer.config.gradients, 1 << 12, trainer.updates_early and trainer._update
@@ -494,7 +494,7 @@ with device("float32") as backend:
     comm = NcclCommunicator(world, backend.cuda, CapturedNccl(world, backend.cuda, []), 0, watchdog,
                             lambda: backend.xp.zeros(1, "float32"), backend.side_stream)
     config = Config(**OPTIONS | BY_EIGHT, batch_norm="local")
-    trainer = Trainer(config, World(comm, world, backend, "", watchdog, some_members(comm.size)), random_data(18))
+    trainer = Trainer(config, World(comm, world, backend, "", watchdog, crew(comm.size)), random_data(18))
     plain = trainer.reducer.ready
     trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
     if UNWILLING and comm.rank == 1:
@@ -540,7 +540,7 @@ for alone in (False, True):
         trainer = a_trainer(backend, lr=1e-3)
         if not alone:
             comm = StagedCommunicator(world, watchdog, backend)
-            trainer = Trainer(trainer.config, World(comm, world, backend, "", watchdog, some_members(2)), DATA)
+            trainer = Trainer(trainer.config, World(comm, world, backend, "", watchdog, crew(2)), DATA)
             assert trainer.graphs is None
         found.append(steps(trainer, 6))
 np.testing.assert_allclose(*found, rtol=1e-3)
@@ -569,7 +569,7 @@ def test_kernels_are_listed_and_timed(
     from launch.bench import kernels as bench_kernels
 
     with device("tf32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
         monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
         for name, value in {"COPIES": 2, "ROUNDS": 1}.items():
             monkeypatch.setattr(bench_kernels, name, value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import some_members
+from conftest import crew
 from strict_array import (
     StrictArray,
     names_are_current,
@@ -48,7 +48,7 @@ def a_trainer(backend: Backend, **options) -> Trainer:
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (20, 28, 28), np.uint8), rng.integers(0, 10, 20, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
-    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), some_members(1))
+    world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
     return Trainer(Config(**{"batch_size": 8, "width": 0.0625, **options}), world, data)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run, some_members
+from conftest import crew, run
 from networks import resnet9
 from test_torch_parity import import_torch
 
@@ -251,7 +251,7 @@ def test_how_many_ranks_to_start(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setattr(distrib.announce, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
-    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), some_members(ranks))
+    world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), crew(ranks))
     line = distrib.announce.suggest_ranks(world, Config(batch_size=batch))
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)

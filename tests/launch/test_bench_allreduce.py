@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HELPERS, run, some_members
+from conftest import HELPERS, crew, run
 from nccl_double import Cuda, _bound, _Event, _Stream
 from strict_array import StrictModule
 from test_strict import StrictBackend
@@ -400,7 +400,7 @@ from mpi4py import MPI
 from distrib.faults.watchdog import Watchdog
 from distrib.comm.mpi import StagedCommunicator
 from distrib.comm.nccl import NcclCommunicator
-from conftest import some_members
+from conftest import crew
 from distrib.comm.world import World
 from nccl_double import Nccl
 from test_bench_allreduce import Graph, GraphCuda, strict_backend
@@ -415,7 +415,7 @@ def nccl():
 def staged():
     return StagedCommunicator(mpi, watchdog, backend)
 
-bench.connect = lambda *_: World({comm}(), mpi, backend, "double", watchdog, some_members(mpi.size))
+bench.connect = lambda *_: World({comm}(), mpi, backend, "double", watchdog, crew(mpi.size))
 {more}
 """
 ON_DEVICE = (*QUICK, "--max-bytes", "80000", "--factor", "100")
@@ -508,7 +508,7 @@ def test_mpi_through_the_host_has_no_graph(ranks: int) -> None:
 
 def test_one_process_on_a_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = strict_backend(GraphCuda([]))
-    world = World(SingleCommunicator(), SingleControl(), backend, "double", Watchdog(0, 600), some_members(1))
+    world = World(SingleCommunicator(), SingleControl(), backend, "double", Watchdog(0, 600), crew(1))
     monkeypatch.setattr(bench_allreduce, "connect", lambda *_: world)
     bench_allreduce.allreduce(max_bytes=64, repeats=3, seconds=0.01, as_json=True)
     result = json.loads(capsys.readouterr().out)
