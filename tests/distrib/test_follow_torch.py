@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import crew
 
 from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.world import World
@@ -22,7 +23,7 @@ STEPS, WIDTH = 200, 0.125
 
 def ours(dtype: str, data: Dataset, order: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses of the first steps with the default options, and the weights they began with."""
-    world = World(SingleCommunicator(), SingleControl(), NUMPY, "test", Watchdog(0, 600), ["here"])
+    world = World(SingleCommunicator(), SingleControl(), NUMPY, "test", Watchdog(0, 600), crew(1))
     trainer = Trainer(Config(width=WIDTH, precision=dtype), world, data)
     initial = trainer.model.state_dict()
     found = []

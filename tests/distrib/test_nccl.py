@@ -135,14 +135,14 @@ from distrib.trainer import Trainer
 from distrib.comm.world import World
 from distrib.comm.reducer import Reducer
 from distrib.comm.base import SingleCommunicator, SingleControl
-from test_strict import STRICT
+from test_strict import STRICT, crew
 rng = np.random.default_rng(1)
 images, labels = rng.integers(0, 256, (26, 28, 28), np.uint8), rng.integers(0, 10, 26, np.uint8)
 data = make("random", *[(images, labels)] * 2, least=10)
 config = Config(batch_size=8, width=0.0625, precision="float64")
 
 def train(comm, control):
-    trainer = Trainer(config, World(comm, control, STRICT, "test", watchdog, [""] * comm.size), data)
+    trainer = Trainer(config, World(comm, control, STRICT, "test", watchdog, crew(comm.size)), data)
     trainer.reducer = Reducer(trainer.params, comm, bucket_bytes=1 << 12)
     plain = trainer.reducer.ready
     trainer.reducer.ready = lambda parameter: (cuda.touch(), plain(parameter))

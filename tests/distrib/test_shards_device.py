@@ -71,7 +71,7 @@ def bits(kind, graph, given):
             comm = NcclCommunicator(world, backend.cuda, nccl, 0, watchdog, zero, backend.side_stream)
         data = random_data()
         config = Config(**given, cuda_graph=graph).resolve(comm.size, data)
-        trainer = Trainer(config, World(comm, world, backend, "", watchdog, [""] * comm.size), data, net)
+        trainer = Trainer(config, World(comm, world, backend, "", watchdog, crew(comm.size)), data, net)
         warm_up(trainer, None)
         reset_syncs()
         trainer.step()
