@@ -66,9 +66,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 LONG = [
     f"test_{name}"
     for name in (
-        *("slurm", "failures", "reproduce", "graph", "bench", "bench_allreduce", "pictures", "suspend"),
-        *("scale", "kill", "entry", "data", "resume", "ranks", "hosts", "report", "cli"),
-        *("torch_parity", "shards_device"),
+        *("slurm", "graph", "elastic", "shards_device", "comm", "failures", "reproduce", "shards", "resume"),
+        *("pictures", "bench", "entry", "bench_allreduce", "doctor", "bring_up", "ranks", "kill", "suspend"),
+        *("models", "kernels", "scale", "hosts", "torch_parity", "report", "cli", "api", "follow_torch"),
+        *("export", "output", "data"),
     )
 ]
 """The longest files: where several workers share the tests, these come first."""

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import os
 import shutil
 import stat
@@ -102,9 +101,11 @@ def cupy_backend(precision: str = "float32", local_rank: int = 0) -> Backend:
 
 def cupy_version() -> str | None:
     """Version of the installed CuPy without importing it, or None."""
+    from importlib import metadata  # not with the module: it takes as long as a fifth of NumPy
+
     for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
         try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     return None

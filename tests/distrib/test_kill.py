@@ -23,7 +23,7 @@ from distrib.run import checkpoint as ckpt
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "5"))
 OPTIONS = (
     "--epochs",
-    max(16, ROUNDS),
+    max(6, ROUNDS),
     "--batch-size",
     16,
     "--limit-train",

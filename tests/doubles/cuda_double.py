@@ -151,13 +151,13 @@ def _flags() -> tuple[str, ...]:
     return (*FLAGS, "-mfma") if fma else FLAGS
 
 
-def _cached(suffix: str, source: str, flags: tuple[str, ...], make: Callable[[Path, Path], None]) -> Path:
+def cached(suffix: str, source: str, about: tuple[str, ...], make: Callable[[Path, Path], None]) -> Path:
     """What `make(made, scratch)` makes of the source, from the cache where it is there.
 
-    Processes do not collide.
+    `about` is what else decides: flags, the compiler's version. Processes do not collide.
     """
     read = (FOLDER / "cuda_races.h").read_text()
-    key = hashlib.sha256("\0".join([source, read, *flags, _version()]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\0".join([source, read, *about]).encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir(), f"cuda_on_cpu-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -184,7 +184,7 @@ def _detector() -> Path:
     def make(made: Path, scratch: Path) -> None:
         _compile(*flags, "-c", RACES, "-o", made)
 
-    return _cached(".o", RACES.read_text(), flags, make)
+    return cached(".o", RACES.read_text(), (*flags, _version()), make)
 
 
 def build(code: str, races: bool = False) -> Path:
@@ -199,7 +199,7 @@ def build(code: str, races: bool = False) -> Path:
         # without the sanitizers' libraries
         _compile("-shared", "-Wl,-Bsymbolic", kernels, *more, "-o", made)
 
-    return _cached(".so", source + "".join(path.name for path in more), flags, make)
+    return cached(".so", source + "".join(path.name for path in more), (*flags, _version()), make)
 
 
 def _triple(what: str, sizes: Any, limits: tuple[int, ...]) -> list[int]:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from cuda_double import cached
+
 PACKAGES = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
 FLAGS = (
     b"--std=c++17",
@@ -42,7 +44,21 @@ def library(version: int) -> ctypes.CDLL:
 
 
 def compile_cuda(code: str, architecture: str, version: int = 12) -> dict[str, Usage]:
-    """Usage of each kernel of a CUDA text, compiled as CuPy does; RuntimeError with the compiler's log."""
+    """Usage of each kernel of a CUDA text, compiled as CuPy does; RuntimeError with the compiler's log.
+
+    What the same compiler said of the same text is taken from the cache.
+    """
+
+    def make(made: Path, scratch: Path) -> None:
+        made.write_text(_log(code, architecture, version))
+
+    compiler = PACKAGES[version], importlib.metadata.version(PACKAGES[version])
+    about = (architecture, *compiler, *(flag.decode() for flag in FLAGS))
+    return parse(cached(".log", code, about, make).read_text())
+
+
+def _log(code: str, architecture: str, version: int) -> str:
+    """What the compiler says; RuntimeError where there is no cubin."""
     nvrtc, program = library(version), ctypes.c_void_p()
     flags = [f"-arch={architecture}".encode(), *FLAGS]
     arguments = code.encode(), b"kernels.cu", 0, None, None
@@ -58,7 +74,7 @@ def compile_cuda(code: str, architecture: str, version: int = 12) -> dict[str, U
             raise RuntimeError(f"{architecture}: NVRTC {version} gives no cubin\n{text}")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return parse(text)
+    return text
 
 
 def parse(log: str) -> dict[str, Usage]:

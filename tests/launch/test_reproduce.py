@@ -239,7 +239,6 @@ def torch_run(folder: Path, *arguments: object, check: bool = True) -> subproces
 def test_pytorch_stopped_at_any_step_ends_alike(tmp_path: Path) -> None:
     """Signals after step 4 of 14, with the last batch of either epoch, and in the second."""
     import_torch()
-    torch_run(tmp_path / "whole")
     script = """
 import os, signal, sys
 from distrib.train import run_app
@@ -258,7 +257,19 @@ for left in (4, 3, 2, 5):
     assert run_app(app) == 85
 """
     run("-c", script, "--run-dir", tmp_path / "parts", *TORCH)
-    torch_run(tmp_path / "parts")
+    others = f"""
+import sys
+from distrib.train import run_app
+from launch.cli import app
+options = sys.argv[1:]
+def train(folder):
+    sys.argv = ["distrib", "torch-train", "--run-dir", folder, *options]
+    return run_app(app)
+assert train({str(tmp_path / "parts")!r}) == 0
+assert train({str(tmp_path / "parts")!r}) == 2, "a finished run is refused"
+assert train({str(tmp_path / "whole")!r}) == 0
+"""
+    run("-c", others, *TORCH)
     found, expected = summary(tmp_path / "parts"), summary(tmp_path / "whole")
     assert found["steps"] == 14
     for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss"):
@@ -271,7 +282,6 @@ for left in (4, 3, 2, 5):
         for each in ("parts", "whole")
     ]
     assert strip[0] == strip[1]
-    assert torch_run(tmp_path / "parts", check=False).returncode == 2
 
 
 def test_pytorch_refuses_what_it_has_not(tmp_path: Path) -> None:
