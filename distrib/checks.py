@@ -80,7 +80,7 @@ def check_replicas_equal(trainer: Trainer) -> None:
     rank = next(rank for rank, theirs in enumerate(everyone) if theirs != common)
     also = "" if count > len(everyone) / 2 else ", or rank 0's, as there is no majority"
     raise RankFailure(
-        rank,
+        trainer.world.members[rank].number,
         f"its parameters{also} differ from the other ranks' after step {trainer.progress.step}: memory, a"
         f" link or a GPU of {trainer.world.hosts[rank]} corrupts data; run again without it to resume from"
         " the last checkpoint, at which all ranks were equal",

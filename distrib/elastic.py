@@ -103,18 +103,29 @@ def _share_state(trainer: Trainer) -> None:
         results.last,
         results.stopped,
         trainer.unlogged,
+        trainer.epoch_line,
     )
     with world.watchdog.waiting("the state of the run"):
         held = world.control_comm.bcast(mine, root=source)
         if len(set(positions)) > 1:
-            for array in _lasting(trainer):
-                world.transport.broadcast(array, source)
+            _take_arrays(trainer, source)
     position, trainer.optimizer.steps, trainer.model.batches_tracked, *logged = held
     vars(trainer.progress).update(position)
-    results.last, results.stopped, trainer.unlogged = logged
+    results.last, results.stopped, trainer.unlogged, trainer.epoch_line = logged
     trainer.params.refresh()
     trainer.before_step[...] = trainer.model.statistics
     trainer.epoch = -1
+
+
+def _take_arrays(trainer: Trainer, source: int) -> None:
+    """Overwrite all that lasts by what rank `source` has, once all of it is here: the source may die, too."""
+    world, lasting = trainer.world, _lasting(trainer)
+    taken = lasting if world.rank == source else [world.backend.xp.empty_like(array) for array in lasting]
+    for array in taken:
+        world.transport.broadcast(array, source)
+    if world.rank != source:
+        for array, values in zip(lasting, taken, strict=True):
+            array[...] = values
 
 
 def record_deaths(job: Job) -> None:
@@ -138,11 +149,14 @@ def record_deaths(job: Job) -> None:
 
 
 def _take_over(job: Job) -> None:
-    """Make the run's folder agree with the state, by a new rank 0 if the old one has died, and save."""
+    """Make the run's folder agree with the state, by a new rank 0 if the old one has died.
+
+    A new rank 0 saves at once. So does the old one where a save may have been cut short that must be there.
+    """
     trainer, world, config = job.trainer, job.trainer.world, job.trainer.config
+    step, closed = trainer.progress.step, trainer.progress.images == 0
     with world.fail_together():
         if world.rank == 0 and trainer.folder:
-            step, closed = trainer.progress.step, trainer.progress.images == 0
             if job.run is None:
                 job.run = job.owned.enter_context(Run(trainer.folder))
                 job.run.take_over(step)
@@ -151,7 +165,8 @@ def _take_over(job: Job) -> None:
                 job.run.log(trainer.unlogged)
             job.run.note_ranks(step, world.size)
     trainer.unlogged = None
-    if not trainer.has_best:  # whose weights are not those of training
+    too_few, writer = world.size < config.min_ranks, world.members[0].number
+    if (closed or too_few or writer != trainer.writer) and not trainer.has_best:  # its weights are others
         state.save(trainer, job.run)
-    if world.size < config.min_ranks:
-        trainer.results.stopped = True
+    trainer.writer = writer
+    trainer.results.stopped = trainer.results.stopped or too_few

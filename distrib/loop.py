@@ -65,6 +65,8 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | N
     screen.start(trainer.steps, progress.step, trainer.config.epochs)
     result: dict[str, float] = {}
     try:
+        if on_epoch:  # if a death came between
+            call_back(trainer, on_epoch)
         while (
             (progress.step < trainer.last_step or trainer.epoch_is_open())
             and not trainer.results.stopped
@@ -76,7 +78,7 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | N
             result = close_epoch(trainer, epoch, run, screen) if whole else {}
             state.save(trainer, run)
             if whole and on_epoch:
-                call_back(trainer, on_epoch, {"step": progress.step, "epoch": epoch + 1, **result})
+                call_back(trainer, on_epoch)
     finally:
         screen.close()
     result = result or dict(progress.last_epoch)
@@ -91,8 +93,19 @@ def fit(trainer: Trainer, run: Run | None, screen: Screen, on_epoch: OnEpoch | N
 
 def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> None:
     """Train the remaining steps of `epoch` (from 0)."""
+    throughput = Throughput(trainer.timer, trainer.progress, trainer.world.backend.on_host)
+    try:
+        train_steps(trainer, epoch, run, screen, throughput)
+        trainer.results.read()  # of steps that were still running on the device
+    finally:
+        throughput.pause()
+
+
+def train_steps(
+    trainer: Trainer, epoch: int, run: Run | None, screen: Screen, throughput: Throughput
+) -> None:
+    """Train, log and save until the epoch's end, or until the run stops."""
     config, world, progress, results = trainer.config, trainer.world, trainer.progress, trainer.results
-    throughput = Throughput(trainer.timer, progress, world.backend.on_host)
     for s in range(progress.step - epoch * trainer.steps_per_epoch, trainer.steps_per_epoch):
         world.watchdog.step = progress.step + 1
         lr = trainer.lr()
@@ -120,8 +133,6 @@ def train_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
             throughput.resume()
         if end or results.stopped:
             break
-    results.read()  # of steps that were still running on the device
-    throughput.pause()
 
 
 def checkpoint_due(trainer: Trainer) -> bool:
@@ -168,6 +179,7 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     result = {**found, **({} if trainer.validation else trainer.test())}
     log_line(run, trainer.world, {"step": progress.step, "epoch": epoch + 1, **result})
     # only here, as until here a rank may die and the epoch is closed again
+    trainer.epoch_line = {"step": progress.step, "epoch": epoch + 1, **result}
     progress.last_epoch, progress.loss_sum, progress.correct, progress.images = found, 0.0, 0.0, 0
     best = "" if result.get("best_epoch") != epoch + 1 else ", the best so far"
     screen.say(
@@ -178,11 +190,16 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     return result
 
 
-def call_back(trainer: Trainer, on_epoch: OnEpoch, line: dict[str, Any]) -> None:
-    """Call `on_epoch`. What it raises on every rank is raised there; on one alone, it ends the job."""
-    error: Exception | None = None
+def call_back(trainer: Trainer, on_epoch: OnEpoch) -> None:
+    """Tell `on_epoch` of the last epoch, once. What it raises on every rank is raised there; on one alone, it
+    ends the job."""
+    line, error = trainer.epoch_line, None
+    if line is None:
+        return
     try:
-        on_epoch(line)
+        if trainer.told < line["epoch"]:
+            trainer.told = line["epoch"]
+            on_epoch(dict(line))
     except Exception as raised:
         error = raised
     failed = trainer.world.allgather(error is not None, "the calls of on_epoch", SLOW_IO_FACTOR)

@@ -95,8 +95,11 @@ class Trainer:
         self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
         self.has_best = False  # instead of the last step's
         self.folder: Path | None = None  # the run's
+        self.writer = world.members[0].number  # who writes there
         self.survived: list[dict[str, Any]] = []  # ranks that died while the others went on
         self.unlogged: dict[str, Any] | None = None  # the line of a step that may not be in metrics.jsonl
+        self.epoch_line: dict[str, Any] | None = None  # of the last epoch, which `on_epoch` is told once
+        self.told = 0  # epochs of which it was told
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
         self.join()

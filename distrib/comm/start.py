@@ -48,6 +48,13 @@ def import_mpi(timeout: float = 60.0) -> Any:
     return MPI
 
 
+def own_base(joined: Any) -> Any:
+    """A communicator that only meetings use, and revoke: never a program's own one."""
+    if not hasattr(joined, "Revoke"):
+        raise UserError("--elastic: needs mpi4py 4.1: pip install 'mpi4py>=4.1'")
+    return joined if _mpi_is_ours else joined.Dup()
+
+
 def leave_mpi() -> None:
     """Do not end MPI when the process exits: after the death of a rank, MPI_Finalize may wait for it."""
     atexit.unregister(end_mpi)

@@ -16,7 +16,7 @@ from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
-from distrib.comm.start import end_with_process, join, leave_mpi, own
+from distrib.comm.start import end_with_process, join, leave_mpi, own, own_base
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults.hang import end_hanging
@@ -237,7 +237,7 @@ def connect(
     try:
         if elastic and not alone:
             end_with_process(die, watchdog, resources)
-            return _gather(choose, Meeting(joined, watchdog), None)
+            return _gather(choose, Meeting(own_base(joined), watchdog), None)
         control_comm = joined if alone else own(joined, watchdog, resources)
         return choose(control_comm)
     except UserError:  # all ranks have it; after any other the crash of this rank must end the others

@@ -71,7 +71,7 @@ def _listen(read_end: int, trainer: Trainer, exiting: bool) -> None:
             interrupts += number == signal.SIGINT
             if interrupts > 1 and exiting:
                 os._exit(EXIT_CRASH)
-            if number == signal.SIGTERM and trainer.world.size > 1:
+            if number == signal.SIGTERM and trainer.world.size > 1 and not trainer.config.elastic:
                 _exit_if_a_rank_died(trainer)
 
 
