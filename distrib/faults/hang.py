@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrib.faults.heartbeat import Heartbeats
+from distrib.faults.heartbeat import Heartbeats, is_dead
 from distrib.faults.watchdog import print_error
 
 if TYPE_CHECKING:
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 def end_hanging(world: World) -> None:
     """Kill the ranks of this host that keep the others waiting: those that are suspended.
 
-    If none is, the one that its heartbeat blames.
+    If none is, the one that its heartbeat blames, unless another rank has just killed one.
     """
     own = world.members[world.rank]
     here = [member for member in world.members if member.host == own.host and member != own]
-    hanging = [member for member in here if is_suspended(member.pid)] or _blamed(world, here)
+    hanging = [member for member in here if is_suspended(member.pid)]
+    if not hanging and not any(is_dead(member.pid) for member in here):
+        hanging = _blamed(world, here)
     for member in hanging:
         print_error(f"distrib: rank {member.number} on {member.host} hangs: killed, the others go on")
         with suppress(OSError):
