@@ -41,12 +41,14 @@ trap 'cancelled=yes' TERM   # scancel, preemption: Slurm tells the ranks too
 
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 run_dir=${RUN_DIR:-runs/slurm-$job}
-previous=''
+previous='' elastic=''
 for argument in "$@"; do
     case $argument in
         --recipe | --recipe=* | --batch-size | --batch-size=* | --batch-size-per-rank | --batch-size-per-rank=*)
             defaults=off ;;
         --run-dir=*) run_dir=${argument#*=} ;;
+        --elastic) elastic=on ;;
+        --no-elastic) elastic='' ;;
     esac
     [ "$previous" != --run-dir ] || run_dir=$argument
     previous=$argument
@@ -131,15 +133,22 @@ if [ "$code" -gt 128 ] && [ -z "$told" ]; then
     accuse "${OMPI_COMM_WORLD_RANK:-${PMIX_RANK:-${PMI_RANK:-$SLURM_PROCID}}}" "$host" "$((code - 128))"
 fi
 exit "$code"'
+if [ -n "$elastic" ]; then # the launcher must see itself how a rank ends; the others write down who died
+    around='trap "" USR1
+shift
+exec "$@"'
+fi
 rank=(bash -c "$around" rank "$run_dir" "$python" -m distrib.train
     ${RECIPE[@]+"${RECIPE[@]}"} ${seed[@]+"${seed[@]}"} "$@" --run-dir "$run_dir")
 read -ra more <<<"${LAUNCHER_OPTIONS:-}"
 launcher=${LAUNCHER:-pmix}
+[ -z "$elastic" ] || launcher=mpirun
 if [ "$launcher" = mpirun ]; then
     mpirun=$(dirname "$(command -v "$python")")/mpirun
     [ -x "$mpirun" ] || mpirun=mpirun
-    command -v "$mpirun" >/dev/null || { say "LAUNCHER=mpirun, but no mpirun on PATH"; exit 2; }
+    command -v "$mpirun" >/dev/null || { say "LAUNCHER=mpirun${elastic:+, as --elastic needs it}, but no mpirun on PATH"; exit 2; }
     launch=("$mpirun" -n "$ranks" --map-by "ppr:${per_node:-1}:node:oversubscribe" --bind-to none)
+    [ -z "$elastic" ] || launch+=(--with-ft ulfm)
 else
     types=$(srun --mpi=list 2>&1)
     grep -qw "$launcher" <<<"$types" || { say "srun has no --mpi=$launcher: set LAUNCHER to mpirun or to one of" \
