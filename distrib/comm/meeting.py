@@ -90,7 +90,8 @@ def require_support() -> None:
     """UserError unless the launcher keeps ranks alive when others die. Call it before MPI starts."""
     # MPI_Finalize's barrier needs each host's launcher to speak for its ranks: it would hang where all have died
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
-    if os.environ.get(SUPPORT, "0") not in ("1", "true"):
+    by_mpirun = os.environ.get("PMIX_NAMESPACE", "").startswith("prte")  # of srun: "slurm.pmix.JOB.STEP"
+    if not by_mpirun or os.environ.get(SUPPORT, "0") not in ("1", "true"):
         raise UserError(
             "--elastic: this launcher ends all ranks when one dies: start them with mpirun --with-ft ulfm"
             " (Open MPI 5)"
