@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from distrib.comm.mpi import Control, is_loss
+from distrib.comm.mpi import gathering, is_loss
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
 
@@ -55,7 +55,7 @@ class Meeting:
 
     @property
     def control(self) -> Any:
-        return Control(self.made[0])
+        return gathering(self.made[0])
 
     @property
     def pair(self) -> tuple[Any, Any]:
@@ -88,7 +88,7 @@ class Meeting:
 
 def require_support() -> None:
     """UserError unless the launcher keeps ranks alive when others die. Call it before MPI starts."""
-    # MPI_Finalize's barrier needs each host's launcher to speak for its ranks: it would hang where all have died
+    # else MPI_Finalize hangs if all ranks of a host have died: its barrier waits for the host's launcher
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     by_mpirun = os.environ.get("PMIX_NAMESPACE", "").startswith("prte")  # of srun: "slurm.pmix.JOB.STEP"
     if not by_mpirun or os.environ.get(SUPPORT, "0") not in ("1", "true"):

@@ -140,39 +140,26 @@ def _operation(name: str) -> Any:
     return {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}[name]
 
 
-class Control:
-    """An mpi4py communicator for small Python objects, whose `allgather` fails when a rank has died.
-
-    Open MPI's Allgatherv, which mpi4py uses, then returns without an error on some ranks, and with whatever
-    was in memory (5.0: coll_base_allgatherv.c, the linear one, forgets what its broadcast returns). Allgather
-    does not.
-    """
-
-    def __init__(self, comm: Any) -> None:
-        self._comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
-
-    def allgather(self, value: Any) -> list[Any]:
-        """`value` of every rank, by rank."""
-        from mpi4py import MPI
-
-        mine = np.frombuffer(MPI.pickle.dumps(value), np.uint8)
-        sizes, longest = np.zeros(self.size, np.int64), np.array([mine.size])
-        self._comm.Allgather(longest, sizes)
-        sent, found = np.zeros(sizes.max(), np.uint8), np.zeros((self.size, sizes.max()), np.uint8)
-        sent[: mine.size] = mine
-        self._comm.Allgather(sent, found)
-        return [MPI.pickle.loads(row[:size].tobytes()) for row, size in zip(found, sizes, strict=True)]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._comm, name)
-
-
 def is_loss(error: BaseException) -> bool:
     """Whether MPI says that a rank has died, or that another rank has heard of it."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(error, mpi.Exception):
         return False
     return error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED)
+
+
+def gathering(comm: Any) -> Any:
+    """`comm` with an `allgather` that fails where a rank has died.
+
+    mpi4py takes Open MPI's allgatherv, which then returns what lay in memory before, without an error.
+    """
+    from mpi4py import MPI
+
+    class Gathering(MPI.Intracomm):
+        def allgather(self, value: Any) -> list[Any]:
+            return list(self.bcast(self.gather(value)))
+
+    return Gathering(comm)
 
 
 def free(comm: Any) -> None:
