@@ -54,6 +54,17 @@ def sbatch_command(
     return ["sbatch", "--parsable", *flags, str(script), *training]
 
 
+def require_mpirun() -> None:
+    """UserError unless mpirun is beside this Python or on PATH: slurm/train.sh starts --elastic by it."""
+    python = os.environ.get("PYTHON") or sys.executable
+    beside = Path(shutil.which(python) or python).with_name("mpirun")
+    if not os.access(beside, os.X_OK) and shutil.which("mpirun") is None:
+        raise UserError(
+            f"--elastic: needs the mpirun of Open MPI 5, which is neither {beside} nor on PATH: install"
+            " distrib[mpi], or load Open MPI"
+        )
+
+
 def _send(command: list[str], variables: dict[str, str]) -> str:
     """Run sbatch; the job's number. UserError with sbatch's own words where it refuses."""
     if shutil.which("sbatch") is None:
@@ -156,4 +167,6 @@ def submit(
         print(printable(line, len(line)))
         print(f"\n# {script}\n{script.read_text()}", end="")
         return
+    if config.elastic:
+        require_mpirun()
     print(how_to_follow(_send(command, variables), run_dir, array))

@@ -195,7 +195,13 @@ stop() {
     trap '' USR1
     while kill -USR1 "$child" 2>/dev/null; do sleep 2; done &
 }
-rm -rf "$run_dir/failure.json" "$run_dir/ranks" # of an earlier start
+rm -rf "$run_dir/ranks" # of an earlier start, as the failure; the ranks that --elastic survived are kept
+failure=$run_dir/failure.json
+if [ -n "$elastic" ] && grep -qs '"survived"' "$failure"; then
+    sed -i '0,/^  "survived"/ { /^{/ b; /^  "survived"/ b; d }' "$failure"
+else
+    rm -f "$failure"
+fi
 result() { cksum "$run_dir/summary.json" 2>/dev/null; }
 earlier_result=$(result)
 "${launch[@]}" ${more[@]+"${more[@]}"} "${rank[@]}" &

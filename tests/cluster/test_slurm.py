@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, ROOT, environment, metrics, summary
+from conftest import LIMIT, ROOT, environment, metrics, summary, train
 
 from distrib.run.checkpoint import newest_valid
 
@@ -132,8 +132,9 @@ class Job:
         self.wait(lambda: self.steps() >= steps, f"step {steps}")
 
     def rank(self, number: int) -> int:
-        """The process of one rank."""
+        """The process of one rank; with --elastic that which trains, not its parent."""
         marks = {f"SLURM_JOB_ID={self.number}".encode(), f"PMIX_RANK={number}".encode()}
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 given = (process / "environ").read_bytes().split(b"\0")
@@ -141,10 +142,13 @@ class Job:
                     b"-m",
                     b"distrib.train",
                 ]:
-                    return int(process.name)
+                    stat = (process / "stat").read_text().rsplit(")", 1)[1].split()
+                    found[int(process.name)] = int(stat[1])  # its parent
             except OSError:
                 continue
-        raise AssertionError(f"no rank {number} of job {self.number}")
+        last = [pid for pid in found if pid not in found.values()]
+        assert len(last) == 1, f"no rank {number} of job {self.number}"
+        return last[0]
 
 
 RESULT = 'echo "$RANDOM $SLURM_PROCID" >"${@: -1}/summary.json"'
@@ -406,6 +410,88 @@ def test_a_node_that_crashes(whole: Job, tmp_path: Path, launcher: str) -> None:
     assert "a node or a launch was lost: " in job.log
     assert int(job.about("Restarts")) >= 1
     assert summary(job.run_dir)["parameter_digest"] == summary(whole.run_dir)["parameter_digest"]
+
+
+ELASTIC = [*SMALL[:-2], "--limit-train", "3200", "--batch-size", "32", "--reproducible", "--elastic"]
+FOUR = ["--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the elastic runs below, by one process: with --reproducible it is that of any ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(folder, *ELASTIC[:-1], "--recipe", "fast99")
+    return summary(folder)["parameter_digest"]
+
+
+def survived(job: Job) -> list[int]:
+    return [entry["rank"] for entry in json.loads((job.run_dir / "failure.json").read_text())["survived"]]
+
+
+def test_elastic_survives_rank_0_and_all_ranks_of_a_node(tmp_path: Path, undisturbed: str) -> None:
+    job = Job(tmp_path, FOUR, *ELASTIC)
+    for steps, number in ((5, 3), (15, 0), (25, 2)):
+        job.train_some(steps)
+        os.kill(job.rank(number), signal.SIGKILL)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert survived(job) == [3, 0, 2]
+    result = summary(job.run_dir)
+    assert (result["world_size"], result["parameter_digest"]) == (1, undisturbed)
+    assert "rank 3 on node2 died after step " in job.log
+
+
+def test_elastic_is_stopped_and_requeued_after_a_death(tmp_path: Path, undisturbed: str) -> None:
+    """All ranks take part again, and who died before is remembered."""
+    job = Job(tmp_path, FOUR, *ELASTIC)
+    job.train_some()
+    os.kill(job.rank(1), signal.SIGKILL)
+    job.train_some(15)
+    job.call("scancel", "--signal=USR1", "--batch", job.number)
+    job.wait(lambda: job.about("Restarts") == "1", "requeue")
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    result = summary(job.run_dir)
+    assert (result["world_size"], result["parameter_digest"]) == (4, undisturbed)
+    assert survived(job) == [1]
+
+
+def test_elastic_names_a_rank_that_hangs_alone_on_its_node(tmp_path: Path) -> None:
+    job = Job(tmp_path, NODES[2], *ELASTIC, "--timeout", "6")
+    job.train_some()
+    os.kill(job.rank(1), signal.SIGSTOP)
+    state, code = job.end(DEAD_WITHIN)
+    assert state == "FAILED", job.log
+    assert code.split(":")[0] not in ("0", "2", "85")
+    assert re.search(r"rank 1 on node2 failed at step \d+: no heartbeat for \d+ s", job.log.splitlines()[-1])
+
+
+def test_elastic_does_not_survive_a_node_that_crashes(tmp_path: Path, undisturbed: str) -> None:
+    """mpirun then ends the job, which is requeued and ends at the right digest."""
+    job = Job(tmp_path, FOUR, *ELASTIC, "--checkpoint-every", "10")
+    job.train_some(15)
+    env = {**os.environ, "SLURM_CLUSTER_DIR": str(FOLDER)}
+    subprocess.run([CLUSTER, "crash", "2"], env=env, check=True, timeout=WITHIN)
+    assert job.end() == ("COMPLETED", "0:0"), job.log
+    assert int(job.about("Restarts")) >= 1
+    result = summary(job.run_dir)
+    assert (result["world_size"], result["parameter_digest"]) == (4, undisturbed)
+
+
+def test_elastic_is_refused_under_srun(tmp_path: Path) -> None:
+    """Whatever the environment says."""
+    variables = {"SLURM_CONF": str(FOLDER / "slurm.conf"), "OMPI_MCA_mpi_ft_enable": "1"}
+    done = subprocess.run(
+        ["srun", "--mpi=pmix", "-n2", sys.executable, "-m", "distrib.train", *ELASTIC, "--run-dir", "run"],
+        cwd=tmp_path,
+        env=environment(variables),
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+    )
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("distrib: ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("distrib: error: --elastic: this launcher ends all ranks when one dies")
+    assert not (tmp_path / "run").exists()
 
 
 if os.environ.get("DISTRIB_SOAK") == "1":  # as long as Slurm's clock wants it: its limits are whole minutes

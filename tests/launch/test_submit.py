@@ -103,6 +103,19 @@ def test_no_sbatch_is_one_line(call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no sbatch on PATH" in err
 
 
+def test_elastic_without_mpirun_is_one_line(call, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(sbatch / "bin"))
+    monkeypatch.setenv("PYTHON", str(sbatch / "bin" / "python"))
+    code, out, err = call("--", "--elastic")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--elastic: needs the mpirun of Open MPI 5" in err
+    assert not (sbatch / "given").exists()
+    (sbatch / "bin" / "mpirun").touch(mode=0o755)
+    code, _, _ = call("--", "--elastic")
+    assert code == 0
+    assert "--elastic" in (sbatch / "given").read_text().splitlines()
+
+
 def test_refusal_of_sbatch_is_one_line(call, sbatch: Path) -> None:
     (sbatch / "bin" / "sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: P' >&2\nexit 1\n"
