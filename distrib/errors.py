@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Wrong usage, bad data or a bad checkpoint. The message names the option or file, value and remedy."""
 
 
+class LaunchError(UserError):
+    """How the ranks were started is wrong: every rank finds it, and only rank 0 prints it."""
+
+
 class OnAllRanks(Exception):
     """Carries an exception that every rank has raised, as its cause: the job need not end."""
 

@@ -17,7 +17,7 @@ import typer
 
 from distrib import launched_rank, launched_ranks
 from distrib.config import CHOICES, Config, build, options
-from distrib.errors import EXIT_USAGE, UserError
+from distrib.errors import EXIT_USAGE, LaunchError, UserError
 from distrib.faults.guard import guarded
 from distrib.files import parsed, printable
 from distrib.loop import train
@@ -94,7 +94,7 @@ def run_app(app: typer.Typer) -> int:
         code = app(standalone_mode=False)
         return int(code or 0)
     except UserError as error:
-        return _print_once(str(error))
+        return _print_once(str(error), isinstance(error, LaunchError))
     except typer.Exit as done:
         return int(done.exit_code)
     except typer.Abort:
@@ -109,17 +109,18 @@ def run_app(app: typer.Typer) -> int:
         raise
 
 
-def _print_once(message: str) -> int:
+def _print_once(message: str, everywhere: bool = False) -> int:
     """Print an error that all ranks of a launcher may have only once, on rank 0.
 
     Before MPI starts, a rank cannot tell whether the others have the same error. So it gives rank 0 three
-    seconds to print it first and thereby end the job. After MPI has started, all ranks have the same error.
+    seconds to print it first and thereby end the job, and then prints it, too, unless it is one
+    that is found `everywhere`. After MPI has started, all ranks have the same error.
     """
     rank = launched_rank() if launched_ranks() > 1 else 0
     before_mpi = "mpi4py.MPI" not in sys.modules
     if rank and before_mpi:
         time.sleep(3)  # less than the 10 s after which srun kills the other ranks
-    if not rank or before_mpi:
+    if not rank or (before_mpi and not everywhere):
         print(
             f"distrib: error: {printable(message, 2000)}{f' (rank {rank})' if rank else ''}",
             file=sys.stderr,

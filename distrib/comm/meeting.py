@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from distrib.comm.mpi import gathering, is_loss
-from distrib.errors import UserError
+from distrib.errors import LaunchError
 from distrib.faults.watchdog import Watchdog
 
 SUPPORT = "OMPI_MCA_mpi_ft_enable"
@@ -87,12 +87,12 @@ class Meeting:
 
 
 def require_support() -> None:
-    """UserError unless the launcher keeps ranks alive when others die. Call it before MPI starts."""
+    """LaunchError unless the launcher keeps ranks alive when others die. Call it before MPI starts."""
     # else MPI_Finalize hangs if all ranks of a host have died: its barrier waits for the host's launcher
     os.environ.setdefault("OMPI_MCA_async_mpi_finalize", "1")
     by_mpirun = os.environ.get("PMIX_NAMESPACE", "").startswith("prte")  # of srun: "slurm.pmix.JOB.STEP"
     if not by_mpirun or os.environ.get(SUPPORT, "0") not in ("1", "true"):
-        raise UserError(
+        raise LaunchError(
             "--elastic: this launcher ends all ranks when one dies: start them with mpirun --with-ft ulfm"
             " (Open MPI 5)"
         )
