@@ -20,7 +20,7 @@
 # train with the seeds of their numbers. More in slurm/README.md.
 # From the environment:
 #   PYTHON     which Python; else .venv of the repository, else python3
-#   LAUNCHER   pmix (srun --mpi=pmix, for Open MPI), pmi2 (for MPICH and its kin) or mpirun (Open MPI's)
+#   LAUNCHER   pmix (srun --mpi=pmix, for Open MPI), pmi2 (for MPICH and its kin) or, always with --elastic, mpirun (Open MPI's)
 #   LAUNCHER_OPTIONS   more options for srun or mpirun
 #   RUN_DIR    the run's folder, else --run-dir, else runs/slurm-JOB
 #   STALLS     how many starts in a row may end without a new step before the job is given up: 3
@@ -146,7 +146,8 @@ launcher=${LAUNCHER:-pmix}
 if [ "$launcher" = mpirun ]; then
     mpirun=$(dirname "$(command -v "$python")")/mpirun
     [ -x "$mpirun" ] || mpirun=mpirun
-    command -v "$mpirun" >/dev/null || { say "LAUNCHER=mpirun${elastic:+, as --elastic needs it}, but no mpirun on PATH"; exit 2; }
+    command -v "$mpirun" >/dev/null ||
+        { say "LAUNCHER=mpirun${elastic:+, as --elastic needs it}, but no mpirun on PATH"; exit 2; }
     launch=("$mpirun" -n "$ranks" --map-by "ppr:${per_node:-1}:node:oversubscribe" --bind-to none)
     [ -z "$elastic" ] || launch+=(--with-ft ulfm)
 else
