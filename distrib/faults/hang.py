@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from distrib.comm.world import Member, World
 
 
-def end_hanging(world: World) -> None:
+def end_hanging(world: World, still_waiting: Callable[[], bool]) -> None:
     """Kill the ranks of this host that keep the others waiting: those that are suspended.
 
     If none is, the one that its heartbeat blames, unless another rank has just killed one.
@@ -26,7 +27,7 @@ def end_hanging(world: World) -> None:
     hanging = [member for member in here if is_suspended(member.pid)]
     if not hanging and not any(is_dead(member.pid) for member in here):
         hanging = _blamed(world, here)
-    for member in hanging:
+    for member in hanging if still_waiting() else ():
         print_error(f"distrib: rank {member.number} on {member.host} hangs: killed, the others go on")
         with suppress(OSError):
             os.kill(member.pid, signal.SIGKILL)

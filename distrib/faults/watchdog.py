@@ -63,7 +63,8 @@ class Watchdog:
         """Of `rank`, its number at the start. `elastic`: a rank that fails ends alone."""
         self.rank, self.timeout, self.step, self.elastic = rank, timeout, 0, elastic
         self.others_go_on: Callable[[], bool] = lambda: elastic  # without this rank, should it fail
-        self.end_hanging: Callable[[], None] | None = None  # kills ranks of this host that hang
+        # kills ranks of this host that hang, given what says whether this one still waits
+        self.end_hanging: Callable[[Callable[[], bool]], None] | None = None
         self.heartbeats: Heartbeats | None = None  # once there is a run's folder
         self.collectives: deque[str] = deque(maxlen=64)  # the last ones: number, step, name
         self._begun = 0
@@ -162,7 +163,7 @@ class Watchdog:
         if self.end_hanging is None or not wait.lenient:
             return False
         wait.lenient, wait.seconds, wait.limit = False, 0.0, HANG_GRACE
-        self.end_hanging()
+        self.end_hanging(lambda: self._wait is wait)
         return True
 
     def _still_in(self, wait: Wait) -> bool:
