@@ -29,29 +29,28 @@ class Meeting:
         """Meet the ranks of `base`, an mpi4py communicator, which is used for nothing else."""
         self._watchdog, self._asked = watchdog, False
         with watchdog.waiting("the meeting of all ranks"):
-            while not self._try(base):
+            while self._agree(YES if self._make(base) else NO) != YES:
                 base = base.Shrink()
 
-    def _try(self, base: Any) -> bool:
-        """Whether all ranks have made the communicators."""
-        self.base, made = base, []
+    def _make(self, base: Any) -> bool:
+        """Make the communicators; whether this rank has them."""
+        self.base, self.made = base, []
         try:
             for _ in range(3):
-                made.append(base.Dup())
+                self.made.append(base.Dup())
         except Exception as error:
             if not is_loss(error):
                 raise
-        self.made = made
-        return self._agreed(YES if len(made) == 3 else NO)
+        return len(self.made) == 3
 
-    def _agreed(self, mine: int) -> bool:
-        """Whether all ranks say `mine`, and none has died. All get the same answer, whoever dies."""
+    def _agree(self, mine: int) -> int | None:
+        """What all ranks say, bit by bit; None if one has died. All get the same answer, whoever dies."""
         try:
-            return self.base.Agree(mine) == mine != NO
+            return int(self.base.Agree(mine))
         except Exception as error:
             if not is_loss(error):
                 raise
-            return False
+            return None
 
     @property
     def control(self) -> Any:
@@ -65,13 +64,20 @@ class Meeting:
         """Whether all ranks have come to the end together. Else a rank has died, and all meet again."""
         self._asked = True
         with self._watchdog.waiting("the end of all ranks"):
-            return self._agreed(YES)
+            return self._agree(YES) == YES
 
     def all_fail(self) -> bool:
-        """Whether no rank can go on: this one cannot. Else it must end, and the others meet again."""
+        """Whether no rank can go on: this one cannot. Else it must end, and the others meet again.
+
+        Where a death leaves that open, it is asked again among the rest, as they try to meet.
+        """
         self._revoke()
         with self._watchdog.waiting("the word of the other ranks"):
-            return self._agreed(FAILING)
+            said = None if self._asked else self._agree(FAILING)
+            while said is None:
+                self._make(self.base.Shrink())
+                said = self._agree(FAILING)
+        return said == FAILING
 
     def _revoke(self) -> None:
         for comm in (self.base, *self.made):
@@ -82,7 +88,7 @@ class Meeting:
         self._revoke()
         with self._watchdog.waiting("the meeting of the survivors"):
             if not self._asked:
-                self._agreed(NO)  # the answer to those in `ended` and `all_fail`
+                self._agree(NO)  # the answer to those in `ended` and `all_fail`
             return Meeting(self.base.Shrink(), self._watchdog)
 
 

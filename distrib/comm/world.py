@@ -270,7 +270,8 @@ def _survive(choose: Callable[..., World], world: World) -> World:
     """The world of the survivors."""
     assert world.meeting is not None
     world.transport.abandon()
-    return _gather(choose, world.meeting.again(), world.position)
+    world.meeting = world.meeting.again()
+    return _gather(choose, world.meeting, world.position)
 
 
 def _choose(

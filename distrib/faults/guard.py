@@ -12,9 +12,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from distrib import GUARD
 from distrib.faults.signals import STOP_SIGNALS
+from distrib.faults.watchdog import AT_JOBS_END
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOGETHER = b"1"
@@ -38,14 +40,16 @@ def guarded() -> Iterator[None]:
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
     os.environ[GUARD] = str(parent)
+    together = partial(os.write, write_end, TOGETHER)
+    AT_JOBS_END.append(together)
     try:
         yield
     except SystemExit:  # of this rank alone
         raise
     except BaseException:  # which the others have, too, or which ends this process by a signal
-        os.write(write_end, TOGETHER)
+        together()
         raise
-    os.write(write_end, TOGETHER)
+    together()
 
 
 def _end_like(child: int, read_end: int) -> None:

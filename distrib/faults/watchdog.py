@@ -185,7 +185,7 @@ class Watchdog:
         try:
             self._report(what)
         finally:
-            os._exit(EXIT_CRASH)
+            end_process()
 
     def _report(self, what: str) -> None:
         """Print what happened and which rank is to blame, then run the callbacks."""
@@ -324,6 +324,17 @@ def without_this_rank(watchdog: Watchdog) -> bool:
         return True
 
 
+AT_JOBS_END: list[Callable[[], object]] = []
+"""Called before this process ends with the whole job, and not by itself."""
+
+
+def end_process() -> None:
+    """End this process, as the job ends."""
+    for call in AT_JOBS_END:
+        call()
+    os._exit(EXIT_CRASH)
+
+
 def die() -> None:
     """End this process in the one way of which its launcher tells the other ranks."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -349,7 +360,9 @@ def abort_job(watchdog: Watchdog, error: BaseException, abort: Callable[[], None
     print_error(f"distrib: {line}")
     time.sleep(0.2)  # for the launcher to forward the line
     end_launcher(LAUNCHER_GRACE)
+    if watchdog.elastic:  # Abort ends what has not been revoked
+        end_process()
     # without the bound, MPI_Abort is not tried
     with suppress(OSError, MemoryError), kill_after(5, "MPI_Abort"):
         abort()
-    os._exit(EXIT_CRASH)  # if there is no launcher, or MPI_Abort returned
+    end_process()  # if there is no launcher, or MPI_Abort returned

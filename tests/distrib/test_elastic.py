@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HELPERS, LIMIT, ROOT, environment, metrics, run, summary, wait_for
+from conftest import HELPERS, LIMIT, NOT_STARTED, ROOT, environment, metrics, run, summary, wait_for
 from safetensors.numpy import load_file
 
 from distrib.run import checkpoint as ckpt
@@ -47,14 +47,18 @@ def told(folder: Path, plan: str = "") -> dict[str, str]:
 
 
 def train(folder: Path, plan: str, *options: object, ranks: int = 4) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, ranks, *options),
-        env=told(folder, plan),
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=LIMIT,
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            command(folder, ranks, *options),
+            env=told(folder, plan),
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=LIMIT,
+        )
+        if NOT_STARTED not in done.stdout + done.stderr:
+            break
+    return done
 
 
 def steps_of(folder: Path) -> list[dict]:
@@ -138,6 +142,7 @@ DEATHS = {
     "a line of the log": ("0:6:log:SIGKILL", 1),
     "the end": ("0:10:finish:SIGKILL", 1),
     "two at once": ("0:4:step:SIGKILL 2:4:step:SIGKILL", 2),
+    "two exceptions at a death": ("0:3:step:raise 1:3:step:raise 2:3:step:SIGKILL", 3),
     "one after another": ("0:1:step:SIGKILL 1:2:step:SIGKILL 2:7:step:SIGKILL", 3),
     "a recovery": ("1:3:step:SIGKILL 2:3:again:SIGKILL 0:3:_share_state:SIGKILL", 3),
     "taking over": ("0:3:step:SIGKILL 1:3:_take_over:SIGKILL", 2),
@@ -194,6 +199,16 @@ def test_below_min_ranks_it_stops_with_a_checkpoint(tmp_path: Path, undisturbed:
     assert logged(tmp_path / "run") == logged(undisturbed[REPRODUCIBLE])
 
 
+@pytest.mark.parametrize("others", ["raise", "SIGKILL"])
+def test_when_no_rank_can_go_on_the_job_fails(tmp_path: Path, others: str) -> None:
+    plan = f"0:3:step:raise 1:3:step:{others} 2:3:step:{others} 3:3:step:{others}"
+    done = train(tmp_path / "run", plan)
+    assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["cause"] == "RuntimeError: planted"
+    assert failure["step"] == 4
+
+
 def test_bad_input(tmp_path: Path) -> None:
     def told_in_one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
         assert done.returncode == 2, done.stdout + done.stderr
@@ -244,6 +259,11 @@ def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) 
         )
 
 
+def has_begun(notes: Path, process: subprocess.Popen) -> bool:
+    """Whether all ranks have started MPI, or mpirun could not start them."""
+    return len(list(notes.glob("pid-*"))) == 4 or process.poll() is not None
+
+
 def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, float]]:
     """A run of which ranks die; (number, cause, time) of each that died by our hand."""
     env, deaths = told(folder), list[tuple[int, str, float]]()
@@ -252,9 +272,9 @@ def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, fl
         process = subprocess.Popen(
             command(folder, 4, REPRODUCIBLE), env=env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
         )
-        wait_for(lambda: len(list(notes.glob("pid-*"))) == 4, "the start of MPI", process)
+        wait_for(lambda: has_begun(notes, process), "the start of MPI")
         pids = {int(path.name.split("-")[1]): int(path.read_text()) for path in notes.glob("pid-*")}
-        for _ in range(chance.randint(1, 3)):
+        for _ in range(chance.randint(1, 3) if pids else 0):
             time.sleep(chance.uniform(0, 1.2) ** 2)
             number, cause = chance.choice(sorted(pids)), chance.choice(SIGNALS)
             if process.poll() is not None or (folder / "summary.json").exists():
@@ -265,6 +285,8 @@ def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, fl
                 deaths.append((number, cause, moment))
         process.wait(LIMIT)
     text = (notes / "output").read_text()
+    if NOT_STARTED in text:
+        return run_and_kill(folder, chance)
     assert process.returncode == 0, text
     # who was asked to die may have come to the end before, and who finished is not missed
     died = {entry["rank"] for entry in summary(folder)["survived"]}
