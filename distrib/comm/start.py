@@ -34,9 +34,6 @@ def import_mpi(timeout: float = 60.0) -> Any:
         return sys.modules["mpi4py.MPI"]
     try:
         with kill_after(max(LEAST_MPI_INIT, MPI_INIT_TIMEOUTS * timeout), "MPI_Init"):
-            import mpi4py
-
-            mpi4py.rc.finalize = False  # `end_mpi` does it, which is bounded
             from mpi4py import MPI
     except ImportError as error:
         raise RuntimeError(f"mpi4py is not installed ({error}): pip install mpi4py") from None
@@ -44,7 +41,6 @@ def import_mpi(timeout: float = 60.0) -> Any:
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(f"no MPI library ({first}): install your system's, or 'distrib[mpi]'") from None
     _mpi_is_ours = True
-    atexit.register(end_mpi, MPI, SLOW_IO_FACTOR * timeout)
     return MPI
 
 
@@ -53,6 +49,13 @@ def own_base(joined: Any) -> Any:
     if not hasattr(joined, "Revoke"):
         raise UserError("--elastic: needs mpi4py 4.1: pip install 'mpi4py>=4.1'")
     return joined if _mpi_is_ours else joined.Dup()
+
+
+def may_leave_mpi() -> None:
+    """Let only `end_mpi` end MPI, so that `leave_mpi` can do without. Call it before MPI starts."""
+    import mpi4py
+
+    mpi4py.rc.finalize = False
 
 
 def leave_mpi() -> None:

@@ -16,7 +16,7 @@ from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
-from distrib.comm.start import end_with_process, join, leave_mpi, own, own_base
+from distrib.comm.start import end_with_process, join, leave_mpi, may_leave_mpi, own, own_base
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults.hang import end_hanging
@@ -227,6 +227,7 @@ def connect(
         raise UserError(f"--timeout {timeout}: must be a number of seconds above 0")
     if elastic:
         require_support()
+        may_leave_mpi()
     joined, ranks = join(comm, timeout)
     alone = isinstance(joined, SingleControl)
     rank, size = (0, 1) if alone else (int(joined.Get_rank()), int(joined.Get_size()))

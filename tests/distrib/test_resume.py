@@ -188,7 +188,7 @@ def test_other_code_is_said(tmp_path: Path) -> None:
     train(tmp_path / "run", *options, "--max-steps", 5)
     script = """
 import sys
-from distrib.run import folder as run
+from distrib.run import machine as run
 run.code_digest = lambda: "another version"
 from distrib.train import main
 sys.exit(main())
