@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from distrib import launched_ranks
@@ -53,9 +53,10 @@ def own_base(joined: Any) -> Any:
 
 def may_leave_mpi() -> None:
     """Let only `end_mpi` end MPI, so that `leave_mpi` can do without. Call it before MPI starts."""
-    import mpi4py
+    with suppress(ImportError):  # `join` tells of it
+        import mpi4py
 
-    mpi4py.rc.finalize = False
+        mpi4py.rc.finalize = False
 
 
 def leave_mpi() -> None:

@@ -77,7 +77,9 @@ def note_step(self: Trainer) -> None:
     parts = self.parts(len(images))
     who = {m.number: images[part] for m, part in zip(self.world.members, parts, strict=True)}
     with open(NOTES / f"steps-{NUMBER}.jsonl", "a") as file:
-        file.write(json.dumps({"step": self.progress.step, "images": who, "time": time.time()}) + "\n")
+        file.write(
+            json.dumps({"step": self.progress.step, "by": NUMBER, "images": who, "time": time.time()}) + "\n"
+        )
 
 
 def ask(cause: str) -> Callable[[int, object], None]:
