@@ -265,8 +265,12 @@ def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) 
 
 
 def has_begun(notes: Path, process: subprocess.Popen) -> bool:
-    """Whether all ranks have started MPI, or mpirun could not start them."""
-    return len(list(notes.glob("pid-*"))) == 4 or process.poll() is not None
+    """Whether training has begun, or mpirun could not start the ranks.
+
+    Two deaths at once while ranks meet for the first time can crash others in Open MPI 5.0.11 itself
+    (ompi_comm_revoke_local); one is planned in `DEATHS`.
+    """
+    return any(notes.glob("steps-*")) or process.poll() is not None
 
 
 def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, float]]:
