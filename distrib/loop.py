@@ -318,8 +318,6 @@ def build(
         config = config.resolve(world.size, data, stored)
         if config.validation:
             data = data.hold_back(config.validation, config.seed)
-    if config.elastic and not world.backend.on_host:
-        raise UserError("--elastic: goes on on the host so far: add --backend numpy")
     check_same_config(world, config, data)
     ours = replace(config, resume="auto") if was_checked(world) and config.resume == "none" else config
     with world.fail_together():

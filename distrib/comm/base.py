@@ -92,9 +92,6 @@ class Transport(Communicator, Protocol):
     def over(self, control_comm: Any) -> Transport:
         """A transport of the same kind over the ranks of `control_comm`."""
 
-    def abandon(self) -> None:
-        """After the death of a rank: end what is under way, on all ranks. Nothing else can follow."""
-
 
 class Done:
     """The handle of a collective that is complete."""
@@ -150,9 +147,6 @@ class SingleCommunicator:
         return DONE
 
     def synchronize(self) -> None:
-        pass
-
-    def abandon(self) -> None:
         pass
 
     def over(self, control_comm: Any) -> SingleCommunicator:

@@ -49,18 +49,19 @@ class MpiCommunicator:
     """Collectives over MPI on NumPy arrays.
 
     Non-blocking calls (gradient buckets, say) and blocking ones (batch norm) use two duplicates of the
-    communicator, so that MPI matches them independently.
+    communicator, so that MPI matches them independently; or, if ranks may die, the communicator itself (see
+    `Meeting`), on which all ranks make the same calls in the same order.
     """
 
     name, version, graph_safe, sums_bf16, staged = "mpi", "", False, False, False
 
-    def __init__(self, world: Any, watchdog: Watchdog, pair: tuple[Any, Any] | None = None) -> None:
-        """Over the ranks of `world` (mpi4py), by two duplicates of it: `pair`, or new ones."""
+    def __init__(self, world: Any, watchdog: Watchdog, duplicate: bool = True) -> None:
+        """Over the ranks of `world` (mpi4py)."""
         self._world, self._watchdog = world, watchdog
-        self._blocking, self._overlapped = pair or (world.Dup(), world.Dup())
+        self._own = [world.Dup(), world.Dup()] if duplicate else []
+        self._blocking, self._overlapped = self._own or (world, world)
         self.under_way: list[_Requests] = []
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
-        self._closed = False
 
     def call(self, what: str, function: Any, *args: Any) -> Any:
         """Call a blocking function under the watchdog."""
@@ -87,10 +88,8 @@ class MpiCommunicator:
         self._world.Abort(1)
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            free(self._blocking)
-            free(self._overlapped)
+        while self._own:
+            free(self._own.pop())
 
     def start_reduce(self, x: Array, op: str, overlap: bool = False) -> Handle:
         from mpi4py import MPI
@@ -121,10 +120,11 @@ class MpiCommunicator:
         pass
 
     def abandon(self) -> None:
-        """End what is under way, on all ranks, after the death of one; nothing else can follow."""
-        self._closed = True
-        for comm in (self._blocking, self._overlapped):
-            comm.Revoke()
+        """After the death of a rank, end what is under way on all of them; nothing else can follow.
+
+        It must have been made without duplicates.
+        """
+        self._world.Revoke()
         with self._watchdog.waiting("the end of the calls under way"):
             while self.under_way:
                 self.under_way[0].give_up()
@@ -194,10 +194,8 @@ class StagedCommunicator(MpiCommunicator):
 
     staged = True
 
-    def __init__(
-        self, world: Any, watchdog: Watchdog, backend: Backend, pair: tuple[Any, Any] | None = None
-    ) -> None:
-        super().__init__(world, watchdog, pair)
+    def __init__(self, world: Any, watchdog: Watchdog, backend: Backend, duplicate: bool = True) -> None:
+        super().__init__(world, watchdog, duplicate)
         self.backend = backend
 
     def _on_host(self, x: Array) -> np.ndarray:

@@ -177,9 +177,6 @@ class NcclCommunicator:
             self._side_stream,
         )
 
-    def abandon(self) -> None:
-        raise NotImplementedError("NCCL after the death of a rank")
-
     def barrier(self) -> None:
         self._cuda.get_current_stream().synchronize()
         self._control_comm.Barrier()

@@ -250,7 +250,7 @@ def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> Wo
     """The world of those who come to a meeting. Whoever dies on the way, the others meet again."""
     while True:
         try:
-            world = choose(meeting.control, meeting.pair, position)
+            world = choose(meeting.control, position)
         except UserError:
             if meeting.ended():
                 raise
@@ -270,6 +270,7 @@ def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> Wo
 def _survive(choose: Callable[..., World], world: World) -> World:
     """The world of the survivors."""
     assert world.meeting is not None
+    assert isinstance(world.transport, MpiCommunicator)
     world.transport.abandon()
     world.meeting = world.meeting.again()
     return _gather(choose, world.meeting, world.position)
@@ -285,7 +286,6 @@ def _choose(
     watchdog: Watchdog,
     resources: ExitStack,
     control_comm: Any,
-    pair: tuple[Any, Any] | None = None,
     position: Any = None,
 ) -> World:
     """`connect` on joined ranks, of which this was `number` of those `started`."""
@@ -302,16 +302,18 @@ def _choose(
                 if why != "asked for"
                 else "--comm nccl needs --backend cupy"
             )
+        if watchdog.elastic and not chosen.on_host:
+            raise UserError("--elastic: goes on on the host so far: add --backend numpy")
         transport: Transport
         host: Transport | None = None
         if isinstance(control_comm, SingleControl):
             transport = host = SingleCommunicator()
         elif chosen.on_host:
-            transport = MpiCommunicator(control_comm, watchdog, pair)
+            transport = MpiCommunicator(control_comm, watchdog, duplicate=not watchdog.elastic)
         else:
             transport, note = device_transport(name, control_comm, chosen, watchdog)
             ranks += note
-            host = MpiCommunicator(control_comm, watchdog, pair)
+            host = MpiCommunicator(control_comm, watchdog)
             resources.callback(host.close)
         resources.callback(transport.close)
         members = control_comm.allgather(Member(number, started, socket.gethostname(), os.getpid(), position))

@@ -214,6 +214,12 @@ def test_when_no_rank_can_go_on_the_job_fails(tmp_path: Path, others: str) -> No
     assert failure["step"] == 4
 
 
+def test_when_all_ranks_are_killed_mpirun_does_not_end_well(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", " ".join(f"{rank}:3:step:SIGKILL" for rank in range(4)))
+    assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_bad_input(tmp_path: Path) -> None:
     def told_in_one_line(done: subprocess.CompletedProcess[str], words: str) -> None:
         assert done.returncode == 2, done.stdout + done.stderr
@@ -265,12 +271,8 @@ def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) 
 
 
 def has_begun(notes: Path, process: subprocess.Popen) -> bool:
-    """Whether training has begun, or mpirun could not start the ranks.
-
-    Two deaths at once while ranks meet for the first time can crash others in Open MPI 5.0.11 itself
-    (ompi_comm_revoke_local); one is planned in `DEATHS`.
-    """
-    return any(notes.glob("steps-*")) or process.poll() is not None
+    """Whether all ranks have started MPI, or mpirun could not start them."""
+    return len(list(notes.glob("pid-*"))) == 4 or process.poll() is not None
 
 
 def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, float]]:
