@@ -236,12 +236,15 @@ def test_bad_input(tmp_path: Path) -> None:
     told_in_one_line(done, "--batch-norm local: depends on the ranks")
 
 
+CRASHED = "ompi_comm_set_rank_failed"
+"""In the stack of a rank that Open MPI 5.0.11 crashes, as it hears of a death while it makes a communicator."""
+
 SIGNALS = ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGUSR2")
 
 
 def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) -> None:
     """In each run of four ranks one to three die at random moments."""
-    lost, causes = [], dict.fromkeys(SIGNALS, 0)
+    lost, causes, crashed = [], dict.fromkeys(SIGNALS, 0), 0
     seed = int(os.environ.get("ELASTIC_SEED", time.time_ns()))
     chance = random.Random(seed)
     print(f"seed {seed}")
@@ -250,8 +253,14 @@ def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) 
             break
         folder = tmp_path / f"run-{count}"
         deaths = run_and_kill(folder, chance)
-        require_alike(folder, undisturbed[REPRODUCIBLE], {number for number, _, _ in deaths})
-        shutil.rmtree(folder / "checkpoints")
+        output = (folder.with_name(f"{folder.name}-notes") / "output").read_text(errors="replace")
+        killed = {number for number, _, _ in deaths}
+        if CRASHED in output:
+            crashed += 1
+            require_right_after_a_crash(folder, undisturbed[REPRODUCIBLE], killed)
+        else:
+            require_alike(folder, undisturbed[REPRODUCIBLE], killed)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for number, cause, moment in deaths:
             causes[cause] += 1
             after = [
@@ -262,12 +271,25 @@ def test_deaths_at_random_moments(tmp_path: Path, undisturbed: dict[str, Path]) 
             before = [note for note in steps_of(folder) if note["time"] < moment]
             if before and after and cause != "SIGUSR2":
                 lost.append(after[0] - moment)
-    print(f"deaths: {causes}")
+    print(f"deaths: {causes}; {crashed} runs in which Open MPI crashed another rank")
     if lost:
         print(
             f"{len(lost)} deaths between the first and the last step: seconds to the next whole step: median"
             f" {statistics.median(lost):.3f}, worst {max(lost):.3f}"
         )
+
+
+def require_right_after_a_crash(folder: Path, plain: Path, killed: set[int]) -> None:
+    """Who is left has gone on. If nobody was, the job has failed, and goes on from its last checkpoint."""
+    if not (folder / "summary.json").exists():
+        done = train(folder, "", REPRODUCIBLE, ranks=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert {entry["rank"] for entry in summary(folder)["survived"]} >= killed
+    result, wanted = summary(folder), summary(plain)
+    assert result["finished"]
+    assert result["parameter_digest"] == wanted["parameter_digest"]
+    assert logged(folder) == logged(plain)
 
 
 def has_begun(notes: Path, process: subprocess.Popen) -> bool:
@@ -295,9 +317,11 @@ def run_and_kill(folder: Path, chance: random.Random) -> list[tuple[int, str, fl
                 os.kill(pids.pop(number), getattr(signal, cause))
                 deaths.append((number, cause, moment))
         process.wait(LIMIT)
-    text = (notes / "output").read_text()
+    text = (notes / "output").read_text(errors="replace")
     if NOT_STARTED in text:
         return run_and_kill(folder, chance)
+    if CRASHED in text and process.returncode == 1:
+        return deaths
     assert process.returncode == 0, text
     # who was asked to die may have come to the end before, and who finished is not missed
     died = {entry["rank"] for entry in summary(folder)["survived"]}
