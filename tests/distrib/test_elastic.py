@@ -237,7 +237,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 
 CRASHED = "ompi_comm_set_rank_failed"
-"""In the stack of a rank that Open MPI 5.0.11 crashes, as it hears of a death while it makes a communicator."""
+"""In the stack of a rank that Open MPI 5.0.11 crashes: it hears of a death as it makes a communicator."""
 
 SIGNALS = ("SIGKILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGUSR2")
 
