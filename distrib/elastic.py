@@ -131,7 +131,7 @@ def _take_arrays(trainer: Trainer, source: int) -> None:
 def record_deaths(job: Job) -> None:
     """Note who has died: on every rank, as each may be the next rank 0."""
     trainer, world = job.trainer, job.trainer.world
-    known = {entry["rank"] for entry in trainer.survived} | {member.number for member in world.members}
+    known = {entry["rank"] for entry in world.survived} | {member.number for member in world.members}
     hosts = {member.number: member.host for member in world.dead}
     found = [
         survived.entry(
@@ -140,12 +140,12 @@ def record_deaths(job: Job) -> None:
         for number in range(world.started)
         if number not in known
     ]
-    trainer.survived, found = world.broadcast((trainer.survived + found, found), "who has died")
+    world.survived, found = world.broadcast((world.survived + found, found), "who has died")
     world.heard = 0.0
     for entry in found:
         job.caller.screen(world).say(f"{survived.line(entry)}; {world.size} rank(s) go on")
     if world.rank == 0 and trainer.folder:
-        survived.keep(trainer.folder, trainer.survived)
+        survived.keep(trainer.folder, world.survived)
 
 
 def _take_over(job: Job) -> None:

@@ -255,14 +255,15 @@ def start(world: World, config: Config, caller: Caller, owned: ExitStack) -> Job
     if world.rank == 0 and caller.writes:
         run = owned.enter_context(Run(Path(config.run_dir) if config.run_dir else None, config))
     trainer, data, saved = build(world, config, run, caller)
+    job = Job(trainer, caller, run, owned)
     try:
         begin(trainer, data, saved, run, caller.screen(world))
+        if world.size < world.started:
+            record_deaths(job)
     except Exception:
         trainer.close()
         raise
-    job = Job(trainer, caller, run, owned)
-    if world.size < world.started:
-        record_deaths(job)
+    world.position = Position(True, True)  # last: whoever hears of a death before it starts again
     return job
 
 
@@ -356,7 +357,6 @@ def begin(trainer: Trainer, data: Dataset, saved: Checkpoint | None, run: Run | 
         trainer.folder = Path(folder)
         beats = Heartbeats(trainer.folder, world.number, world.size, trainer.progress.step)
         world.watchdog.heartbeats = beats
-    world.position = Position(True, True)
 
 
 @contextmanager

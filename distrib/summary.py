@@ -34,6 +34,6 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
         "images_per_rank": images,
         "wall_seconds": wall_seconds(trainer, trainer.evaluated),
         "parameter_digest": digest,
-        "survived": trainer.survived,  # ranks that died while the others went on
+        "survived": trainer.world.survived,  # ranks that died while the others went on
         "rank_digests": world.allgather(digest, "the comparison of digests"),
     }

@@ -96,7 +96,6 @@ class Trainer:
         self.has_best = False  # instead of the last step's
         self.folder: Path | None = None  # the run's
         self.writer = world.members[0].number  # who writes there
-        self.survived: list[dict[str, Any]] = []  # ranks that died while the others went on
         self.unlogged: dict[str, Any] | None = None  # the line of a step that may not be in metrics.jsonl
         self.epoch_line: dict[str, Any] | None = None  # of the last epoch, which `on_epoch` is told once
         self.told = 0  # epochs of which it was told

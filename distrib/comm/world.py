@@ -64,6 +64,7 @@ class World:
     meet_again: Callable[[World], World] | None = None
     position: Any = None  # how far this rank has come, which it tells the others when they `regroup`
     dead: list[Member] = field(default_factory=list)
+    survived: list[dict[str, Any]] = field(default_factory=list)  # what is known of their deaths
     heard: float = 0.0  # when this rank heard of a death (time.perf_counter)
 
     @cached_property

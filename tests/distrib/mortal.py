@@ -103,6 +103,7 @@ if __name__ == "__main__":
         (loop, "build"),
         (loop, "begin"),
         (loop, "finish"),
+        (loop, "record_deaths"),
         (Meeting, "again"),
         (Meeting, "ended"),
         (elastic, "_share_state"),

@@ -153,6 +153,7 @@ DEATHS = {
     "taking over": ("0:3:step:SIGKILL 1:3:_take_over:SIGKILL", 2),
     "the start": ("2:-1:build:SIGKILL", 1),
     "rank 0 at the start": ("0:-1:begin:SIGKILL", 1),
+    "the start without one": ("1:-1:begin:SIGKILL 2:-1:record_deaths:SIGKILL", 2),
     "the first step": ("0:0:step:SIGKILL", 1),
 }
 
