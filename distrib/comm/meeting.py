@@ -21,12 +21,17 @@ NO, YES, FAILING = 0, 1, 2
 """What ranks say in an agreement, which MPI takes bit by bit."""
 
 
+MOST_IN_VAIN = 2
+"""Meetings that may miss nobody, one after another: a death may be heard of late, but an error may stay."""
+
+
 class Meeting:
     """The communicator of all living ranks, for small Python objects and for arrays."""
 
     def __init__(self, comm: Any, watchdog: Watchdog) -> None:
         """Meet the ranks of `comm`, an mpi4py communicator that nobody else uses."""
         self.comm, self._watchdog, self._asked = comm, watchdog, False
+        self._in_vain = 0  # meetings up to this one that missed nobody
         with watchdog.waiting("the meeting of all ranks"):
             while self._agree(YES) != YES:
                 self.comm = self.comm.Shrink()
@@ -69,7 +74,12 @@ class Meeting:
         with self._watchdog.waiting("the meeting of the survivors"):
             if not self._asked:
                 self._agree(NO)  # the answer to those in `ended` and `all_fail`
-            return Meeting(self.comm.Shrink(), self._watchdog)
+            found = Meeting(self.comm.Shrink(), self._watchdog)
+        if found.comm.Get_size() == self.comm.Get_size():
+            found._in_vain = self._in_vain + 1
+        if found._in_vain > MOST_IN_VAIN:
+            raise RuntimeError("MPI fails again and again, though no rank has died")
+        return found
 
 
 def require_support() -> None:

@@ -141,11 +141,15 @@ def _operation(name: str) -> Any:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether MPI says that a rank has died, or that another rank has heard of it."""
+    """Whether MPI says that a rank has died, or that another rank has heard of it.
+
+    Now and then, Open MPI 5.0.11 says so by ERR_OTHER, "known error not in list".
+    """
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(error, mpi.Exception):
         return False
-    return error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED)
+    losses = mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED, mpi.ERR_OTHER
+    return error.Get_error_class() in losses
 
 
 def gathering(comm: Any) -> Any:

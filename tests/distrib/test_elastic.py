@@ -147,6 +147,7 @@ DEATHS = {
     "a line of the log": ("0:6:log:SIGKILL", 1),
     "the end": ("0:10:finish:SIGKILL", 1),
     "two at once": ("0:4:step:SIGKILL 2:4:step:SIGKILL", 2),
+    "a death that MPI has no name for": ("2:3:step:SIGKILL 1:3:start_gather:error", 1),
     "two exceptions at a death": ("0:3:step:raise 1:3:step:raise 2:3:step:SIGKILL", 3),
     "one after another": ("0:1:step:SIGKILL 1:2:step:SIGKILL 2:7:step:SIGKILL", 3),
     "a recovery": ("1:3:step:SIGKILL 2:3:again:SIGKILL 0:3:_share_state:SIGKILL", 3),
@@ -163,7 +164,7 @@ def test_a_death_changes_nothing(name: str, tmp_path: Path, undisturbed: dict[st
     plan, count = DEATHS[name]
     done = train(tmp_path / "run", plan, REPRODUCIBLE)
     assert done.returncode == 0, done.stdout + done.stderr
-    died = {int(each.split(":")[0]) for each in plan.split()}
+    died = {int(each.split(":")[0]) for each in plan.split() if not each.endswith(":error")}
     assert len(died) == count
     require_alike(tmp_path / "run", undisturbed[REPRODUCIBLE], died, done)
 
@@ -213,6 +214,12 @@ def test_when_no_rank_can_go_on_the_job_fails(tmp_path: Path, others: str) -> No
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
     assert failure["cause"] == "RuntimeError: planted"
     assert failure["step"] == 4
+
+
+def test_an_error_of_mpi_that_stays_fails_the_job(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "1:3:start_gather:errors", REPRODUCIBLE)
+    assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
+    assert "MPI fails again and again, though no rank has died" in done.stderr
 
 
 def test_when_all_ranks_are_killed_mpirun_does_not_end_well(tmp_path: Path) -> None:
