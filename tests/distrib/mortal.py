@@ -125,7 +125,9 @@ if __name__ == "__main__":
     plain_meeting = Meeting.__init__
 
     def met(self: Meeting, *given: object) -> None:
-        (NOTES / f"pid-{NUMBER}").write_text(str(os.getpid()))
+        fresh = NOTES / f"new-{NUMBER}"
+        fresh.write_text(str(os.getpid()))
+        fresh.rename(NOTES / f"pid-{NUMBER}")  # whole, for who reads it
         plain_meeting(self, *given)
 
     Meeting.__init__ = met
