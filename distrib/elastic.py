@@ -10,6 +10,8 @@ from distrib import state
 from distrib.comm.world import World
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults import survived
+from distrib.faults.heartbeat import read_failure
+from distrib.faults.watchdog import RankFailure
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
 
@@ -131,6 +133,8 @@ def _take_arrays(trainer: Trainer, source: int) -> None:
 def record_deaths(job: Job) -> None:
     """Note who has died: on every rank, as each may be the next rank 0."""
     trainer, world = job.trainer, job.trainer.world
+    if world.rank == 0 and trainer.folder and (failure := read_failure(trainer.folder)):
+        raise RankFailure(failure["rank"], failure["cause"])  # the others ended: this rank was suspended
     known = {entry["rank"] for entry in world.survived} | {member.number for member in world.members}
     hosts = {member.number: member.host for member in world.dead}
     found = [

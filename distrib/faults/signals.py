@@ -18,6 +18,8 @@ NEVER_IGNORED = (signal.SIGUSR1, signal.SIGTERM)
 STOP_SIGNALS = (*NEVER_IGNORED, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to stop. NEVER_IGNORED do so even if they were ignored before."""
 
+_ignored_at_end = set[signal.Signals]()
+
 
 @contextmanager
 def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
@@ -29,8 +31,8 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
     ignored if they were, as nohup and a shell's background jobs want it.
 
     Afterwards the former handlers are back. With `exiting`, because the process is about to end, all these
-    signals are ignored instead: a late one must not change the exit code. Outside the main thread,
-    which alone may set handlers, signals stay as they are.
+    signals are ignored instead, until a run starts again: a late one must not change the exit code. Outside
+    the main thread, which alone may set handlers, signals stay as they are.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +41,8 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
     handled = [
         number
         for number, handler in before.items()
-        if handler is not None and (number in NEVER_IGNORED or handler != signal.SIG_IGN)  # None: set in C
+        if handler is not None  # set in C
+        and (number in (*NEVER_IGNORED, *_ignored_at_end) or handler != signal.SIG_IGN)
     ]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -53,6 +56,7 @@ def stop_on_signals(trainer: Trainer, exiting: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        _ignored_at_end.update(handled if exiting else ())
         for number in handled:  # before the wakeup pipe goes, so that no signal finds Python's default
             signal.signal(number, signal.SIG_IGN if exiting else before[number])
         signal.set_wakeup_fd(wakeup)

@@ -21,6 +21,7 @@ from distrib import elastic, loop, state
 from distrib.comm.meeting import Meeting
 from distrib.comm.mpi import MpiCommunicator
 from distrib.data import sampler
+from distrib.faults.heartbeat import Heartbeat, record_failure
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
 
@@ -39,6 +40,9 @@ def die(cause: str) -> None:
         os._exit(1)
     if cause == "leave":
         sys.exit(3)
+    if cause == "verdict":  # as if the others had given the job up while rank 0 was suspended
+        record_failure(trainer.folder, Heartbeat(0, "elsewhere", 1, 3), "suspended")
+        cause = "SIGKILL"
     if cause == "memory":
         raise MemoryError
     if cause in ("error", "errors"):  # no death, but what Open MPI may say of another rank's: once or always

@@ -222,6 +222,14 @@ def test_an_error_of_mpi_that_stays_fails_the_job(tmp_path: Path) -> None:
     assert "MPI fails again and again, though no rank has died" in done.stderr
 
 
+def test_who_wakes_after_the_job_has_failed_does_not_go_on(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "1:3:step:verdict")
+    assert done.returncode not in (0, 2, 85), done.stdout + done.stderr
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert (failure["host"], failure["cause"]) == ("elsewhere", "suspended")
+    assert "on elsewhere failed at step 3: suspended" in done.stderr
+
+
 def test_when_all_ranks_are_killed_mpirun_does_not_end_well(tmp_path: Path) -> None:
     done = train(tmp_path / "run", " ".join(f"{rank}:3:step:SIGKILL" for rank in range(4)))
     assert done.returncode not in (0, 2, 85), done.stdout + done.stderr

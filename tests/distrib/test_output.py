@@ -168,6 +168,8 @@ after = [signal.getsignal(number) for number in STOP_SIGNALS]
 assert after == before
 with stop_on_signals(SimpleNamespace(stop_requested=False), exiting=True): pass
 assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
+with stop_on_signals(SimpleNamespace(stop_requested=False), exiting=True):  # a run that starts again
+    assert signal.SIG_IGN not in map(signal.getsignal, STOP_SIGNALS)
 """
     run("-c", code)
 
