@@ -11,26 +11,28 @@ from distrib.config import Config
 from distrib.data.dataset import Dataset
 from distrib.run.console import Screen
 from distrib.run.folder import Run
-from distrib.run.machine import blas_threads
 from distrib.trainer import Trainer
 from nn.layer import text
 
 MIN_IMAGES_PER_RANK = 4
 """Images of a step below which another rank on a host does not pay: the fewest in docs/benchmarks.md."""
 
+MOST_THREADS = 8
+"""Threads of one process beyond which ranks may be faster: its threads share one Python interpreter."""
 
-def suggest_ranks(world: World, config: Config) -> str | None:
-    """Suggest a number of ranks if cores are idle; else None."""
+
+def suggest_ranks(world: World, config: Config, threads: int) -> str | None:
+    """Suggest a number of ranks if they leave cores idle with their `threads` each; else None."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     best = min(cores, config.batch_size // MIN_IMAGES_PER_RANK)
     several_hosts = len(set(world.hosts)) > 1
     if not world.backend.on_host or several_hosts or best <= world.size:
         return None
-    if world.size > 1 and world.size * blas_threads() >= cores:
+    if world.size * threads >= cores and (world.size > 1 or threads <= MOST_THREADS):
         return None
     return (
-        f"{cores} cores, {world.size} rank(s): BLAS threads speed up only matrix products; more ranks may be"
-        f" faster: mpirun -n {best} python -m distrib.train …"
+        f"{cores} cores, {world.size} rank(s) of {threads} thread(s): more ranks may be faster:"
+        f" mpirun -n {best} python -m distrib.train …"
     )
 
 
@@ -44,7 +46,7 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None
         {
             **{name.replace("_", "-"): value for name, value in shown.items()},
             "run folder": run.path if run else "none: nothing is written",
-            "world": f"{world.size} rank(s) on {', '.join(hosts)}, {blas_threads()} BLAS thread(s) each",
+            "world": f"{world.size} rank(s) on {', '.join(hosts)}, {trainer.threads} thread(s) each",
             "chosen": world.choice_explanation,
             "result": agreement(config),
             "data": f"{data.name}: {len(data.train_images)} training, {len(data.test_images)} test images of"
@@ -56,7 +58,7 @@ def print_start(screen: Screen, trainer: Trainer, data: Dataset, run: Run | None
         *(run.notes if run else ()),
         *data.notes(),
         *world.backend.notes,
-        suggest_ranks(world, config),
+        suggest_ranks(world, config, trainer.threads),
     ]:
         if note:
             screen.say(f"note: {note}")

@@ -81,7 +81,7 @@ class Trained:
         self._loaded.require_fit(found)
         sets = found.test_images, found.test_labels
         with _our_settings():
-            loss, accuracy = evaluate(self.network, *sets, self._loaded.loss, SingleCommunicator())
+            loss, accuracy = evaluate([self.network], *sets, self._loaded.loss, SingleCommunicator())
         return {"test_loss": loss, "test_accuracy": accuracy}
 
     def export(self, path: str | os.PathLike[str]) -> None:

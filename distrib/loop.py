@@ -170,7 +170,7 @@ def log_line(run: Run | None, world: World, values: dict[str, Any]) -> None:
 def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -> dict[str, float]:
     """Evaluate, write the epoch's line, reset the running sums."""
     progress = trainer.progress
-    found = trainer.train_metrics()
+    found = progress.train_metrics()
     what = "validation" if trainer.validation else "test"
     if trainer.validation:
         found |= best_of(progress.last_epoch, trainer.validate(), epoch + 1)

@@ -1,14 +1,14 @@
-"""Virtual shards: a step whose bits do not depend on the number of ranks.
+"""Virtual shards: parts of a global batch that threads compute side by side, each with a network of its own.
 
-The global batch is cut into shards, whatever the number of ranks. Each has a network of its own shapes, so
-that no matrix product depends on who computes it. All sums over images are taken along one tree over the
-shards (`distrib.comm.tree`).
+With --reproducible there are as many, whatever the number of ranks: no matrix product depends on who computes
+it, nor do the bits of a step. All sums over images are taken along one tree over the shards
+(`distrib.comm.tree`). Else a process that trains alone has a shard a thread: so all it does uses its cores.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from distrib.comm.tree import Stack, TreeSums
 from distrib.crew import Crew, Meet
 from distrib.data.sampler import shard
+from distrib.evaluate import Run, in_turn
 from nn.array import Array
 from nn.network import Network
 from nn.ops.activation import copy
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class Shards:
-    """This rank's virtual shards, `threads` of which run at a time, each with one BLAS thread.
+    """This rank's part of the virtual shards: `threads` run at a time, each with one BLAS thread.
 
-    `network` makes one, with arguments of `Network`. Those of a thread take turns, and share scratch.
+    `network` makes one network, with arguments of `Network`. Those of a thread take turns, and share scratch.
 
     With batch norm over the global batch, all shards of a rank are in memory at once and meet at each of its
     sums. With `--batch-norm shard` each has its own statistics, and `--shards-at-once` of them are in memory,
@@ -39,8 +40,7 @@ class Shards:
 
     def __init__(self, trainer: Trainer, network: Callable[..., Network], threads: int) -> None:
         config, world = trainer.config, trainer.world
-        assert config.shards is not None
-        self._trainer, self.count = trainer, config.shards
+        self._trainer, self.count = trainer, config.shards or min(threads, config.batch_size)
         self.sums = TreeSums(self.count, world.transport, world.watchdog, world.backend)
         self._alone = config.batch_norm == "shard"
         most = max(1, len(self.sums.own(self.count)))
@@ -48,7 +48,10 @@ class Shards:
         self.networks: list[Network] = []
         for number in range(held):
             other = self.networks[number - threads] if number >= threads and world.backend.on_host else None
-            self.networks.append(network(params=trainer.params.twin(), turns_with=other))
+            params = trainer.params.twin() if number else trainer.params
+            self.networks.append(network(params=params, turns_with=other))
+        # its phases are those of all, where all run at once
+        self.timed = self.networks[0] if most == held <= threads else None
         self._first = self.networks[:threads] if world.backend.on_host else []  # of those that take turns
         self._ran: list[Network] = []  # in the last step
         self._crew = Crew(held, threads, world.backend.place())
@@ -104,6 +107,21 @@ class Shards:
             statistics = self.sums.small(self.sums.rows("statistics", statistics), present)
         copy(statistics, trainer.model.statistics)
         trainer.timer.lap("gradients")
+
+    def evaluators(self) -> tuple[list[Network], Run]:
+        """Networks with the model's weights and running statistics, and what runs their work side by side."""
+        if not self._first:
+            return [self._trainer.model], in_turn
+        for network in self._first:
+            network.buffers.begin_step()
+            copy(self._trainer.model.statistics, network.statistics)
+        return self._first, self._side_by_side
+
+    def _side_by_side(self, works: Sequence[Callable[[], None]]) -> None:
+        def alone(work: Callable[[], None], _: Meet) -> None:
+            work()
+
+        self._crew.run([partial(alone, work) for work in works], lambda given: given[0])
 
     def _part(self, count: int, each: int) -> slice:
         return shard(count, each, self.count)

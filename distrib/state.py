@@ -33,6 +33,13 @@ class Progress:
     train_seconds: float = 0.0
     last_epoch: dict[str, float] = field(default_factory=dict)  # what it reported, and which was the best
 
+    def train_metrics(self) -> dict[str, float]:
+        """train_loss and train_accuracy (percent) of the epoch so far."""
+        return {
+            "train_loss": self.loss_sum / self.images,
+            "train_accuracy": 100 * self.correct / self.images,
+        }
+
 
 def save(trainer: Trainer, run: Run | None) -> None:
     """Start saving a checkpoint, once the one before is written. Every rank calls this; rank 0 writes."""

@@ -13,7 +13,7 @@ def summary(trainer: Trainer, result: dict[str, float]) -> dict[str, Any]:
     """The contents of summary.json. Collective."""
     progress, world = trainer.progress, trainer.world
     if progress.images:  # stopped within an epoch: the figures so far
-        result = {**result, **trainer.train_metrics()}
+        result = {**result, **trainer.progress.train_metrics()}
     digest = ckpt.digest(trainer.state_dict())
     images = images_per_rank(trainer)
     return {

@@ -19,7 +19,7 @@ from distrib.config import Config
 from distrib.data import sampler
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
-from distrib.evaluate import evaluate
+from distrib.evaluate import Run, evaluate, in_turn
 from distrib.graph import Graphs
 from distrib.results import StepResults
 from distrib.run import checkpoint as ckpt
@@ -124,9 +124,10 @@ class Trainer:
             self.graphs = Graphs(backend.cuda, self.generation, self.capturable, alone)
         if self.shards:
             self.shards.close()
-        if config.reproducible:
-            at_once = blas_threads() if backend.on_host else 1  # on a device they queue their work in turn
-            self.shards = Shards(self, self._network, at_once)
+            self.shards = None
+        self.threads = blas_threads() if backend.on_host else 1  # on a device shards queue their work in turn
+        if config.reproducible or (alone and self.threads > 1):
+            self.shards = Shards(self, self._network, self.threads)
 
     def _network(self, **more: Any) -> Network:
         """The network of the configuration; `more` are arguments of `Network`."""
@@ -256,8 +257,9 @@ class Trainer:
         gather_batch(x, labels, source, self.step_in_epoch, config.batch_size, start)
         if keys is not None:
             gather_keys(keys, self.keys, self.order, self.step_in_epoch, config.batch_size, start)
-        whole = model is self.model  # of several networks side by side, the phases are not timed
-        if whole:
+        whole = model is self.model
+        timed = whole or (self.shards is not None and model is self.shards.timed)
+        if timed:
             self.timer.lap("data")
         logits = model.forward(x, context)
         dlogits = buffers.persistent("dlogits", logits.shape, str(model.dtype))
@@ -272,7 +274,7 @@ class Trainer:
             count=count,
             smoothing=config.label_smoothing,
         )
-        if whole:
+        if timed:
             self.timer.lap("forward")
         model.backward(dlogits, context, on_grad)
 
@@ -329,7 +331,8 @@ class Trainer:
         """What must not change if a resumed run is to agree to the bit."""
         file = models.digest(self.config.model)
         own = {"model file": file} if file else {}
-        return {**environment(blas_threads(), self.world.backend), **self.world.comm_version, **own}
+        threads = 1 if self.config.reproducible else self.threads  # that the bits depend on
+        return {**environment(threads, self.world.backend), **self.world.comm_version, **own}
 
     def test(self) -> dict[str, float]:
         """Evaluate: test_loss and test_accuracy (percent). After the last step, also keep the logits."""
@@ -341,13 +344,18 @@ class Trainer:
         assert self.validation is not None
         return self._evaluate("validation", *self.validation)
 
+    def evaluators(self) -> tuple[list[Network], Run]:
+        """Networks to evaluate with, the same on all, and what runs the work of each, maybe side by side."""
+        return self.shards.evaluators() if self.shards else ([self.model], in_turn)
+
     def _evaluate(
         self, what: str, images: Any, labels: Any, logits: list[np.ndarray] | None = None
     ) -> dict[str, float]:
         self.share_statistics()
-        comm, in_blocks = self.world.transport, self.config.reproducible
         with self.waiting("the evaluation"), self.averaged():
-            loss, accuracy = evaluate(self.model, images, labels, self.config.loss, comm, logits, in_blocks)
+            networks, run = self.evaluators()
+            given = images, labels, self.config.loss, self.world.transport
+            loss, accuracy = evaluate(networks, *given, logits, self.config.reproducible, run)
         self.evaluated = time.perf_counter()
         if not np.isfinite(loss):
             raise UserError(
@@ -370,10 +378,3 @@ class Trainer:
     def is_finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.progress.step >= self.steps or self.out_of_patience()
-
-    def train_metrics(self) -> dict[str, float]:
-        """train_loss and train_accuracy (percent) of the epoch so far."""
-        return {
-            "train_loss": self.progress.loss_sum / self.progress.images,
-            "train_accuracy": 100 * self.progress.correct / self.progress.images,
-        }

@@ -93,7 +93,7 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
     tracked = model.batches_tracked
     images, labels = evaluated(trainer)[0]
     for n in evaluation_batches(trainer, rank):
-        evaluate(model, images[:n], labels[:n], trainer.config.loss, SingleCommunicator())
+        evaluate([model], images[:n], labels[:n], trainer.config.loss, SingleCommunicator())
     trainer.begin_epoch(trainer.progress.step // trainer.steps_per_epoch)
     steps = []
     for count in global_batches(trainer):

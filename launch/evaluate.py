@@ -32,7 +32,7 @@ def evaluate(
     found = load(checkpoint, model)
     test = load_data(found, data, limit_test)
     found.require_fit(test)
-    loss, accuracy = run(found.model, test.test_images, test.test_labels, found.loss, SingleCommunicator())
+    loss, accuracy = run([found.model], test.test_images, test.test_labels, found.loss, SingleCommunicator())
     result = {
         "checkpoint": str(found.path),
         "data": test.name,

@@ -120,7 +120,9 @@ class TreeSums:
         the slices are gathered. For 2, 4 or 8 ranks, as many bytes travel as in a ring.
         """
         if self.size == 1:
-            copy(add_up(dict(nodes)), out)
+            total = add_up(dict(nodes))
+            if total is not out:
+                copy(total, out)
             return
         length = -(-out.size // self.size)
         length += -length % 16

@@ -7,9 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import typer
+from threadpoolctl import threadpool_limits
 
 from distrib.comm.world import World, connect
 from distrib.config import CHOICES, Config, build
@@ -18,7 +20,6 @@ from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
 from distrib.results import HISTORY
-from distrib.run.machine import blas_threads
 from distrib.timing import PHASES
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
@@ -116,8 +117,8 @@ class Bench:
         about_a_second = max(1, round(1.0 / one()["seconds"]))
         self.steps = steps or world.broadcast(about_a_second, "the number of steps")
         self.measure = ours(self.trainer, self.steps, evaluate)
-        self.held = self.trainer.model.buffers.nbytes()
-        self.threads = world.size * blas_threads()
+        self.held = buffer_bytes(self.trainer)
+        self.threads = world.size * self.trainer.threads
         self.plain_loop: Callable[[], dict[str, Any]] | None = None
         self.workers: dict[str, Worker | None] = {}  # on rank 0 alone
 
@@ -152,7 +153,9 @@ class Bench:
         """GFLOP/s of matrix products on all ranks together; CuPy has none in bf16."""
         if self.config.precision == "bf16":
             return None
-        return sum(self.world.allgather(matrix_peak(self.world.backend), "the peak"))
+        with threadpool_limits(self.trainer.threads, "blas"):  # as many as there are threads of one
+            mine = matrix_peak(self.world.backend)
+        return sum(self.world.allgather(mine, "the peak"))
 
     def rows(self, repeats: int) -> tuple[Rows, list[float]]:
         """(the measurements of each side, the matrix peaks between them); the first turn only warms up."""
@@ -186,7 +189,7 @@ class Bench:
         world, trainer, on_host = self.world, self.trainer, self.world.backend.on_host
         memory = None if on_host else world.allgather(pool_bytes(world.backend), "peak memory")
         rows, peaks = self.rows(repeats)
-        grown = trainer.model.buffers.nbytes() - self.held
+        grown = buffer_bytes(trainer) - self.held
         alone = reduce_alone(trainer) if world.size > 1 and not self.evaluate else None
         memory = memory or world.allgather(peak_bytes(), "peak memory")
         images = self.steps * self.config.batch_size
@@ -247,13 +250,20 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         trainer.results.read()
 
     def infer_only() -> None:
+        own = sampler.shard(batch, world.rank, world.size)
+        networks, run = trainer.evaluators()
+        logits = [trainer.local_loss] * len(networks)
+
+        def share(number: int, first: int) -> None:
+            part = sampler.shard(own.stop - own.start, number, len(networks))
+            given = trainer.images, trainer.labels, first + part.start, first + part.stop
+            logits[number] = infer(networks[number], *given)[0]
+
         for step in range(steps):
-            part = sampler.shard(batch, world.rank, world.size)
-            first = step % whole * batch
-            logits = infer(
-                trainer.model, trainer.images, trainer.labels, first + part.start, first + part.stop
-            )[0]
-        world.backend.to_host(logits)  # the device is waited for once
+            first = step % whole * batch + own.start
+            run([partial(share, number, first) for number in range(len(networks))])
+        for each in logits:
+            world.backend.to_host(each)  # the device is waited for once
 
     def measure() -> dict[str, Any]:
         before = trainer.timer.seconds.copy()
@@ -268,6 +278,12 @@ def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str,
         }
 
     return measure
+
+
+def buffer_bytes(trainer: Trainer) -> int:
+    """Bytes of the buffers of all networks."""
+    networks = [trainer.model, *(trainer.shards.networks if trainer.shards else [])]
+    return sum(network.buffers.nbytes() for network in networks)
 
 
 def reduce_alone(trainer: Trainer) -> float:

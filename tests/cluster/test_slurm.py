@@ -180,7 +180,7 @@ def test_two_nodes(whole: Job) -> None:
     result = summary(whole.run_dir)
     assert result["finished"]
     assert (result["world_size"], result["steps"]) == (2, 200)
-    assert "2 rank(s) on node1, node2, 1 BLAS thread(s) each" in whole.log
+    assert "2 rank(s) on node1, node2, 1 thread(s) each" in whole.log
     assert (whole.run_dir / f"slurm-{whole.number}.log").read_text() == whole.log
     assert not set(whole.log) & set(CONTROL), "a log file is no terminal"
 

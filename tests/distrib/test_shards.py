@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,32 @@ def test_threads_and_shards_at_once_change_no_bit(tmp_path: Path) -> None:
     for at_once, ranks in ((1, 1), (3, 2)):
         folder = tmp_path / f"{at_once}-{ranks}"
         assert shards(folder, *options, "--shards-at-once", at_once, ranks=ranks) == alone
+
+
+@pytest.mark.parametrize("case", ["adam", "sgd", "resnet9"])
+def test_a_process_alone_trains_in_threads(case: str, tmp_path: Path) -> None:
+    """Up to rounding as with one, and with the same number to the bit, resumed or not."""
+    options = ("--precision", "float64", "--optimizer", "sgd", *CASES[case], *SMALL)
+
+    def train(name: str, threads: int, *more: object) -> str:
+        code = f"from distrib import train, trainer; trainer.blas_threads = lambda: {threads}; train.main()"
+        done = run("-c", code, "--run-dir", name, *options, *more, cwd=tmp_path)
+        assert f"1 rank(s) on {socket.gethostname()}, {threads} thread(s) each" in " ".join(
+            done.stdout.split()
+        )
+        return done.stdout
+
+    for name, threads in (("one", 1), ("three", 3), ("again", 3)):
+        train(name, threads)
+    train("half", 3, "--max-steps", 3)
+    assert "changed since then" not in train("half", 3)
+    one, three, again, half = (bits(tmp_path / name) for name in ("one", "three", "again", "half"))
+    assert half == again == three
+    assert one[0] != three[0]
+    ours, wanted = ([*losses(tmp_path / name), found[1]] for name, found in (("three", three), ("one", one)))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-9)
+    train("other", 2, "--max-steps", 3)
+    assert "changed since then" in train("other", 3)
 
 
 def test_resumed_on_another_number_of_ranks_to_the_bit(tmp_path: Path) -> None:

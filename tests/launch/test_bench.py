@@ -243,15 +243,16 @@ def test_a_step_allocates_nothing_large(batch: int, width: float) -> None:
         (1, 1, 1, 8, None),
         (64, 4, 16, 512, None),
         (8, 1, 8, 4, None),
+        (8, 1, 8, 512, None),
+        (8, 1, 1, 512, "mpirun -n 8"),
     ],
 )
 def test_how_many_ranks_to_start(
     cores: int, ranks: int, threads: int, batch: int, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setattr(distrib.announce, "blas_threads", lambda: threads)
     comm: Any = SimpleNamespace(rank=0, size=ranks)
     world = World(comm, SingleControl(), NUMPY, "test", Watchdog(0, 600), crew(ranks))
-    line = distrib.announce.suggest_ranks(world, Config(batch_size=batch))
+    line = distrib.announce.suggest_ranks(world, Config(batch_size=batch), threads)
     assert (line is None) == (words is None)
     assert words is None or f"{words} python -m distrib.train" in str(line)
