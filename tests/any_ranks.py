@@ -37,7 +37,7 @@ from nn.resnet9 import VARIANTS
 
 ALONE, RANKS = "without a launcher", (1, 2, 3, 4, 5, 8)
 COMMON = {
-    "data": "synthetic:1142x12x12x1:10",
+    "data": "synthetic:1142x12x16x1:10",  # the last pooling has more than one pixel
     "limit_train": 1042,
     "epochs": 2,
     "log_every": 1,
