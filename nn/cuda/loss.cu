@@ -24,12 +24,21 @@ static __device__ ACC sigmoid_row(const REAL* z, REAL* dz, int label, int classe
     return loss / classes;
 }
 
+// The loss of one image, by its number in LOSS_NUMBERS of ops.py; another number fails the launch.
+static __device__ ACC loss_row(
+    int number, const REAL* z, REAL* dz, int label, int classes, ACC count, ACC smoothing) {
+    if (number == 0) return softmax_row(z, dz, label, classes, count, smoothing);
+    if (number == 1) return sigmoid_row(z, dz, label, classes, count);
+    __trap();
+    return 0;
+}
+
 // dlogits, step_metrics = [Σ loss/count, correct, stop] and local_loss = [Σ loss/count] of these n images.
 // One block, all lanes in y.
 extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
     const REAL* __restrict__ logits, const int* __restrict__ labels, const REAL* __restrict__ stop,
     REAL* __restrict__ dlogits, REAL* local_loss, REAL* step_metrics, double count, double smoothing, int n,
-    int classes, int binary) {
+    int classes, int number) {
     __shared__ double shared[2 * THREADS];
     double loss = 0, correct = 0;
     for (int i = threadIdx.y; i < n; i += blockDim.y) {
@@ -38,8 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) loss_and_gradient(
         int best = 0;
         for (int k = 1; k < classes; k++) best = z[k] > z[best] ? k : best;
         correct += best == labels[i];
-        loss += binary ? sigmoid_row(z, dz, labels[i], classes, (ACC)count)
-                       : softmax_row(z, dz, labels[i], classes, (ACC)count, (ACC)smoothing);
+        loss += loss_row(number, z, dz, labels[i], classes, (ACC)count, (ACC)smoothing);
     }
     double both[2] = {loss / count, correct};
     sum_over_lanes(both, shared);

@@ -302,7 +302,7 @@ def test_add_relu(both: Both, shape: tuple[int, ...]) -> None:
     TESTED.update({"add_relu_forward", "add_relu_backward"})
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), [("ce", 0.0), ("ce", 0.1), ("bce", 0.0)])
+@pytest.mark.parametrize(("loss", "smoothing"), [*((loss, 0.0) for loss in losses.LOSSES), ("ce", 0.1)])
 @pytest.mark.parametrize(("n", "k"), [(1, 10), (8, 10), (300, 10), (0, 10), (9, 1000)])
 def test_loss(both: Both, loss: str, smoothing: float, n: int, k: int) -> None:
     rng = both.rng
@@ -326,6 +326,26 @@ def test_loss(both: Both, loss: str, smoothing: float, n: int, k: int) -> None:
         )
     both.check("dlogits", "own", "tail", "logits", "stop", bound=1e-12 if both.element == "float64" else 3e-6)
     TESTED.add("loss_and_gradient")
+
+
+@double_only
+def test_a_loss_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only on the double: on a GPU the context is lost."""
+    monkeypatch.setitem(LOSS_NUMBERS, "third", max(LOSS_NUMBERS.values()) + 1)
+    with device() as backend:
+        both = Both("float32", backend)
+        for name, shape in {
+            "logits": (2, 3),
+            "stop": (1,),
+            "dlogits": (2, 3),
+            "own": (1,),
+            "tail": (3,),
+        }.items():
+            both.add(name, np.zeros(shape), real=True)
+        both.exact("labels", np.zeros(2, LABELS))
+        arrays = map(both[1], ("logits", "labels", "stop", "dlogits", "own", "tail"))
+        with pytest.raises(RuntimeError, match="__trap"):
+            losses.loss_and_gradient(*arrays, loss="third", count=2)
 
 
 @pytest.mark.parametrize("warped", [False, True])
