@@ -43,7 +43,7 @@ ELEMENTS = {  # ELEM, REAL, ACC of common.cu
 ELEMENT_OF = {"float32": "float32", "float64": "float64", "uint16": "bfloat16"}
 """Element type by the dtype of activations. NumPy has no bfloat16: its bits travel as uint16."""
 
-SCALARS = {"int": np.int32, "double": np.float64}
+SCALARS = {"int": np.int32, "double": np.float64, "Step": np.int64}
 POINTERS = {
     "float": "float32",
     "double": "float64",
@@ -120,15 +120,16 @@ class Kernels:
             self._functions[element, name] = found
         function, types = found
         assert len(arguments) == len(types), f"{name} takes {len(types)} arguments, not {len(arguments)}"
-        function(grid, block, tuple(map(_argument, arguments, types)))
+        function(grid, block, tuple(map(argument, arguments, types)))
 
 
-def _argument(argument: Any, parameter: tuple[str, bool]) -> Any:
+def argument(value: Any, parameter: tuple[str, bool]) -> Any:
+    """`value` as a parameter of `signatures` takes it; one of another type is refused."""
     kind, pointer = parameter
     if not pointer:
-        return (SCALARS.get(kind) or np.int64)(argument)
-    if argument is None:
+        return SCALARS[kind](value)
+    if value is None:
         return NULL
-    assert argument.dtype == POINTERS[kind], f"an array of {argument.dtype} for a pointer to {kind}"
-    assert argument.flags.c_contiguous, "kernels take contiguous arrays"
-    return argument
+    assert value.dtype == POINTERS[kind], f"an array of {value.dtype} for a pointer to {kind}"
+    assert value.flags.c_contiguous, "kernels take contiguous arrays"
+    return value

@@ -19,7 +19,7 @@ from test_functional import on_ranks
 from distrib.data import sampler
 from nn.array import OPS
 from nn.buffers import Buffers
-from nn.cuda.kernels import ELEMENTS, KEEP, SMALL_ROWS, Kernels
+from nn.cuda.kernels import ELEMENTS, KEEP, SCALARS, SMALL_ROWS, Kernels, argument, signatures
 from nn.cuda.ops import LOSS_NUMBERS, CudaOps, rows_of
 from nn.device import NUMPY
 from nn.ops import activation, bf16, dropout, flatten, linear, pool, residual, tree, update
@@ -641,6 +641,15 @@ def test_stem(both: Both, shape: tuple[int, ...]) -> None:
         conv_backward(a("dy"), saved, weights, g, dw, None, buffers, algorithm)
     both.check("y")
     both.check("dw", bound={"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-6}[both.element])
+
+
+def test_a_number_of_another_type_is_refused() -> None:
+    """A kernel's own REAL, say, which is another type by element: nothing is rounded."""
+    for element in ELEMENTS:
+        kinds = {kind for types in signatures(element).values() for kind, pointer in types if not pointer}
+        assert kinds <= set(SCALARS)
+    with pytest.raises(KeyError, match="float"):
+        argument(0.5, ("float", False))
 
 
 def test_every_operation_that_can_be_replaced_was_tested() -> None:
