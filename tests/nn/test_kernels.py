@@ -501,26 +501,23 @@ def test_add(both: Both) -> None:
     TESTED.add("add")
 
 
-OPTIMIZERS = {
-    "adam": [{"weight_decay": 0.0}, {"weight_decay": 0.1}],
-    "sgd": [
-        {"weight_decay": wd, "momentum": m, "nesterov": nesterov}
-        for wd, m, nesterov in ((0.0, 0.0, False), (0.1, 0.0, False), (0.0, 0.9, False), (0.1, 0.9, True))
-    ],
-}
+OPTIMIZERS: list[tuple[str, list[str | None], dict]] = [  # name, moments (None: not held), options
+    *(("adam", ["m", "v"], {"weight_decay": wd}) for wd in (0.0, 0.1)),
+    *(("sgd", [None], {"weight_decay": wd, "momentum": 0.0, "nesterov": False}) for wd in (0.0, 0.1)),
+    ("sgd", ["u"], {"weight_decay": 0.0, "momentum": 0.9, "nesterov": False}),
+    ("sgd", ["u"], {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [(name, o) for name, all_of in OPTIMIZERS.items() for o in all_of]
-)
+@pytest.mark.parametrize(("name", "moments", "options"), OPTIMIZERS)
 @pytest.mark.parametrize("ends", [False, True])
-def test_optimizers(both: Both, name: str, options: dict, ends: bool) -> None:
+def test_optimizers(both: Both, name: str, moments: list[str | None], options: dict, ends: bool) -> None:
     """Several blocks, the last of which may end the step."""
     size, rng = 1000, both.rng
     both.add("values", rng.normal(0, 1, size), real=True)
     both.add("grads", rng.normal(0, 1, size) * 10.0 ** rng.integers(-9, 1, size), real=True)
-    states = ["m", "v"] if name == "adam" else ["u"] if options["momentum"] else []
-    for state in states:
+    held = list(filter(None, moments))
+    for state in held:
         both.add(state, rng.uniform(0, 1, size), real=True)
     both.exact("rates", np.append(np.ones((6, 2)), [[1e-2, 3e-3]], axis=0))
     both.exact("at", np.array([6]))
@@ -531,11 +528,10 @@ def test_optimizers(both: Both, name: str, options: dict, ends: bool) -> None:
     compute = both.backend.xp.asarray(np.zeros(size, np.uint16)) if both.element == "bfloat16" else None
     for side, run in enumerate((getattr(update, name).plain, getattr(update, name))):
         a = both[side]
-        state = [a(s) for s in states] if name == "adam" or states else [None]
         run(
             a("values"),
             a("grads"),
-            *state,
+            *map(a, moments),
             a("rates"),
             a("at"),
             compute if side else None,
@@ -543,7 +539,7 @@ def test_optimizers(both: Both, name: str, options: dict, ends: bool) -> None:
             **options,
             record=update.StepRecord(*map(a, ("history", "own", "tail", "arrived"))) if ends else None,
         )
-    both.check("values", "grads", *states, bound=1e-14 if both.element == "float64" else 1e-6)
+    both.check("values", "grads", *held, bound=1e-14 if both.element == "float64" else 1e-6)
     both.check("rates", "at", "history", "own", "tail", "arrived", bound=0)
     assert both.pairs["at"][0] == [6 + ends]
     assert (both.pairs["history"][0][2] == ([3, 1, 2, 0] if ends else before[2])).all()
