@@ -16,7 +16,8 @@ from typing import Any
 from nn.array import register
 from nn.cuda import cudnn
 from nn.cuda.kernels import Kernels
-from nn.cuda.ops import CudaOps, Stem
+from nn.cuda.ops import CudaOps
+from nn.cuda.stem import Stem
 from nn.device import Backend, SideStream
 
 

@@ -29,7 +29,8 @@ from nn.cuda import cudnn
 from nn.cuda.backend import cupy_backend
 from nn.cuda.cudnn import Convolutions
 from nn.cuda.kernels import Kernels
-from nn.cuda.ops import CudaOps, Stem
+from nn.cuda.ops import CudaOps
+from nn.cuda.stem import Stem
 from nn.device import Backend, SideStream
 
 PLANS: dict[str, dict[str, str]] = {}
