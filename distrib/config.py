@@ -25,6 +25,7 @@ from distrib.options import (
     option,
 )
 from distrib.recipes import DROPPED_OPTIONS, RECIPES
+from distrib.together import check_together
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES, learning_rate
 from nn.resnet9 import VARIANTS
@@ -211,48 +212,19 @@ class Config:
                 object.__setattr__(self, name, str(path) if given.startswith("~") else given)
         for each in fields(self):
             self._check(each)
-        self._check_together()
+        check_together(self)
 
     def _check(self, each: Field) -> None:
         """UserError if an option's value is none of its choices or breaks one of its rules."""
         value, choices = getattr(self, each.name), each.metadata["choices"]
         if value is None:
             return
-        self._require(each.name, not choices or value in choices, f"choose one of {', '.join(choices)}")
+        self.require(each.name, not choices or value in choices, f"choose one of {', '.join(choices)}")
         for rule in each.metadata["rules"]:
-            self._require(each.name, rule.holds(value), rule.remedy)
+            self.require(each.name, rule.holds(value), rule.remedy)
 
-    def _check_together(self) -> None:
-        """UserError if options do not go together."""
-        for name in sorted({name for optimizer in OPTIMIZERS.values() for name in optimizer.options}):
-            owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
-            is_own = getattr(self, name) == getattr(Config, name) or self.optimizer in owners
-            self._require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
-        models.require_form(self.model)
-        self._require("nesterov", not self.nesterov or self.momentum > 0, "needs --momentum above 0")
-        for name in ("keep_best", "patience"):
-            self._require(name, not getattr(self, name) or self.validation > 0, "needs --validation above 0")
-        self._require("shards", self.shards is None or self.reproducible, "needs --reproducible")
-        own = self.batch_norm == "shard"
-        self._require("batch_norm", self.reproducible or not own, "needs --reproducible")
-        whole = self.batch_norm != "local" or not self.reproducible
-        self._require("batch_norm", whole, "depends on the ranks: give sync or shard with --reproducible")
-        self._require("shards_at_once", self.shards_at_once is None or own, "needs --batch-norm shard")
-        self._require("min_ranks", self.elastic or self.min_ranks == 1, "needs --elastic")
-        alike = self.batch_norm != "local" or not self.elastic
-        self._require("batch_norm", alike, "depends on the ranks: give sync with --elastic")
-        sent = self.gradients != "bf16" or not self.reproducible
-        self._require("gradients", sent, "rounds by rank: leave it out with --reproducible")
-        smooth, warm = self.label_smoothing > 0, self.warmup_epochs > 0
-        self._require("label_smoothing", not smooth or self.loss == "ce", "is of --loss ce only")
-        exact = self.gradients == "float32" or self.precision != "float64"
-        self._require("gradients", exact, "is not for --precision float64")
-        onecycle = self.schedule == "onecycle"
-        self._require("warmup_epochs", not (warm and onecycle), "onecycle warms up by itself: leave it out")
-        fits_in = self.warmup_epochs <= self.epochs
-        self._require("warmup_epochs", fits_in, f"is longer than --epochs {self.epochs}")
-
-    def _require(self, name: str, holds: bool, remedy: str) -> None:
+    def require(self, name: str, holds: bool, remedy: str) -> None:
+        """UserError that names the option, its value and the remedy, unless it `holds`."""
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: {remedy}")
 
@@ -290,13 +262,13 @@ class Config:
         side = min(data.shape[:2])
         for name in ("shift", "crop", "cutout"):
             fits_in = getattr(self, name) < side
-            self._require(name, fits_in, f"give less than the {side} pixels of an image")
+            self.require(name, fits_in, f"give less than the {side} pixels of an image")
         for name, have in (("limit_train", len(data.train_images)), ("limit_test", len(data.test_images))):
             limit = getattr(self, name)
             if isinstance(limit, Cap):
                 fewer[name] = Cap(min(limit, have))
             else:
-                self._require(name, limit is None or limit <= have, f"the data has only {have} images")
+                self.require(name, limit is None or limit <= have, f"the data has only {have} images")
         config = replace(config, **fewer)
         if self.batch_size_per_rank is not None:
             same = stored is not None and stored.get("batch_size_per_rank") == self.batch_size_per_rank
@@ -306,14 +278,14 @@ class Config:
         if config.reproducible:
             config = replace(config, shards=config.shards or min(8, config.batch_size))
         fits_in = (config.shards or 1) <= config.batch_size
-        config._require("shards", fits_in, f"is above the batch size, {config.batch_size}: give fewer")
-        config._require(
+        config.require("shards", fits_in, f"is above the batch size, {config.batch_size}: give fewer")
+        config.require(
             "batch_size",
             config.batch_size >= size,
             f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
         )
-        config._require("min_ranks", config.min_ranks <= size, f"is above the number of ranks, {size}")
-        config._require(
+        config.require("min_ranks", config.min_ranks <= size, f"is above the number of ranks, {size}")
+        config.require(
             "shards",
             not config.reproducible or (config.shards or 0) >= size,
             f"is below the number of ranks, {size}: give {size} or more, or start fewer ranks",
