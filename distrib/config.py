@@ -23,6 +23,7 @@ from distrib.options import (
     Cap,
     at_most,
     option,
+    owners,
 )
 from distrib.recipes import DROPPED_OPTIONS, RECIPES
 from distrib.together import check_together
@@ -55,8 +56,8 @@ class Config:
     )
     optimizer: str = option("adam", "{}.", choices=OPTIMIZERS)
     lr: float = option(1e-3, "Learning rate; with onecycle its peak.", ABOVE_ZERO)
-    momentum: float = option(0.0, "Momentum of SGD.", ZERO_OR_MORE, BELOW_ONE)
-    nesterov: bool = option(False, "Nesterov momentum (needs --momentum).")
+    momentum: float = option(0.0, f"Momentum (of {owners('momentum')}).", ZERO_OR_MORE, BELOW_ONE)
+    nesterov: bool = option(False, f"Nesterov momentum (of {owners('nesterov')}; needs --momentum).")
     weight_decay: float = option(0.0, "Added to the gradient with SGD, decoupled with Adam.", ZERO_OR_MORE)
     schedule: str = option("constant", "{}.", choices=SCHEDULES)
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up of constant and cosine.", ZERO_OR_MORE)

@@ -8,6 +8,7 @@ from dataclasses import field
 from typing import Any, NamedTuple
 
 from distrib.files import alternatives
+from nn.optim import OPTIMIZERS
 
 
 class Cap(int):
@@ -32,6 +33,12 @@ def at_most(bound: float) -> Rule:
 
 
 LARGEST_BATCH, LARGEST_SEED = 1_000_000, (1 << 128) - 1
+
+
+def owners(name: str) -> str:
+    """The optimizers that have the option `name`, as "--optimizer sgd or another"."""
+    of = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
+    return f"--optimizer {alternatives(of)}"
 
 
 def option(

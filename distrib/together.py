@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distrib import models
+from distrib.options import owners
 from nn.optim import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 def check_together(config: Config) -> None:
     """UserError if options do not go together."""
     for name in sorted({name for optimizer in OPTIMIZERS.values() for name in optimizer.options}):
-        owners = [key for key, optimizer in OPTIMIZERS.items() if name in optimizer.options]
-        is_own = getattr(config, name) == getattr(type(config), name) or config.optimizer in owners
-        config.require(name, is_own, f"is of --optimizer {' or '.join(owners)} only")
+        unused = getattr(config, name) == getattr(type(config), name)
+        known = name in OPTIMIZERS[config.optimizer].options
+        config.require(name, unused or known, f"is of {owners(name)} only")
     models.require_form(config.model)
     config.require("nesterov", not config.nesterov or config.momentum > 0, "needs --momentum above 0")
     for name in ("keep_best", "patience"):

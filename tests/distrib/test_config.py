@@ -11,6 +11,7 @@ from conftest import sized
 
 from distrib.config import CHOICES, LARGEST_SEED, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
+from distrib.options import owners
 from distrib.train import parse
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES
@@ -320,7 +321,9 @@ def test_what_can_be_chosen_is_what_is_there(name: str, table: dict) -> None:
 
 
 def test_an_option_belongs_to_the_optimizers_that_name_it() -> None:
+    helps = {name: text for name, _, _, text in options()}
     for name, value in (("momentum", 0.9), ("nesterov", True)):
+        assert f"of {owners(name)}" in helps[name]
         with pytest.raises(UserError, match=f"--{name} {value}: is of --optimizer sgd only"):
             Config(**{name: value})
     assert Config(weight_decay=0.1).weight_decay == 0.1
