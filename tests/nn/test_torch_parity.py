@@ -115,7 +115,7 @@ class Pair:
         their_loss = self.their_loss(their_logits, labels)
         their_loss.backward()
         for group in self.optimizer.param_groups:
-            if "eps" in group:  # makes their ε, added to √v̂, our ε̂, added to √v
+            if self.kind.startswith("Adam"):  # makes their ε, added to √v̂, our ε̂, added to √v
                 group["eps"] = 1e-7 / (1 - 0.999**self.own_optimizer.steps) ** 0.5
         self.optimizer.step()
         theirs = {name: p.grad.numpy() for name, p in self.theirs.named_parameters()}
