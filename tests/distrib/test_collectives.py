@@ -18,6 +18,7 @@ from distrib.faults.watchdog import Watchdog
 from distrib.trainer import Trainer
 from nn.device import NUMPY
 from nn.params import STEP_METRICS, Parameters, Spec
+from nn.resnet9 import VARIANTS
 
 
 class Counting(SingleCommunicator):
@@ -47,6 +48,10 @@ def a_trainer(comm, variant: str = "baseline", width: float = 0.125, **options) 
 
 
 CONVS = {"baseline": 8, "avgpool": 8, "conv-shortcut": 10, "three-blocks": 13}
+
+
+def test_every_variant_has_its_number_of_convolutions() -> None:
+    assert set(CONVS) == set(VARIANTS)
 
 
 @pytest.mark.parametrize("variant", CONVS)
