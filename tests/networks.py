@@ -10,6 +10,7 @@ from nn.layers import (
     BatchNorm,
     Conv,
     ConvBN,
+    Dropout,
     Flatten,
     GlobalAvgPool,
     GlobalMaxPool,
@@ -114,6 +115,21 @@ def pooled_first(shape: Shape, classes: int) -> Sequential:
     return Sequential(AvgPool(2), ReLU(), MaxPool(2), Flatten(), Linear(9), LeakyReLU(0.2), Linear(classes))
 
 
+def vectors(shape: Shape, classes: int) -> Sequential:
+    """Batch norm and dropout on images and on vectors."""
+    return Sequential(
+        Conv(4, stride=3),
+        BatchNorm(),
+        ReLU(),
+        Dropout(0.3),
+        Flatten(),
+        Linear(7),
+        BatchNorm(),
+        Dropout(),
+        Linear(classes),
+    )
+
+
 NETWORKS = {
     function.__name__: function
     for function in (
@@ -121,4 +137,4 @@ NETWORKS = {
         *(every_layer, pooled_first),
     )
 }
-"""Models beside ResNet-9: functions of (shape, classes)."""
+"""Models beside ResNet-9 that draw nothing: functions of (shape, classes)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from networks import NETWORKS
+from networks import NETWORKS, vectors
 
 from distrib.check_model import CHECKS, Finding, check, describe
 from launch import check_model as command
@@ -18,8 +18,6 @@ from nn.layers import (
     BatchNorm,
     Conv,
     ConvBN,
-    Dropout,
-    Flatten,
     GlobalAvgPool,
     Linear,
     ReLU,
@@ -603,14 +601,6 @@ def test_the_layer_inside_is_named_not_the_one_around() -> None:
 
 
 # networks that are right
-
-
-def vectors(shape: Any, classes: int) -> Sequential:
-    """Batch norm and dropout on images and on vectors."""
-    return Sequential(
-        *(Conv(4, stride=3), BatchNorm(), ReLU(), Dropout(0.3), Flatten()),
-        *(Linear(7), BatchNorm(), Dropout(), Linear(classes)),
-    )
 
 
 RIGHT: dict[str, Callable[..., Layer]] = {

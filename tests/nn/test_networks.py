@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cudnn_double import to_bf16
 from device_double import device, needs_device
-from networks import NETWORKS, every_layer
+from networks import NETWORKS, every_layer, vectors
 from test_conv import both_orders
 from test_gradients import check
 from test_torch_parity import difference, import_torch
@@ -210,21 +210,6 @@ def _captured_evaluation(case: Case, backend: Any) -> None:
 
 
 # layers on vectors, and layers that draw
-
-
-def vectors(shape: tuple[int, ...], classes: int) -> Sequential:
-    """Batch norm and dropout on images and on vectors."""
-    return Sequential(
-        Conv(4, stride=3),
-        BatchNorm(),
-        ReLU(),
-        Dropout(0.3),
-        Flatten(),
-        Linear(7),
-        BatchNorm(),
-        Dropout(),
-        Linear(classes),
-    )
 
 
 def drawing(**more: Any) -> Case:
