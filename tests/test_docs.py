@@ -18,8 +18,8 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 PICTURES = sorted((ROOT / "docs").glob("*.svg"))
 ROOMS = ("nn", "distrib", "launch", "tests", "slurm")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
-MOST_WORDS = 7200
-"""Of all documents together, code blocks and figures apart."""
+MOST_WORDS = 6730
+"""Of all documents together, code blocks and figures apart, and the changelog, which grows by its nature."""
 
 OTHERS_FILES = {"sample.py", "nn.py", "net.py", "power.py"}
 """Of the reader."""
@@ -106,8 +106,10 @@ def test_the_readme_is_a_page() -> None:
 
 @pytest.mark.quick
 def test_documents_stay_short() -> None:
-    texts = [re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M) for path in DOCUMENTS]
-    assert sum(len(re.findall(r"[^\W\d_][\w'-]*", text)) for text in texts) <= MOST_WORDS
+    paths = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+    texts = [re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M) for path in paths]
+    words = sum(len(re.findall(r"[^\W\d_][\w'-]*", text)) for text in texts)
+    assert words <= MOST_WORDS, f"cut {words - MOST_WORDS} words: say it once, in the document it belongs to"
 
 
 @pytest.mark.quick
