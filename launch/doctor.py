@@ -199,7 +199,7 @@ def show(findings: list[Finding]) -> None:
 
 
 def doctor(
-    data: Annotated[str | None, typer.Option(help="Folder with the IDX files; without it, MNIST.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set, as for training; without it, MNIST.")] = None,
     run_dir: Annotated[Path, typer.Option(help="Where a run would be kept.")] = Path("runs"),
     timeout: Annotated[
         float,

@@ -31,7 +31,14 @@ def recognises(path: Path) -> bool:
 
 
 def _layout(path: Path) -> str | None:
-    return next((name for name, (train, *_) in LAYOUTS.items() if (path / train[0]).exists()), None)
+    return next(
+        (
+            name
+            for name, (train, test, *_) in LAYOUTS.items()
+            if any((path / each).exists() for each in (*train, test))
+        ),
+        None,
+    )
 
 
 def read(path: Path, _: Reading = Reading()) -> Dataset:  # noqa: B008  # it cannot change

@@ -133,9 +133,11 @@ def make(
                 f"{name}: {part} labels are {labels.dtype} of shape {labels.shape}: give integers (N,)"
             )
         if len(images) != len(labels):
-            raise UserError(f"{name}: has {len(images)} {part} images and {len(labels)} labels")
+            raise UserError(
+                f"{name}: has {len(images)} {part} images and {len(labels)} labels: give each a label"
+            )
         if not images.size:
-            raise UserError(f"{name}: holds no {part} images")
+            raise UserError(f"{name}: holds no {part} images: add some")
         parts.append((images, labels))
     (train_images, train_labels), (test_images, test_labels) = parts
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -179,4 +181,6 @@ def _check_labels(where: str, labels: np.ndarray, classes: int) -> None:
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         at = int(outside.argmax())
-        raise UserError(f"{where} label {labels[at]} at index {at}: labels go from 0 to {classes - 1}")
+        raise UserError(
+            f"{where} label {labels[at]} at index {at}: labels go from 0 to {classes - 1}: correct it"
+        )

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from distrib.data import cache, cifar, idx, npz, pictures, synthetic
+from distrib.data import cache, cifar, idx, npz, pictures, synthetic, unknown
 from distrib.data.dataset import Dataset, Reading
 from distrib.errors import UserError
 from distrib.files import alternatives, expanded, reason, shown
@@ -67,9 +67,9 @@ def _whole(data: str, reading: Reading) -> Dataset:
         if not path.exists():
             raise UserError(f"--data {path}: no such folder or file; give {', or '.join(FORMATS)}")
         form = _form(path)
-        if form is None and path.is_file():
-            raise UserError(f"--data {path}: is no data set: give {', or '.join(FORMATS)}")
-        form = form or idx  # which reports what the folder holds instead
+        if form is None:
+            found = unknown.instead(path, lambda each: _form(each) is not None, FORMATS)
+            raise UserError(f"--data {path}: {found}")
         _require_taken(reading, form.READING)
         return cache.through(path, reading, form is pictures, partial(form.read, path, reading))
     except OSError as error:

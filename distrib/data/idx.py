@@ -198,8 +198,8 @@ def _part(folder: Path, limit: int | None, *names: str) -> tuple[np.ndarray, np.
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder, or raw/ below it, holds IDX files."""
-    return path.is_dir() and bool(_prefixes(_folder(path)))
+    """Whether a folder, or raw/ below it, holds IDX files, at least some of them."""
+    return path.is_dir() and any("ubyte" in entry.lower() for entry in os.listdir(_folder(path)))
 
 
 def read(

@@ -21,7 +21,7 @@ READING = ()
 
 def recognises(path: Path) -> bool:
     """Whether `path` is an .npz file, by its name."""
-    return path.suffix == ".npz" and path.is_file()
+    return path.suffix.lower() == ".npz" and path.is_file()
 
 
 def read(path: Path, _: Reading = Reading()) -> Dataset:  # noqa: B008  # it cannot change
@@ -42,7 +42,7 @@ def read(path: Path, _: Reading = Reading()) -> Dataset:  # noqa: B008  # it can
         raise UserError(f"{path}: cannot be read {reason(error, path)}") from None
     except Exception as error:  # whatever the parsers of zip files and of NumPy's headers raise
         what = printable(f"{type(error).__name__}: {error}".splitlines()[0], 100)
-        raise UserError(f"{path}: is damaged, or no .npz file ({what})") from None
+        raise UserError(f"{path}: is damaged, or no .npz file ({what}): write it with np.savez") from None
     x_train, y_train, x_test, y_test = (arrays[name] for name in NAMES)
     return make(str(path), (x_train, y_train), (x_test, y_test), _names(path, arrays.get("class_names")))
 
@@ -66,7 +66,8 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str, entry: str) -> np.nd
         if dtype.hasobject:
             raise UserError(f"{path}: {name} holds Python objects, which are not read: give numbers or text")
         if min(shape, default=0) < 0 or size > memory():
-            raise UserError(f"{path}: {name} has {size / 1e9:.0f} GB, more than this machine's memory")
+            what = f"{size / 1e9:.0f} GB, more than this machine's memory"
+            raise UserError(f"{path}: {name} has {what}: give a smaller set")
         data = file.read(size)
         if len(data) != size or file.read(1):
             raise UserError(f"{path}: {name} is truncated or over-long: write the file again")

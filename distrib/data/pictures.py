@@ -27,7 +27,7 @@ def read(path: Path, reading: Reading = Reading()) -> Dataset:  # noqa: B008  # 
             raise UserError(f"{path}: has no folder {part}/: put pictures of each class into {part}/NAME/")
     names = _classes(path / "train")
     if not names:
-        raise UserError(f"{path / 'train'}: holds no folders: give one for each class")
+        raise UserError(f"{path / 'train'}: holds no folders: put pictures of each class into NAME/ in it")
     unknown = sorted(set(_classes(path / "test")) - set(names))
     if unknown:
         raise UserError(f"{path / 'test' / unknown[0]}: there is no such class in train/: add it there")
@@ -54,7 +54,8 @@ def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray,
     ]
     files = [(file, label) for _, label, file in sorted(places)]
     if not files:
-        raise UserError(f"{folder}: holds no pictures: put them into {folder / names[0]} and the like")
+        where = folder / names[0]
+        raise UserError(f"{folder}: holds no pictures: put them into {where}, not deeper, and the like")
     size = _size(reading.size)
     images, broken = list[np.ndarray](), list[str]()
     for file, _ in files:
@@ -77,7 +78,8 @@ def _part(folder: Path, names: list[str], reading: Reading) -> tuple[np.ndarray,
 
 
 def _counts(file: Path) -> bool:
-    return file.is_file() and file.name[0] != "."
+    """Whether it is a file, or a link to one that is gone, and not hidden."""
+    return (file.is_file() or not file.exists()) and file.name[0] != "."
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -93,14 +95,19 @@ def _size(text: str | None) -> tuple[int, int] | None:
 def _picture(path: Path, size: tuple[int, int] | None, grey: bool) -> np.ndarray:
     """Read a picture as uint8 (H, W, 1), or (H, W, 3) in colour: upright, on black if transparent."""
     from distrib.pictures.files import deep_pixels, pixels_of, read_sheets  # here: Pillow takes a while
+    from distrib.pictures.kinds import kind_of
     from distrib.pictures.prepare import fitted
 
+    if not path.exists():
+        raise UserError(f"{path}: is a link to nothing: restore the picture, or remove it")
     deep = deep_pixels(path)
     if deep is None:
         found = read_sheets(path, lambda sheet: (pixels_of(sheet, 1 if grey else None), sheet.size))
-        if found is None or len(found) > 1:
-            what = "no picture that is understood" if found is None else f"{len(found)} pages"
-            raise UserError(f"{path}: cannot be read ({what}): remove it")
+        if found is None:
+            with path.open("rb") as file:
+                raise UserError(f"{path}: is {kind_of(file.read(2048), 'give a picture')}, or remove it")
+        if len(found) > 1:
+            raise UserError(f"{path}: has {len(found)} pages: save one of them as PNG, or remove it")
         pixels, (w, h) = found[0]
     else:
         pixels, (h, w) = deep, deep.shape[:2]

@@ -19,6 +19,7 @@ KINDS = (
     (0, b"PK\x05\x06", "an empty zip archive: give the picture itself"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (0, b"Rar!", "a RAR archive: unpack it first"),
+    (0, b"\x1f\x8b", "a gzip file: unpack it first"),
     (0, b"BZh", "a bzip2 file: unpack it first"),
     (0, b"\xfd7zXZ", "an xz file: unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
@@ -30,8 +31,8 @@ KINDS = (
     (0, b"gimp xcf", "a GIMP document: export it as PNG"),
     (0, b"\xff\x0a", "a JPEG XL picture: export it as PNG"),
     (4, b"JXL ", "a JPEG XL picture: export it as PNG"),
-    (0, b"\x93NUMPY", "a NumPy array: save it as PNG or IDX"),
-    (0, b"\x89HDF", "an HDF5 file: save the images as PNG or IDX"),
+    (0, b"\x93NUMPY", "a NumPy array: save it as PNG"),
+    (0, b"\x89HDF", "an HDF5 file: save the images as PNG"),
     (0, b"SQLite format 3", "a database: give pictures"),
     (0, b"\x7fELF", "a program: give pictures"),
     (0, b"MZ", "a program: give pictures"),
@@ -43,8 +44,8 @@ KINDS = (
 """(offset, bytes at it, the kind of file with the remedy)."""
 
 
-def kind_of(head: bytes) -> str:
-    """Describe a file that is no picture, by its first bytes, with the remedy."""
+def kind_of(head: bytes, remedy: str = "give PNG or other pictures, or IDX files") -> str:
+    """Describe a file that is no picture, by its first bytes, with the remedy; `remedy` if it is unknown."""
     if not head:
         return "an empty file: copy it again"
     for offset, magic, what in KINDS:
@@ -54,7 +55,7 @@ def kind_of(head: bytes) -> str:
         text = head.decode("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         if error.start < len(head) - 4 or error.encoding != "utf-8":
-            return "of an unknown kind: give PNG or other pictures, or IDX files"
+            return f"of an unknown kind: {remedy}"
         text = head[: error.start].decode("utf-8-sig")
     start = text.lstrip()[:500].lower()
     if "<svg" in start:
@@ -64,5 +65,5 @@ def kind_of(head: bytes) -> str:
     if start.startswith("version https://git-lfs"):
         return "a pointer of Git LFS: run git lfs pull"
     if "\0" in text:
-        return "of an unknown kind: give PNG or other pictures, or IDX files"
-    return "a text file: give PNG or other pictures, or IDX files"
+        return f"of an unknown kind: {remedy}"
+    return f"a text file: {remedy}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,14 @@ def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
         found = fitted(np.broadcast_to(deep, (*deep.shape[:2], shape[2])), shape[:2])
         return Pictures(path, found[None], np.zeros(1, bool), np.ones(1, bool))
     sheets = read_sheets(path, lambda sheet: scaled(sheet, shape))
+    if sheets is None:
+        check_idx(path, shape)
     pixels = np.stack([pixels for pixels, _ in sheets]) if sheets else idx.read_images(path)
     if pixels.shape[1:] not in (shape, shape[:2]) or pixels[0].size != shape[0] * shape[1] * shape[2]:
         size = "×".join(map(str, pixels.shape[1:]))
-        raise UserError(f"{path}: images of {size}, the network takes {'×'.join(map(str, shape))}")
+        raise UserError(
+            f"{path}: images of {size}, the network takes {'×'.join(map(str, shape))}: scale them"
+        )
     return Pictures(path, pixels, np.zeros(len(pixels), bool), np.ones(len(pixels), bool))
 
 
@@ -129,20 +134,20 @@ def on_its_ground(sheet: Sheet) -> np.ndarray:
 
 def read_idx(path: Path, as_is: bool) -> Pictures:
     """Read the images of an IDX file; invert all if most of their border is bright, unless `as_is`."""
-    check_idx(path)
+    check_idx(path, (SIDE, SIDE, 1))
     images = idx.read_images(path)
     if images.shape[1:] != (SIDE, SIDE):
-        raise UserError(
-            f"{path}: images of {images.shape[1]}×{images.shape[2]}, the network takes {SIDE}×{SIDE}"
-        )
+        h, w = images.shape[1:]
+        raise UserError(f"{path}: images of {h}×{w}, the network takes {SIDE}×{SIDE}: scale them")
     border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
     dark = not as_is and bool(border.size) and bool(np.median(border) > 127)
     pixels = 255 - images if dark else images
     return Pictures(path, pixels, np.full(len(images), dark), pixels.max((1, 2)) > 0)
 
 
-def check_idx(path: Path) -> None:
-    """UserError if a file is of another kind, or a small one that unpacks to a very large one."""
+def check_idx(path: Path, shape: tuple[int, int, int]) -> None:
+    """UserError if a file is of another kind, or unpacks to more images of this shape than are taken."""
+    most = 4 + 4 * 4 + prod(shape) * MOST_IMAGES
     with path.open("rb") as file:
         head = file.read(2048)
         if head[:2] == b"\x1f\x8b":
@@ -150,7 +155,7 @@ def check_idx(path: Path) -> None:
             try:
                 with gzip.open(file) as packed:
                     head = packed.read(2048)
-                    size = len(head) + skip(packed, 16 + 784 * MOST_IMAGES)
+                    size = len(head) + skip(packed, most)
             except (OSError, EOFError, zlib.error):
                 return  # read_idx reports what is wrong
             if not is_idx(head):
@@ -159,8 +164,9 @@ def check_idx(path: Path) -> None:
             size = path.stat().st_size
     if not is_idx(head):
         raise UserError(f"{path}: is {kind_of(head)}")
-    if size > 16 + 784 * MOST_IMAGES:
-        raise UserError(f"{path}: unpacks to more than {MOST_IMAGES:,} images of 28×28: split the file")
+    if size > most:
+        of = "×".join(map(str, shape[:2]))
+        raise UserError(f"{path}: unpacks to more than {MOST_IMAGES:,} images of {of}: split the file")
 
 
 def is_idx(head: bytes) -> bool:

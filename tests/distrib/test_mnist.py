@@ -331,7 +331,7 @@ def test_what_is_found_instead_is_told(small_data: Path) -> None:
     ("name", "message"),
     [
         ("x" * 300, "File name too long"),
-        ("data/train-labels-idx1-ubyte", "is no data set: give a folder of IDX files"),
+        ("data/train-labels-idx1-ubyte", "is no data set, the folder that it is in is one: give data"),
         ("data/train-labels-idx1-ubyte/x", "no such folder or file; give a folder of IDX files"),
         ("a\0b", "give a name"),
         ("", "give a name"),
