@@ -27,6 +27,9 @@ SHADES = " .:-=+*#%@"
 MOST_BARS, MOST_NAME = 10, 20
 """Classes with a bar, and letters of a class's name."""
 
+FORMULA = tuple("=+-@＝＋－＠")
+"""How a spreadsheet's formula starts, the wide forms of East Asian ones included."""
+
 LONGEST_BAR = 30
 """Columns of a probability of 1, where the terminal has them."""
 
@@ -122,7 +125,10 @@ def predict(
         bool, typer.Option("--json", help="Print JSON, with the probabilities of all classes.")
     ] = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print a table for spreadsheets: image, class, probability.")
+        bool,
+        typer.Option(
+            "--csv", help="Print a table for spreadsheets: image, class, probability; ' before = + - @."
+        ),
     ] = False,
 ) -> None:
     """The class of each image, with its probability and the next likely ones.
@@ -159,8 +165,14 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
+def as_text(name: str) -> str:
+    """A name for a spreadsheet, which would run one that starts like a formula."""
+    shown = printable(name, 4096)
+    return f"'{shown}" if shown.lstrip().startswith(FORMULA) else shown
+
+
 def print_csv(checkpoint: Path, model: str | None, images: list[Path], as_is: bool) -> None:
-    """A line for each image; an empty one has no class."""
+    """A line for each image; an empty one has no class. A name that would be a formula begins with '."""
     from distrib.predict import load, predict_files
 
     results = predict_files(load(checkpoint, model), images, as_is)
@@ -168,7 +180,7 @@ def print_csv(checkpoint: Path, model: str | None, images: list[Path], as_is: bo
     table.writerow(("image", "class", "probability"))
     for result in results:
         table.writerow(
-            (printable(result["image"], 4096), result["class"] or "", f"{result['probability']:.6f}")
+            (as_text(result["image"]), as_text(result["class"] or ""), f"{result['probability']:.6f}")
         )
 
 

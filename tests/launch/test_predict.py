@@ -100,6 +100,30 @@ def test_a_folder_and_csv(model: Path, files: tuple[Path, Path], tmp_path: Path,
     assert "holds no files: give pictures, or a folder of pictures" in err
 
 
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(1)", " =1", "＝1")
+
+
+def test_a_spreadsheet_takes_no_name_as_a_formula(
+    files: tuple[Path, Path], tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a file's nor a class's."""
+    about = {"variant": "baseline", "width": 0.0625, "loss": "ce", "dtype": "float32"}
+    about |= {"class_names": [f"=class {i}" for i in range(10)]}
+    network = resnet9(width=0.0625, seed=3)
+    (tmp_path / "model").mkdir()
+    own = ckpt.save_checkpoint(tmp_path / "model", 1, network.state_dict(), about, {}, {}, 1)
+    (tmp_path / "files").mkdir()
+    monkeypatch.chdir(tmp_path / "files")
+    names = [*FORMULAS, "a=1", "7 -1"]
+    for name in names:
+        shutil.copy(files[0], name)
+    code, out, err = call(own, "--csv", "--", *names)
+    assert code == 0, err
+    table = list(csv.DictReader(out.splitlines()))
+    assert [row["image"] for row in table] == [*(f"'{name}" for name in FORMULAS), "a=1", "7 -1"]
+    assert {row["class"][:8] for row in table} == {"'=class "}
+
+
 def test_sigmoids_need_not_sum_to_one(model: Path, files: tuple[Path, Path], call) -> None:
     total = sum(json.loads(call(model, files[0], "--json")[1])[0]["probabilities"])
     if ckpt.load_model(model)[1]["loss"] == "ce":
