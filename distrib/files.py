@@ -59,6 +59,12 @@ def printable(text: str, most: int = 500) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in short)
 
 
+def short(name: str, most: int) -> str:
+    """`name` in at most `most` letters, its middle left out: names of a kind often differ at their ends."""
+    head = most // 2
+    return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+
+
 def alternatives(names: Sequence[str]) -> str:
     """The names as "a, b or c"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrib.errors import UserError
-from distrib.files import printable
+from distrib.files import printable, short
 from distrib.run.console import on_terminal
 from launch.entry import Model, OwnModel, number, one_process
 
@@ -67,12 +67,12 @@ def bars(result: dict[str, Any], names: list[str], longest: int, shades: bool) -
     """The probabilities of an image, a line each, its class in bold; of many classes the likeliest."""
     text, p = Text(no_wrap=True, end=""), result["probabilities"]
     shown = range(len(p)) if len(p) <= MOST_BARS else sorted(range(len(p)), key=lambda i: -p[i])[:MOST_BARS]
-    wide = max(len(printable(names[i], MOST_NAME)) for i in shown)
+    wide = max(len(class_name(names[i])) for i in shown)
     for place, i in enumerate(shown):
         bar = ("█" if shades else "#") * round(p[i] * longest)
         style = "bold" if names[i] == result["class"] else ""
         text.append("\n" * (place > 0))
-        text.append(f"{printable(names[i], MOST_NAME):<{wide}}  {bar:<{longest}} {100 * p[i]:5.1f} %", style)
+        text.append(f"{class_name(names[i]):<{wide}}  {bar:<{longest}} {100 * p[i]:5.1f} %", style)
     return text
 
 
@@ -88,6 +88,11 @@ def beside(pixels: np.ndarray, result: dict[str, Any], names: list[str], console
     return table
 
 
+def class_name(name: str) -> str:
+    """A class's name for a line; those of two classes may differ at the end only."""
+    return printable(short(name, MOST_NAME))
+
+
 def line(result: dict[str, Any], names: list[str], top: int) -> str:
     """FILE: 7  99.1 %, then the next most probable of `top` classes, and whether the image was inverted."""
     name = printable(result["image"], 4096)
@@ -95,7 +100,7 @@ def line(result: dict[str, Any], names: list[str], top: int) -> str:
         return f"{name}: nothing drawn"
     p, first = result["probabilities"], names.index(result["class"])
     others = sorted((i for i in range(len(p)) if i != first), key=lambda i: -p[i])
-    said = "   ".join(f"{printable(names[i], MOST_NAME)}  {100 * p[i]:.1f} %" for i in [first, *others][:top])
+    said = "   ".join(f"{class_name(names[i])}  {100 * p[i]:.1f} %" for i in [first, *others][:top])
     return f"{name}: {said}{'  (inverted: dark on bright)' if result['inverted'] else ''}"
 
 

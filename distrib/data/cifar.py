@@ -75,5 +75,5 @@ def _names(path: Path, classes: int) -> tuple[str, ...] | None:
         lines = read_bytes(path, 1 << 16).decode(errors="replace").split("\n")
     except (OSError, ValueError):
         return None
-    found = tuple(printable(line.strip(), 60) for line in lines if line.strip())
+    found = tuple(printable(line.strip(), len(line)) for line in lines if line.strip())
     return found if len(found) == classes else None

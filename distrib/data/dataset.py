@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -146,7 +147,8 @@ def make(
             " give both the same size"
         )
     if class_names and len(set(class_names)) < len(class_names):
-        raise UserError(f"{name}: two classes have the same name: give each one of its own")
+        twice = printable(Counter(class_names).most_common(1)[0][0], 60)
+        raise UserError(f"{name}: two classes have the same name, {twice}: give each one of its own")
     classes = len(class_names) if class_names else max(least, _classes(f"{name}: training", train_labels))
     for part, labels in (("training", train_labels), ("test", test_labels)):
         _check_labels(f"{name}: {part}", labels, classes)

@@ -34,7 +34,7 @@ def read(path: Path, reading: Reading = Reading()) -> Dataset:  # noqa: B008  # 
     train, test = (_part(path / part, names, reading) for part in ("train", "test"))
     if train[0].shape[-1] != test[0].shape[-1]:  # one of them in colour
         train, test = ((np.repeat(x, 3, -1) if x.shape[-1] == 1 else x, y) for x, y in (train, test))
-    return make(str(path), train, test, tuple(printable(name, 60) for name in names))
+    return make(str(path), train, test, tuple(printable(name, len(name)) for name in names))
 
 
 def _classes(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import distrib
 from distrib.errors import UserError
-from distrib.files import printable, reason, require, write
+from distrib.files import printable, reason, require, short, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,12 +85,6 @@ def svg(made: Figure, title: str) -> str:
 def plain(name: str) -> str:
     """A name for a legend: short, no mathematics, nothing that cannot be shown."""
     return short(printable(name), MOST_LETTERS).replace("$", r"\$")
-
-
-def short(name: str, most: int) -> str:
-    """`name` in at most `most` letters, its middle left out: names of runs differ at their ends."""
-    head = most // 2
-    return name if len(name) <= most else f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
 def save(made: Figure, path: Path) -> None:

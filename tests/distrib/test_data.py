@@ -170,6 +170,23 @@ def test_pictures_by_class(tmp_path: Path) -> None:
         formats.load(str(tmp_path))
 
 
+@pytest.mark.quick
+def test_class_names_that_differ_at_their_ends(tmp_path: Path) -> None:
+    """They are carried whole, from folders and from CIFAR's list; only names that are alike are refused."""
+    names = [f"{'a long name ' * 15}{i}" for i in range(10)]
+    for part in ("train", "test"):
+        for name in names:
+            (tmp_path / "p" / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / "p" / part / name / "1.png")
+    assert formats.load(str(tmp_path / "p")).class_names == tuple(names)
+    cifar(tmp_path / "c", 10)
+    (tmp_path / "c" / "batches.meta.txt").write_text("\n".join(names))
+    assert formats.load(str(tmp_path / "c")).class_names == tuple(names)
+    (tmp_path / "c" / "batches.meta.txt").write_text("\n".join([*names[:8], "bird", "bird"]))
+    with pytest.raises(UserError, match="two classes have the same name, bird: give each one of its own"):
+        formats.load(str(tmp_path / "c"))
+
+
 PICTURES = {  # name: (a picture, what the network sees of its pixel in the corner)
     "half transparent": (Image.new("RGBA", (8, 8), (200, 100, 0, 51)), [40, 20, 0]),
     "grey, half transparent": (Image.new("LA", (8, 8), (200, 51)), [40]),

@@ -210,6 +210,12 @@ def test_bars_and_names() -> None:
     assert lines[7] == "7  ########    80.0 %"
     assert len(lines) == 10
     assert line(result, DIGITS, 2) == "a?[2J?.png: 7  80.0 %   8  5.0 %"
+    names = [f"{'a long name ' * 15}{i}" for i in range(10)]
+    assert line({**result, "class": names[7]}, names, 2).endswith(
+        ": a long nam…ng name 7  80.0 %   a long nam…ng name 8  5.0 %"
+    )
+    lines = bars({**result, "class": names[7]}, names, 10, shades=False).plain.split("\n")
+    assert lines[7] == "a long nam…ng name 7  ########    80.0 %"
 
 
 @pytest.mark.parametrize(

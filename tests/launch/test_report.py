@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from distrib.data import formats
+from distrib.files import short
 from launch.report.page import answers, label_of, page, points_of, report
-from launch.report.plots import short
 from launch.report.records import line_of
 from launch.report.runs import (
     POINTS,
