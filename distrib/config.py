@@ -300,9 +300,11 @@ class Config:
             free = name in MAY_CHANGE or (name == "epochs" and self.schedule == "constant")
             # an option that an older version lacked has its default
             held = stored.get(name, getattr(Config(), name))
-            same = models.short(held) == models.short(value) if name == "model" else held == value
+            is_model = name == "model"
+            same = models.same(value, held, stored.get("environment")) if is_model else held == value
             if not free and not same:
-                found.append(f"--{name.replace('_', '-')} {value} (the run has {shown(held)})")
+                said = models.before(value, held) if is_model else shown(held)
+                found.append(f"--{name.replace('_', '-')} {value} (the run has {said})")
         return found
 
 

@@ -19,6 +19,8 @@ from nn.models import MODELS
 from nn.network import Model
 
 FORM = "FILE.py:FUNCTION"
+DIGEST = "model file"
+"""What the digest of a network's file is called in a run's environment."""
 
 
 def find(name: str) -> Model:
@@ -53,6 +55,28 @@ def ships(name: str) -> bool:
 def short(name: str) -> str:
     """The name without its folder: a run whose file has moved is the same run."""
     return name.rpartition("/")[2]
+
+
+def same(name: str, held: str, environment: Any) -> bool:
+    """Whether `name` is the network that a run `held` in an environment: its file may have moved.
+
+    Under its old name a file may have changed; under another it must be the same.
+    """
+    held_digest = environment.get(DIGEST) if isinstance(environment, dict) else None
+    return short(name) == short(held) or (moved(name, held) and digest(name) == held_digest)
+
+
+def before(name: str, held: str) -> str:
+    """For a message, what a run `held` that is not the `same` as `name`, and what to do if it should be."""
+    hint = "; its file was renamed and changed: undo one of both" if moved(name, held) else ""
+    return printable(short(held), 60) + hint
+
+
+def moved(name: str, held: str) -> bool:
+    """Whether the two name a function alike, of files whose names differ."""
+    path, _, function = short(name).rpartition(":")
+    before, _, called = short(held).rpartition(":")
+    return bool(path and before) and path != before and function == called
 
 
 def require_form(name: str) -> None:

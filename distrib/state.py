@@ -161,19 +161,21 @@ def wait_for_save(trainer: Trainer, run: Run | None) -> None:
 
 def restore(trainer: Trainer, saved: ckpt.Checkpoint) -> list[str]:
     """Restore a trainer from a checkpoint; returns what changed in its environment since then."""
-    c, path = trainer.config, saved.path
+    c, path, position = trainer.config, saved.path, dict(saved.position)
+    environment = position.pop("environment")
     for name, ours in trainer.model_spec.items():
         held = saved.model_spec.get(name)
-        same = models.short(str(held)) == models.short(ours) if name == "model" else held == ours
+        is_model = name == "model"
+        same = models.same(ours, str(held), environment) if is_model else held == ours
         if not same and name != "class_names":
-            raise UserError(f"{path}: has {name} {held}, this run {ours}: use a matching checkpoint")
-    position = dict(saved.position)
-    different = c.differences(position.pop("config"))
+            said = models.before(ours, str(held)) if is_model else held
+            raise UserError(f"{path}: has {name} {said}, this run {ours}: use a matching checkpoint")
+    different = c.differences({**position.pop("config"), "environment": environment})
     if position.pop("data") != trainer.data_digest:
         different.append("other data")
     if different:
         raise UserError(f"{path}: was saved with other settings: {'; '.join(different)}: give the same ones")
-    before = {**position.pop("environment"), "world_size": position.pop("world_size")}
+    before = {**environment, "world_size": position.pop("world_size")}
     size = trainer.world.size
     if c.batch_norm == "local" and before["world_size"] != size:
         raise UserError(

@@ -330,7 +330,7 @@ class Trainer:
     def environment(self) -> dict[str, Any]:
         """What must not change if a resumed run is to agree to the bit."""
         file = models.digest(self.config.model)
-        own = {"model file": file} if file else {}
+        own = {models.DIGEST: file} if file else {}
         threads = 1 if self.config.reproducible else self.threads  # that the bits depend on
         return {**environment(threads, self.world.backend), **self.world.comm_version, **own}
 

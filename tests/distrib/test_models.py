@@ -107,6 +107,30 @@ def test_resume_to_the_bit_and_the_files_change_is_said(own: str, tmp_path: Path
     assert summary(tmp_path / "parts")["parameter_digest"] == summary(tmp_path / "whole")["parameter_digest"]
 
 
+def test_resume_with_a_file_that_was_renamed(own: str, tmp_path: Path) -> None:
+    """It is the same network as long as the file and the function are; the message says what to do."""
+    train(tmp_path / "whole", *OPTIONS, "--model", f"{own}:net")
+    for name in ("parts", "other"):
+        train(tmp_path / name, *OPTIONS, "--model", f"{own}:net", "--max-steps", 4)
+    new = Path(own).rename(tmp_path / "renamed.py")
+    done = train(tmp_path / "parts", *OPTIONS, "--model", f"{new}:net", "--max-steps", 7)
+    assert "results agree only within rounding" not in done.stdout
+    refused = train(tmp_path / "parts", *OPTIONS, "--model", f"{new}:few", check=False)
+    assert f"--model {new}:few (the run has renamed.py:net): give" in refused.stderr
+    train(tmp_path / "parts", *OPTIONS, "--model", f"{new}:net")
+    digests = [summary(tmp_path / name)["parameter_digest"] for name in ("parts", "whole")]
+    assert digests[0] == digests[1]
+    new.write_text(OWN + "# a remark\n")
+    for command in (
+        (tmp_path / "other", *OPTIONS),
+        (tmp_path / "fresh", *OPTIONS, "--resume", tmp_path / "other" / "checkpoints"),
+    ):
+        refused = train(*command, "--model", f"{new}:net", check=False)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "nets.py:net" in refused.stderr
+        assert "; its file was renamed and changed: undo one of both" in refused.stderr
+
+
 def test_a_stored_run_runs_no_file(own: str, tmp_path: Path, command_line: Any) -> None:
     """Only a file that is named on the command line is run."""
     name, folder = f"{own}:net", tmp_path / "run"
