@@ -1,7 +1,8 @@
 """The plans that the real cuDNN builds for a GPU that is only described to it: `make cudnn-plans`.
 
 For every convolution of ResNet-9, by batch size and precision: how many plans cuDNN offers, how many
-of those that are tried build, the engine and workspace of the first, the largest workspace.
+of those that are tried build, the engine and workspace of the first, the largest workspace. For another
+network that ships, or other images: python tests/cudnn_plans.py resnet20 32x32x3.
 Prints a table in Markdown; exit code 1 if an operation has no plan. Nothing runs: the fastest, a GPU tells.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib import import_module, metadata
 
 from nn.cuda.plans import KINDS, NoPlan, Operation, Planner
-from nn.resnet9 import ResNet9
+from nn.cuda.stem import Stem
+from nn.layers import Conv
+from nn.models import MODELS
 
 H100 = {
     "deviceName": "NVIDIA H100 80GB HBM3",
@@ -55,18 +57,21 @@ def found(planner: Planner, operation: Operation) -> tuple[int, list[tuple[str, 
     ]
 
 
-def operations(n: int) -> Iterator[Operation]:
-    """Each different operation of a batch of n; the first convolution's kernel is our own."""
-    layers = ResNet9((28, 28, 1), 10)
-    layers.build("", (28, 28, 1), need_dx=False)
-    convs = [layer for layer in layers.walk() if hasattr(layer, "geometry")][1:]
-    shapes = {((n, *conv.in_shape), (conv.kernel, conv.kernel, conv.c_in, conv.out)): conv for conv in convs}
-    for (x, w), conv in shapes.items():
-        for kind in KINDS:
-            yield Operation(kind, x, w, conv.geometry)
+def operations(n: int, model: str = "resnet9", shape: tuple[int, ...] = (28, 28, 1)) -> list[Operation]:
+    """Each different operation of a network's batch of n, without those that a kernel of our own does."""
+    layers = MODELS[model](shape, 10)
+    layers.build("", shape, need_dx=False)
+    found = {}
+    for conv in (layer for layer in layers.walk() if isinstance(layer, Conv)):
+        x, w = (n, *conv.in_shape), (conv.kernel, conv.kernel, conv.c_in, conv.out)
+        if not Stem.supports(x, w, conv.geometry, conv.need_dx):
+            kinds = [kind for kind in KINDS if conv.need_dx or kind != "input gradient"]
+            found |= dict.fromkeys(Operation(kind, x, w, conv.geometry) for kind in kinds)
+    return list(found)
 
 
-def main() -> int:
+def main(model: str = "resnet9", images: str = "28x28x1") -> int:
+    shape = tuple(map(int, images.split("x")))
     import_module("cuda.pathfinder").load_nvidia_dynamic_lib("cudart")
     cudnn = import_module("cudnn")
     frontend = metadata.version("nvidia-cudnn-frontend")
@@ -77,7 +82,7 @@ def main() -> int:
     for precision in PRECISIONS:
         planner = Planner(cudnn, precision, lambda: target)
         for n in BATCHES:
-            for operation in operations(n):
+            for operation in operations(n, model, shape):
                 try:
                     offered, built = found(planner, operation)
                 except NoPlan as error:
@@ -96,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

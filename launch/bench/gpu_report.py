@@ -98,6 +98,7 @@ LONGEST = 480
 def parts() -> dict[str, Part]:
     """The parts by name: the most telling first, none longer than LONGEST."""
     torch, many, reference = ("--against", "torch"), ("--steps", "1000"), ("--epochs", "2")
+    other = ("--model", "resnet20", "--data", "synthetic:4096x32x32x3:10")
     on_host = (*BENCH, "step", "--backend", "numpy", "--batch-size", "8", "--json")
     few = ("test_loss", "test_optimizers", "test_global_pool")
     killed = (*CHECK, "killed", "--backend", "cupy", "--comm", "nccl")
@@ -135,6 +136,7 @@ def parts() -> dict[str, Part]:
         "step-8-eager": Part("g", step(8, "tf32", "--no-cuda-graph"), {}, 200, 30),
         "step-8-float32": Part("g", step(8, "float32", *many, *torch), {}, 400, 150),
         "step-512-float32": Part("g", step(512, "float32", *torch), {}, 400, 120),
+        "step-512-resnet20": Part("g", step(512, "tf32", *other, *torch), {}, 400, 120),
         "kernels-512-tf32": Part("g", kernels(512, "tf32"), {}, 200, 30),
         "kernels-512-bf16": Part("g", kernels(512, "bf16"), {}, 200, 30),
         "numpy-vectorised": Part("g", (*on_host, "--repeats", "3"), {}, 200, 20),

@@ -17,7 +17,7 @@ from distrib.data import formats
 from distrib.errors import UserError
 from distrib.trainer import Trainer
 from distrib.warmup import global_batches, warm_up
-from launch.bench.measure import BatchSize, Variant, Width
+from launch.bench.measure import BatchSize, Data, NetworkName, Variant, Width
 from launch.entry import AsJson, choice
 from launch.machine import machine, refuse_launcher
 from nn.device import capture
@@ -73,6 +73,8 @@ def microseconds(cuda: Any, work: Callable[[], None], copies: int) -> float:
 def kernels(
     batch_size: BatchSize = 8,
     width: Width = 1.0,
+    model: NetworkName = "resnet9",
+    data: Data = None,
     variant: Variant = "baseline",
     precision: Annotated[
         str, choice("--precision", "Its steps are graphs.", "float32", "tf32", "bf16")
@@ -86,10 +88,11 @@ def kernels(
     """
     refuse_launcher("distrib bench kernels")
     options = {"batch_size": batch_size, "width": width, "variant": variant, "precision": precision}
+    options |= {"model": model, "data": data}
     config = build({**options, "limit_test": 1, "backend": "cupy", "comm": "none"})
     world = connect("none", "cupy", precision)
-    data = formats.load(None, None, 1)
-    trainer = Trainer(config.resolve(1, data), world, data)
+    images = formats.load(data, None, 1)
+    trainer = Trainer(config.resolve(1, images), world, images)
     warm_up(trainer, None)
     kind = (0, global_batches(trainer)[0], global_batches(trainer)[0])
     trainer.begin_epoch(0)
@@ -98,7 +101,8 @@ def kernels(
     found = launches(trainer, kind)
     if not trainer.capturable():
         raise UserError(
-            f"--precision {precision}: its steps cannot be graphs: use tf32, bf16 or float32, with cuDNN"
+            f"--model {model}, --precision {precision}: its steps cannot be graphs: use tf32, bf16 or"
+            " float32, with cuDNN, and convolutions that it has"
         )
     rows: list[dict[str, Any]] = []
     for name, call in found:
@@ -122,7 +126,8 @@ def kernels(
 
 def print_report(r: dict[str, Any]) -> None:
     """Print the table for people."""
-    title = f"{r['device'].get('gpu')}: batch {r['batch_size']}, {r['precision']}, width {r['width']}"
+    title = f"{r['device'].get('gpu')}: {r['model']}, batch {r['batch_size']}, {r['precision']}"
+    title += f", width {r['width']}"
     table = Table("kernel", "µs", "%", title=title)
     total = r["sum_microseconds"]
     for row in r["kernels"]:

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import typer
 
+from distrib import models
 from distrib.config import CHOICES
 from launch.entry import choice, number, positive
 from nn.device import NUMPY, Backend
 
 BatchSize = Annotated[int, number("--batch-size", "Global batch.", most=60_000)]
 Width = Annotated[float, positive("--width", "Multiplier of all channel counts.")]
+NetworkName = Annotated[
+    str,
+    typer.Option("--model", help=f"{', '.join(models.MODELS)}, or {models.FORM}: your own, which is run."),
+]
+Data = Annotated[str | None, typer.Option("--data", help="The data set, as for train.", show_default="MNIST")]
 Variant = Annotated[str, choice("--variant", "Variant of ResNet-9.", *CHOICES["variant"])]
 Precision = Annotated[
     str, choice("--precision", "Type of numbers (tf32 and bf16 on a GPU).", *CHOICES["precision"])

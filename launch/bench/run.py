@@ -13,15 +13,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from distrib import models
 from distrib.config import Config
 from distrib.data import formats
 from distrib.errors import EXIT_USAGE, UserError
+from distrib.run.model_spec import describe_model, network_arguments
 from distrib.train import parse
 from launch.bench.measure import spread
 from launch.entry import AsJson, choice, number
 from launch.machine import Done, child_environment, finish, machine, mpirun, refuse_launcher, require_torch
 from launch.torch_peer import worker
-from launch.torch_peer.worker import kinds, require_plain
+from launch.torch_peer.worker import kinds, require_layers, require_plain
 
 Results = dict[str, list[dict[str, float]]]
 """A row for each seed, by the name of the side."""
@@ -95,12 +97,14 @@ def recipe(arguments: list[str], ranks: int, against: bool) -> Config:
     for name in FIXED:
         if getattr(config, name) != getattr(Config(), name):
             raise UserError(f"--{name.replace('_', '-')}: is chosen by the benchmark: leave it out")
-    config = config.resolve(
-        ranks, formats.load(config.data, config.limit_train, config.limit_test, config.reading)
-    )
+    data = formats.load(config.data, config.limit_train, config.limit_test, config.reading)
+    config = config.resolve(ranks, data)
     if against:
         require_torch("--against torch")
         require_plain(config)
+        function, *given, options = network_arguments(describe_model(config, data), models.find(config.model))
+        with models.building(config.model):
+            require_layers(function(*given, **options), config.model)
     return config
 
 

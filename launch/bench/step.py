@@ -27,6 +27,8 @@ from launch.bench.measure import (
     BackendName,
     BatchSize,
     Comm,
+    Data,
+    NetworkName,
     Precision,
     Repeats,
     Variant,
@@ -38,8 +40,7 @@ from launch.bench.measure import (
 )
 from launch.entry import AsJson, choice, number
 from launch.machine import machine, require_torch
-from launch.torch_peer.worker import Worker, kinds, require_plain
-from nn.models import MODELS
+from launch.torch_peer.worker import Worker, kinds, require_layers, require_plain
 
 AGAINST = (
     "torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU eagerly and"
@@ -53,12 +54,10 @@ Rows = dict[str, list[dict[str, Any]]]
 def step(
     batch_size: BatchSize = 64,
     width: Width = 1.0,
-    model: Annotated[str, choice("--model", "Network.", *MODELS)] = "resnet9",
+    model: NetworkName = "resnet9",
     variant: Variant = "baseline",
     optimizer: Annotated[str, choice("--optimizer", "Optimizer.", *CHOICES["optimizer"])] = "adam",
-    data: Annotated[
-        str | None, typer.Option(help="The data set, as for train.", show_default="MNIST")
-    ] = None,
+    data: Data = None,
     precision: Precision = "float32",
     backend: BackendName = "auto",
     comm: Comm = "auto",
@@ -133,6 +132,7 @@ class Bench:
     def add_torch(self) -> None:
         """Compare with PyTorch in each memory layout, started by rank 0."""
         require_torch("--against torch")
+        require_layers(self.trainer.model.layers, self.config.model)
         config = replace(self.config, backend=self.world.backend.name)
         for kind in kinds(not self.world.backend.on_host):
             worker = None

@@ -49,7 +49,9 @@ class TorchNetwork(nn.Module):
     def convert(self, layer: Layer) -> Function:
         """`layer` as a function of images (N, C, H, W); its modules become this one's."""
         if type(layer) not in CONVERTERS:
-            raise UserError(f"{layer.name}: {type(layer).__name__} has no counterpart in PyTorch here")
+            raise UserError(
+                f"{layer.name}: {type(layer).__name__} has no counterpart in PyTorch here: use our layers"
+            )
         return CONVERTERS[type(layer)](self, layer)
 
     def place(self, name: str, module: nn.Module) -> nn.Module:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from distrib.config import Config
 from distrib.data.sampler import Augmentation
 from distrib.errors import UserError
+from distrib.files import shown
 from launch.machine import child_environment
+from nn.layer import Layer
 
 if TYPE_CHECKING:
     from launch.torch_peer.side import TorchSide
@@ -52,6 +54,14 @@ def require_plain(config: Config) -> None:
         raise UserError(f"--optimizer {config.optimizer}: the PyTorch side has {have} only")
     if config.precision == "float64":
         raise UserError("--precision float64: the PyTorch side has none: give another")
+
+
+def require_layers(layers: Layer, model: str) -> None:
+    """UserError for a layer of one's own, which PyTorch does not have. Imports no PyTorch."""
+    for layer in layers.walk():
+        if not type(layer).__module__.startswith("nn.layers."):
+            own = f"{shown(model, 200)} has a layer of its own, {type(layer).__name__}"
+            raise UserError(f"--against torch: {own}, which PyTorch lacks: leave the option out")
 
 
 def command(what: str, config: Config, kind: str, threads: int, **more: Any) -> list[str]:

@@ -16,8 +16,9 @@ class Stem:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
+    @staticmethod
     def supports(
-        self, x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Any, need_dx: bool = True
+        x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry: Any, need_dx: bool = True
     ) -> bool:
         """Only where the input's gradient is not wanted: as the first layer of images with one channel."""
         return not need_dx and tuple(w_shape[:3]) == (3, 3, 1) and tuple(geometry) == (1, 1, 1)

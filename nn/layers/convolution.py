@@ -40,7 +40,7 @@ class Conv(Layer):
         dilation: int = 1,
         bias: bool = True,
     ) -> None:
-        same = dilation * (kernel - 1) // 2
+        same = dilation * (kernel - 1) // 2 if whole(kernel, dilation) else 0  # `infer` refuses others
         self.out, self.kernel, self.bias = out, kernel, bias
         self.geometry = Geometry(stride, same if padding is None else padding, dilation)
         self.algorithm: str | None = None  # None: the one that `choose_algorithm` picks
@@ -54,7 +54,8 @@ class Conv(Layer):
         numbers = self.out, self.kernel, stride, dilation, padding
         if not whole(*numbers) or min(*numbers[:4], padding + 1) < 1:
             given = f"out={self.out}, kernel={self.kernel}, {stride=}, {padding=}, {dilation=}"
-            raise ValueError(f"{self.name}: Conv({given}): give whole numbers, 1 or more, padding 0 or more")
+            remedy = "give whole numbers, 1 or more, padding 0 or more, each for both directions"
+            raise ValueError(f"{self.name}: Conv({given}): {remedy}")
         reach = dilation * (self.kernel - 1) + 1
         if reach > min(shape[:2]) + 2 * padding:
             why = f"and its kernel reaches over {reach}×{reach} pixels"

@@ -19,7 +19,7 @@ class Pool(Layer):
     average = False
 
     def __init__(self, window: int | tuple[int, int], stride: int | None = None, padding: int = 0) -> None:
-        size = (window, window) if isinstance(window, int) else tuple(window)
+        size = tuple(window) if isinstance(window, tuple | list) else (window, window)
         beside = size[0] if len(set(size)) == 1 else 0  # `infer` refuses 0
         self.over = Windows(size, beside if stride is None else stride, padding)  # type: ignore[arg-type]
 
@@ -30,7 +30,7 @@ class Pool(Layer):
         fits = len(size) == 2 and whole(*size, stride, padding) and min(*size, stride, padding + 1) > 0
         if not fits or 2 * padding > min(size):
             given = f"window={size}, {stride=}, {padding=}"
-            remedy = "give whole pixels, at most half a window of padding, and a stride unless it is square"
+            remedy = "give whole pixels, at most half a window of padding, and a stride if it is not square"
             raise ValueError(f"{self.name}: {type(self).__name__}({given}): {remedy}")
         if any(side + 2 * padding < window for side, window in zip(shape, size, strict=False)):
             why = f"smaller than its window of {text(size)}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HELPERS, crew, run
+from cudnn_plans import operations as operations_of
 from device_double import REAL, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
 from test_strict import apart
@@ -559,6 +560,39 @@ def test_a_sum_that_does_not_wait_for_the_weight_gradients_is_found_out() -> Non
         "-c", "GRADIENTS, BOUND, BRANCH = 'float32', 1e-3, False\n" + RANKS, ranks=2, env=HELPERS, check=False
     )
     assert "two streams use the same memory, and no event orders them" in done.stderr
+
+
+@double_only
+@pytest.mark.parametrize(
+    ("model", "images", "launches"),
+    [("lenet", "28x28x1", 5), ("resnet20", "32x32x3", 62)],
+)
+def test_kernels_of_other_networks_are_listed(
+    model: str,
+    images: str,
+    launches: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their convolutions' plans are those that `make cudnn-plans` asks the real cuDNN for."""
+    from launch.bench import kernels as bench_kernels
+
+    with device("tf32") as backend:
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
+        monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
+        for name, value in {"COPIES": 1, "ROUNDS": 1}.items():
+            monkeypatch.setattr(bench_kernels, name, value)
+        bench_kernels.kernels(
+            batch_size=2, model=model, data=f"synthetic:20x{images}:10", precision="tf32", as_json=True
+        )
+        plans = backend.algorithms["cudnn"].plans
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == model
+    wanted = operations_of(2, model, tuple(map(int, images.split("x"))))
+    assert {f"{each} tf32" for each in wanted} <= plans.keys()
+    names = [row["name"] for row in result["kernels"] if row["name"].startswith("cuDNN")]
+    assert set(names) == {f"cuDNN {each}" for each in wanted}
+    assert len(names) == launches
 
 
 @double_only

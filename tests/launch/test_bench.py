@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,11 @@ def test_run_against_torch() -> None:
         (("step", "--steps", "0"), "--steps 0: give 1 or more"),
         (("run", "--ranks", "0"), "--ranks 0: give 1 or more"),
         (("run", "--against", "loop"), "--against loop: choose torch"),
+        (("step", "--model", "alexnet"), "--model alexnet: give resnet9, mlp, lenet, resnet20 or FILE.py:"),
+        (
+            ("kernels", "--model", "alexnet"),
+            "--model alexnet: give resnet9, mlp, lenet, resnet20 or FILE.py:",
+        ),
         (("kernels", "--precision", "float64"), "--precision float64: choose float32, tf32 or bf16"),
         (("run", "--recipe", "demo", "--lr", "x"), "--lr x: give a number"),
         (("run", "--frobnicate", "1"), "No such option"),
@@ -178,6 +184,44 @@ def test_wrong_use(arguments: tuple[str, ...], message: str, command_line) -> No
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+OWN = """
+from nn.layers import *
+
+class Twice(ReLU):
+    pass
+
+def net(shape, classes, width):
+    return Sequential(Conv(4, 3, 2), ReLU(), GlobalAvgPool(), Linear(classes))
+
+def twice(shape, classes):
+    return Sequential(Conv(4, 3, 2), Twice(), GlobalAvgPool(), Linear(classes))
+"""
+
+
+@pytest.mark.parametrize("against", [(), ("--against", "torch")])
+def test_a_step_of_a_network_of_ones_own(against: tuple[str, ...], tmp_path: Path) -> None:
+    if against:
+        import_torch()
+    (tmp_path / "net.py").write_text(OWN)
+    data = ("--data", "synthetic:40x8x12x3:5")
+    more = ("--batch-size", "4", "--steps", "1", *data, *against)
+    result = bench("step", "--model", f"{tmp_path / 'net.py'}:net", *more)
+    assert result["variant"] == "net"
+    assert result["flops_per_image"] == 2 * 2 * 4 * 6 * 9 * 3 * 4 + 2 * 3 * 4 * 5
+    assert len(result["images_per_second"]) == 1 + bool(against) * 2
+
+
+@pytest.mark.parametrize("command", ["step", "run"])
+def test_layers_that_pytorch_lacks(command: str, tmp_path: Path, command_line) -> None:
+    import_torch()
+    (tmp_path / "net.py").write_text(OWN)
+    name = f"{tmp_path / 'net.py'}:twice"
+    more = ("--batch-size", "4", "--data", "synthetic:40x8x12x3:5", "--against", "torch")
+    code, out, err = command_line(cli.app, "bench", command, "--model", name, *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--against torch: {name} has a layer of its own, Twice, which PyTorch lacks" in err
 
 
 @pytest.mark.parametrize("command", ["ops", "run"])

@@ -618,6 +618,18 @@ REFUSED: dict[str, tuple[Callable[[], Layer], str]] = {
         lambda: Sequential(a=MaxPool((2, 3)), b=Flatten(), fc=Linear(10)),
         "a: MaxPool(window=(2, 3), stride=0, padding=0): give whole pixels, at most half a window of padding",
     ),
+    "half a window": (
+        lambda: Sequential(a=MaxPool(2.5), b=Flatten(), fc=Linear(10)),  # type: ignore[arg-type]
+        "a: MaxPool(window=(2.5, 2.5), stride=2.5, padding=0): give whole pixels",
+    ),
+    "an oblong kernel": (
+        lambda: Sequential(a=ConvBN(4, (3, 5)), b=Flatten(), fc=Linear(10)),  # type: ignore[arg-type]
+        "a.0: Conv(out=4, kernel=(3, 5), stride=1, padding=0, dilation=1): give whole numbers",
+    ),
+    "an oblong dilation": (
+        lambda: Sequential(a=Conv(4, dilation=(1, 2)), b=Flatten(), fc=Linear(10)),  # type: ignore[arg-type]
+        "a: Conv(out=4, kernel=3, stride=1, padding=0, dilation=(1, 2)): give whole numbers",
+    ),
     "one name": (
         lambda: Sequential(a=Flatten(), b=named("r", ReLU()), c=named("r", ReLU()), fc=Linear(10)),
         "r: two layers have this name: give each a name of its own",
