@@ -12,6 +12,7 @@ from distrib.errors import UserError
 from distrib.evaluate import batch_size, evaluate, evaluated_part
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
+from nn.ops.conv import NoAlgorithm
 
 
 def global_batches(trainer: Trainer) -> list[int]:
@@ -70,6 +71,9 @@ def choose_plans(trainer: Trainer, run: Run | None) -> None:
                     {n for rank in ranks for n in evaluation_batches(trainer, rank)}, reverse=True
                 ):
                     model.tune_convolutions(n, training=False)
+            except NoAlgorithm as error:
+                config = trainer.config
+                raise UserError(f"--precision {config.precision}, {config.network}: {error}") from None
             except ValueError as error:  # a stored plan that no longer exists
                 raise UserError(f"{run.path if run else 'plans'}: {error}") from None
             if run:

@@ -28,6 +28,10 @@ PATCH_ELEMENTS = 1 << 20
 """Patches copied at a time: 4 MiB of float32, however large the batch."""
 
 
+class NoAlgorithm(ValueError):
+    """No algorithm does a convolution in the precision that is wanted."""
+
+
 class Geometry(NamedTuple):
     """Stride, padding and dilation of a convolution, each the same in both directions."""
 
@@ -255,7 +259,7 @@ def _choose_on_host(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry
 
 def _algorithm(name: str, buffers: Buffers) -> Any:
     if name in ALGORITHMS and buffers.dtype == "uint16":
-        raise ValueError(
+        raise NoAlgorithm(
             "bfloat16 convolutions need cuDNN, which has none for these channels:"
             " use another width or precision"
         )

@@ -563,6 +563,16 @@ def test_a_sum_that_does_not_wait_for_the_weight_gradients_is_found_out() -> Non
 
 
 @double_only
+def test_a_network_whose_convolutions_cudnn_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The message names the options that matter, and not the run's folder."""
+    with device("bf16") as backend:
+        trainer = a_trainer(backend, precision="bf16")
+        monkeypatch.setattr(backend.algorithms["cudnn"], "supports", lambda *_: False)
+        with pytest.raises(UserError, match=r"^--precision bf16, baseline: bfloat16 convolutions need cuDNN"):
+            warm_up(trainer, Run(tmp_path))
+
+
+@double_only
 @pytest.mark.parametrize(
     ("model", "images", "launches"),
     [("lenet", "28x28x1", 5), ("resnet20", "32x32x3", 62)],
