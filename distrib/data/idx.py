@@ -113,7 +113,12 @@ def _shape(path: Path, magic: int, head: bytes, source: Plain | Gzip) -> tuple[i
     if int.from_bytes(head[:4], "big") != magic or len(head) < 4 + 4 * (magic & 0xFF):
         start = head + source.take(SNIFF)
         found = what_is(start) or f"starts with {start[:4].hex()}, IDX {kind} start with {magic:08x}"
-        raise UserError(f"{path}: {found}: give an IDX file of {kind}")
+        remedy, held = f"give an IDX file of {kind}", int.from_bytes(head[:4], "big")
+        if held == magic:
+            found, remedy = "is cut within its header", f"copy it again, or {remedy}"
+        elif {held, magic} == {IMAGES, COLOURED}:
+            remedy = "name it idx4 if its images have channels, else idx3"
+        raise UserError(f"{path}: {found}: {remedy}")
     return tuple(int.from_bytes(head[i : i + 4], "big") for i in range(4, len(head), 4))
 
 
@@ -193,7 +198,7 @@ def _part(folder: Path, limit: int | None, *names: str) -> tuple[np.ndarray, np.
             " they belong to different sets"
         )
     if not len(images):
-        raise UserError(f"{image_path}: holds no images")
+        raise UserError(f"{image_path}: holds no images: give another set")
     return images, labels
 
 

@@ -121,7 +121,9 @@ def _user_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{path}: takes more memory than there is: scale it down") from None
     except BROKEN as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error}): save it again as PNG") from None
+        raise UserError(
+            f"{path}: cannot be read as a picture ({error}): copy it again, or save it as PNG"
+        ) from None
 
 
 def _pages(path: Path, picture: Any, file: BinaryIO) -> Iterator[Sheet]:

@@ -53,7 +53,7 @@ def read_scaled(path: Path, shape: tuple[int, int, int]) -> Pictures:
     sheets = read_sheets(path, lambda sheet: scaled(sheet, shape))
     if sheets is None:
         check_idx(path, shape)
-    pixels = np.stack([pixels for pixels, _ in sheets]) if sheets else idx.read_images(path)
+    pixels = np.stack([pixels for pixels, _ in sheets]) if sheets else images_of(path)
     if pixels.shape[1:] not in (shape, shape[:2]) or pixels[0].size != shape[0] * shape[1] * shape[2]:
         size = "×".join(map(str, pixels.shape[1:]))
         raise UserError(
@@ -135,14 +135,22 @@ def on_its_ground(sheet: Sheet) -> np.ndarray:
 def read_idx(path: Path, as_is: bool) -> Pictures:
     """Read the images of an IDX file; invert all if most of their border is bright, unless `as_is`."""
     check_idx(path, (SIDE, SIDE, 1))
-    images = idx.read_images(path)
+    images = images_of(path)
     if images.shape[1:] != (SIDE, SIDE):
-        h, w = images.shape[1:]
-        raise UserError(f"{path}: images of {h}×{w}, the network takes {SIDE}×{SIDE}: scale them")
+        size = "×".join(map(str, images.shape[1:]))
+        raise UserError(f"{path}: images of {size}, the network takes {SIDE}×{SIDE}: scale them")
     border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]])
     dark = not as_is and bool(border.size) and bool(np.median(border) > 127)
     pixels = 255 - images if dark else images
     return Pictures(path, pixels, np.full(len(images), dark), pixels.max((1, 2)) > 0)
+
+
+def images_of(path: Path) -> np.ndarray:
+    """The images of an IDX file, at least one."""
+    images = idx.read_images(path)
+    if not len(images):
+        raise UserError(f"{path}: holds no images: give another file")
+    return images
 
 
 def check_idx(path: Path, shape: tuple[int, int, int]) -> None:

@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda p: (p.unlink(), p.mkdir()), "Is a directory.*a folder is in the place of a file"),
     "empty": (lambda p: p.write_bytes(b""), "is empty: give an IDX file"),
     "one byte": (lambda p: put(p, content(p)[:1]), "starts with 00.*give an IDX file"),
-    "half a header": (lambda p: put(p, content(p)[:6]), "give an IDX file"),
+    "half a header": (lambda p: put(p, content(p)[:6]), "is cut within its header: copy it again, or give"),
     "header alone": (
         lambda p: put(p, content(p)[: 4 + 4 * content(p)[3]]),
         "truncated.*header says.*copy it again",

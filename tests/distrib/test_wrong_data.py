@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_idx
 from PIL import Image
 
 from distrib.data import formats
 from distrib.data.dataset import Reading
 from distrib.errors import UserError
-from distrib.pictures.prepare import read_scaled
+from distrib.pictures.prepare import read_pictures, read_scaled
 
 BY_CLASS = "put those of each class into train/NAME/ and test/NAME/$"
 
@@ -140,14 +142,53 @@ def test_pictures_in_the_wrong_depth(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"", "is an empty file: copy it again$"),
+        (b"\xff\xd8\xff\xe0\0", "is a damaged JPEG picture: copy it again$"),
+        (bytes.fromhex("00000803 00000000 00000020 00000020"), "holds no images: give another file$"),
+        (
+            bytes.fromhex("00000801 00000001 00"),
+            "IDX images start with 00000803: give an IDX file of images$",
+        ),
+        (
+            bytes.fromhex("00000804 00000001 00000001 00000001 00000003 000000"),
+            "IDX images start with 00000803: name it idx4 if its images have channels, else idx3$",
+        ),
         (b"a,b\n", "is a text file: give PNG or other pictures, or IDX files$"),
         (b"%PDF-1.4", "is a PDF document: export the page as PNG$"),
     ],
 )
-def test_no_picture_for_a_network_in_colour(content: bytes, words: str, tmp_path: Path) -> None:
+def test_no_picture_for_a_network(content: bytes, words: str, tmp_path: Path) -> None:
+    """In colour, and of digits."""
     files(tmp_path, "x.png", content=content)
-    with pytest.raises(UserError, match=f"x.png: {words}"):
-        read_scaled(tmp_path / "x.png", (32, 32, 3))
+    for read in (lambda path: read_scaled(path, (32, 32, 3)), read_pictures):
+        with pytest.raises(UserError, match=f"x.png: .*{words}"):
+            read(tmp_path / "x.png")
+
+
+@pytest.mark.quick
+def test_images_of_another_size(tmp_path: Path) -> None:
+    write_idx(tmp_path / "idx3", np.zeros((2, 9, 9), np.uint8))
+    write_idx(tmp_path / "idx4", np.zeros((2, 9, 9, 3), np.uint8))
+    for name, size in (("idx3", "9×9"), ("idx4", "9×9×3")):
+        with pytest.raises(
+            UserError, match=f"{name}: images of {size}, the network takes 28×28: scale them$"
+        ):
+            read_pictures(tmp_path / name)
+        with pytest.raises(
+            UserError, match=f"{name}: images of {size}, the network takes 8×9×3: scale them$"
+        ):
+            read_scaled(tmp_path / name, (8, 9, 3))
+
+
+@pytest.mark.quick
+def test_a_picture_that_was_cut(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
+    (tmp_path / "x.png").write_bytes(file.getvalue()[:2000])
+    for read in (lambda path: read_scaled(path, (32, 32, 3)), read_pictures):
+        with pytest.raises(
+            UserError, match=r"cannot be read as a picture .*: copy it again, or save it as PNG$"
+        ):
+            read(tmp_path / "x.png")
 
 
 @pytest.mark.quick
