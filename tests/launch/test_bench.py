@@ -62,8 +62,9 @@ def test_evaluation() -> None:
 
 
 @pytest.mark.parametrize("evaluate", [False, True])
-def test_every_step_has_a_whole_batch(evaluate: bool) -> None:
+def test_every_step_has_a_whole_batch(evaluate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten images hold two batches of four: step after step, neither the last two alone nor none at all."""
+    monkeypatch.setattr("distrib.trainer.blas_threads", lambda: 1)
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (10, 28, 28), np.uint8), rng.integers(0, 10, 10, np.uint8)
     data = make("random", *[(images, labels)] * 2, least=10)
