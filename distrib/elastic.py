@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from distrib import state
 from distrib.comm.world import World
@@ -13,6 +13,7 @@ from distrib.faults import survived
 from distrib.faults.heartbeat import read_failure
 from distrib.faults.watchdog import RankFailure
 from distrib.run.folder import Run
+from distrib.snapshots import Snapshots, Standing, lasting
 from distrib.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -53,14 +54,22 @@ def was_checked(world: World) -> bool:
     return any(member.position is not None and member.position.checked for member in world.members)
 
 
+def may_recover(job: Job) -> None:
+    """Training begins: from now on, keep what `recover` goes back to."""
+    trainer = job.trainer
+    if trainer.config.elastic:
+        trainer.results.snapshots = Snapshots(trainer)
+    trainer.world.position = Position(True, True)
+
+
 def recover(job: Job) -> bool:
     """Go on with the survivors; False if one of them has not begun to train: then the run starts again.
 
     Every survivor takes part. Should more die meanwhile, the rest does it again.
     """
     trainer, world = job.trainer, job.trainer.world
-    _roll_back(trainer)
     while True:
+        _roll_back(trainer)
         progress = trainer.progress
         world.position = Position(True, True, progress.step, progress.images == 0)
         try:
@@ -80,16 +89,11 @@ def recover(job: Job) -> bool:
 
 def _roll_back(trainer: Trainer) -> None:
     """Undo what a step or an evaluation did before a death cut it short."""
-    if trainer.in_step:
-        trainer.model.statistics[...], trainer.in_step = trainer.before_step, False
+    assert trainer.results.snapshots is not None
+    trainer.world.abandon()
+    trainer.graphs = None  # NCCL's abort waits for those that hold its calls
+    trainer.results.snapshots.restore()
     trainer.logits = None
-
-
-def _lasting(trainer: Trainer) -> list[Any]:
-    """All arrays that make the state after a step."""
-    averages = [mean for mean, _ in trainer.averages]
-    state = trainer.optimizer.state.values()
-    return [trainer.params.values, trainer.model.statistics, *state, *averages]
 
 
 def _share_state(trainer: Trainer) -> None:
@@ -97,36 +101,24 @@ def _share_state(trainer: Trainer) -> None:
     world = trainer.world
     positions = [member.position for member in world.members]
     source = positions.index(max(positions))
-    results = trainer.results
-    mine = (
-        vars(trainer.progress),
-        trainer.optimizer.steps,
-        trainer.model.batches_tracked,
-        results.last,
-        results.stopped,
-        trainer.unlogged,
-        trainer.epoch_line,
-    )
     with world.watchdog.waiting("the state of the run"):
-        held = world.control_comm.bcast(mine, root=source)
+        standing, unlogged = world.control_comm.bcast((Standing.of(trainer), trainer.unlogged), root=source)
         if len(set(positions)) > 1:
             _take_arrays(trainer, source)
-    position, trainer.optimizer.steps, trainer.model.batches_tracked, *logged = held
-    vars(trainer.progress).update(position)
-    results.last, results.stopped, trainer.unlogged, trainer.epoch_line = logged
+    standing.apply(trainer)
+    trainer.unlogged, trainer.epoch = unlogged, -1
     trainer.params.refresh()
-    trainer.before_step[...] = trainer.model.statistics
-    trainer.epoch = -1
+    trainer.results.keep()
 
 
 def _take_arrays(trainer: Trainer, source: int) -> None:
     """Overwrite all that lasts by what rank `source` has, once all of it is here: the source may die, too."""
-    world, lasting = trainer.world, _lasting(trainer)
-    taken = lasting if world.rank == source else [world.backend.xp.empty_like(array) for array in lasting]
+    world, arrays = trainer.world, lasting(trainer)
+    taken = arrays if world.rank == source else [world.backend.xp.empty_like(array) for array in arrays]
     for array in taken:
         world.transport.broadcast(array, source)
     if world.rank != source:
-        for array, values in zip(lasting, taken, strict=True):
+        for array, values in zip(arrays, taken, strict=True):
             array[...] = values
 
 

@@ -13,6 +13,10 @@ class OnAllRanks(Exception):
     """Carries an exception that every rank has raised, as its cause: the job need not end."""
 
 
+class RankLost(Exception):
+    """A rank has died while this one waited for its device: what the device holds does not count."""
+
+
 EXIT_USAGE = 2
 EXIT_REQUEUE = 85
 EXIT_CRASH = 1

@@ -21,7 +21,7 @@ from distrib.comm.world import World, connect
 from distrib.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, Config
 from distrib.data import formats
 from distrib.data.dataset import Dataset
-from distrib.elastic import Job, Position, must_regroup, record_deaths, recover, was_checked
+from distrib.elastic import Job, Position, may_recover, must_regroup, record_deaths, recover, was_checked
 from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
@@ -181,6 +181,7 @@ def close_epoch(trainer: Trainer, epoch: int, run: Run | None, screen: Screen) -
     # only here, as until here a rank may die and the epoch is closed again
     trainer.epoch_line = {"step": progress.step, "epoch": epoch + 1, **result}
     progress.last_epoch, progress.loss_sum, progress.correct, progress.images = found, 0.0, 0.0, 0
+    trainer.results.keep()
     best = "" if result.get("best_epoch") != epoch + 1 else ", the best so far"
     screen.say(
         f"epoch {epoch + 1}/{trainer.config.epochs}: train loss {result['train_loss']:.4f}, accuracy"
@@ -260,10 +261,10 @@ def start(world: World, config: Config, caller: Caller, owned: ExitStack) -> Job
         begin(trainer, data, saved, run, caller.screen(world))
         if world.size < world.started:
             record_deaths(job)
+        may_recover(job)  # last: whoever hears of a death before it starts again
     except Exception:
         trainer.close()
         raise
-    world.position = Position(True, True)  # last: whoever hears of a death before it starts again
     return job
 
 

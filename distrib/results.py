@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distrib.comm.world import World
 from distrib.errors import UserError
 from distrib.state import Progress
+
+if TYPE_CHECKING:
+    from distrib.snapshots import Snapshots
 
 HISTORY = 256
 """Steps whose results fit on the device until they are read."""
@@ -30,6 +33,7 @@ class StepResults:
         self.in_flight: deque[Any] = deque()  # copies to the host
         self.last: dict[str, float] = {"loss": 0.0, "accuracy": 0.0}
         self.stopped = False  # whether a signal asked any rank to stop
+        self.snapshots: Snapshots | None = None  # taken whenever results are read, if ranks may die
         self._world, self._progress, self._steps_per_epoch, self._lr = world, progress, steps_per_epoch, lr
 
     @property
@@ -43,12 +47,29 @@ class StepResults:
         which have long arrived. `then` is called once the copy is read.
         """
         assert len(self.unread) <= HISTORY, "results were overwritten before they were read"
+        self._read_in_flight()
+        if self.snapshots:
+            self.snapshots.take()
         first = (self._progress.step - len(self.unread)) % self._steps_per_epoch
         copy = self._world.backend.start_copy(self.history)
         self.in_flight.append((copy, first, self._progress.step, self.unread, then))
         self.unread = []
-        while len(self.in_flight) > (0 if wait else 1):
+        if wait:
+            self._read_in_flight()
+
+    def _read_in_flight(self) -> None:
+        while self.in_flight:
             self._add(*self.in_flight.popleft())
+
+    def keep(self) -> None:
+        """If ranks may die, go back no further than to here. All results have been read."""
+        if self.snapshots:
+            self.snapshots.take_now()
+
+    def forget_unread(self) -> None:
+        """Give up the results of steps that will be done again."""
+        self.unread = []
+        self.in_flight.clear()
 
     def _add(
         self,
@@ -71,6 +92,8 @@ class StepResults:
             progress.images += count
             self.last = {"loss": loss, "accuracy": 100 * correct / count}
             self.stopped = self.stopped or stop > 0
+        if self.snapshots:
+            self.snapshots.confirm()
         if then:
             then(self.last)
 

@@ -89,8 +89,6 @@ class Trainer:
         self.results = StepResults(world, self.progress, self.steps_per_epoch, config.lr, dtype)
         results = self.results.history, self.local_loss, self.params.step_metrics
         self.record = StepRecord(*results, xp.zeros(1, np.uint32))
-        # of a step that a death cuts short, nothing must remain: the running statistics before it
-        self.before_step, self.in_step = self.model.statistics.copy(), False
         self.saver = ckpt.Saver()
         self.best: ckpt.Tensors | None = None  # the best epoch's model, if there is no folder to keep it in
         self.has_best = False  # instead of the last step's
@@ -182,10 +180,7 @@ class Trainer:
         if self.stop_requested:
             self.stop_flag.fill(1)
         tracked = self.model.batches_tracked
-        if self.config.elastic:
-            self.before_step[...], self.in_step = self.model.statistics, True
         self._queue(part.start, part.stop - part.start, count)
-        self.in_step = False
         self.model.batches_tracked = tracked + 1  # a graph's replay runs no Python
         self.evaluated = None
         self.results.unread.append(count)

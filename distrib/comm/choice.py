@@ -25,12 +25,18 @@ def _local_rank(control_comm: Any) -> int:
     return int(hosts[: control_comm.rank].count(hosts[control_comm.rank]))
 
 
-def choose_backend(name: str, precision: str, control_comm: Any) -> tuple[Backend, str]:
-    """(backend, explanation): one that all ranks can use. UserError if it is not the one asked for."""
+def choose_backend(
+    name: str, precision: str, control_comm: Any, held: Backend | None = None
+) -> tuple[Backend, str]:
+    """(backend, explanation): one that all ranks can use. UserError if it is not the one asked for.
+
+    A rank that has `held` one keeps it, and so do all.
+    """
     missing, local_rank = None, _local_rank(control_comm)
     if name != "numpy":
         try:
-            cupy = backends.cupy_backend(precision, local_rank)
+            gpu = held or backends.cupy_backend(precision, local_rank)
+            missing = "the ranks began without" if gpu.on_host else None
         except RuntimeError as error:
             missing = str(error)
         except Exception as error:  # of this rank alone, perhaps: the others must hear of it
@@ -47,7 +53,7 @@ def choose_backend(name: str, precision: str, control_comm: Any) -> tuple[Backen
     elif absent:
         chosen, why = NUMPY, absent
     else:
-        chosen, why = cupy, "every rank has a GPU" if name == "auto" else "asked for"
+        chosen, why = gpu, "every rank has a GPU" if name == "auto" else "asked for"
     if chosen is NUMPY and precision in ("tf32", "bf16"):
         raise UserError(f"--precision {precision} needs a GPU ({why}): use float32 or float64")
     algorithms = control_comm.allgather(sorted(chosen.algorithms))
@@ -108,7 +114,9 @@ def device_transport(
     nccl, here = _nccl(sharing)
     missing = first_error(control_comm.allgather(here))
     if name == "mpi" or (name == "auto" and missing):
-        return StagedCommunicator(control_comm, watchdog, backend), f"; no NCCL: {missing}" if missing else ""
+        return StagedCommunicator(
+            control_comm, watchdog, backend, duplicate=not watchdog.elastic
+        ), f"; no NCCL: {missing}" if missing else ""
     if missing:
         raise UserError(f"--comm nccl: {missing}")
     return NcclCommunicator(

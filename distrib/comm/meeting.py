@@ -52,6 +52,7 @@ class Meeting:
     def ended(self) -> bool:
         """Whether all ranks have come to the end together. Else a rank has died, and all meet again."""
         self._asked = True
+        self._watchdog.forget_loss()
         with self._watchdog.waiting("the end of all ranks"):
             return self._agree(YES) == YES
 
@@ -60,6 +61,7 @@ class Meeting:
 
         Where a death leaves that open, it is asked again among the rest, as they try to meet.
         """
+        self._watchdog.forget_loss()
         self.comm.Revoke()
         with self._watchdog.waiting("the word of the other ranks"):
             said = None if self._asked else self._agree(FAILING)
@@ -70,6 +72,7 @@ class Meeting:
 
     def again(self) -> Meeting:
         """The meeting of the survivors, after a rank has died."""
+        self._watchdog.forget_loss()
         self.comm.Revoke()
         with self._watchdog.waiting("the meeting of the survivors"):
             if not self._asked:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distrib.comm.base import DONE, Handle
+from distrib.errors import RankLost
 from distrib.faults.watchdog import Watchdog
 from nn.array import Array
 from nn.device import Backend
@@ -141,15 +142,28 @@ def _operation(name: str) -> Any:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether MPI says that a rank has died, or that another rank has heard of it.
+    """Whether `error` says that a rank has died, or that another rank has heard of it.
 
     Now and then, Open MPI 5.0.11 says so by ERR_OTHER, "known error not in list".
     """
+    if isinstance(error, RankLost):
+        return True
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(error, mpi.Exception):
         return False
     losses = mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED, mpi.ERR_OTHER
     return error.Get_error_class() in losses
+
+
+def hears_of_death(comm: Any) -> bool:
+    """Whether a rank of `comm` has died; asked beside the main thread's calls, it does not disturb them."""
+    try:
+        comm.Iprobe()
+    except Exception as error:
+        if not is_loss(error):
+            raise
+        return True
+    return False
 
 
 def gathering(comm: Any) -> Any:

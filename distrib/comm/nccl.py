@@ -6,11 +6,14 @@ GPU can check the order of calls and of streams, counts, dtype codes and pointer
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from distrib.comm.base import BF16, DONE, Handle, raised_by_all
-from distrib.errors import UserError
+from distrib.comm.mpi import hears_of_death
+from distrib.errors import RankLost
 from distrib.faults.watchdog import Watchdog
 from nn.array import Array
 from nn.device import SideStream
@@ -27,6 +30,12 @@ DTYPE_CODES = {
     "float64": "NCCL_FLOAT64",
 }
 OPERATIONS = {"sum": "NCCL_SUM", "max": "NCCL_MAX", "min": "NCCL_MIN", BF16: "NCCL_SUM"}
+
+HEARING_TICK = 0.05
+"""Seconds between two looks for a death, where the others may go on."""
+
+PATIENCE = 15.0
+"""Seconds after an error of NCCL's within which MPI tells of the death behind it."""
 
 
 class _Event:
@@ -49,6 +58,7 @@ class NcclCommunicator:
 
     name, graph_safe, sums_bf16, staged = "nccl", True, True, False
     _comm: Any = None
+    _ended, _begun_to_fail = False, 0.0
 
     def __init__(
         self,
@@ -80,16 +90,16 @@ class NcclCommunicator:
         try:
             with raised_by_all(control_comm, watchdog.waiting, "the set-up of NCCL"):
                 self._connect(control_comm.bcast(unique_id, root=0))
-        except UserError:
-            watchdog.on_expiry.remove(self._abort_nccl)
-            self._abort_nccl()
+        except Exception:
+            self.abandon()
             raise
-        self._check = self._comm.check_async_error
-        watchdog.checks.append(self._check)
 
     def _connect(self, unique_id: Any) -> None:
         self._control_comm.Barrier()
         self._comm = self._nccl.NcclCommunicator(self.size, unique_id, self.rank)
+        self._watchdog.checks.append(self._check)
+        if self._watchdog.elastic:
+            self._watchdog.tick = HEARING_TICK
         self._comm_stream = self._cuda.Stream(non_blocking=True)
         self._computed = self._cuda.Event(disable_timing=True)
         self._warm_up()
@@ -113,7 +123,7 @@ class NcclCommunicator:
     def _reduce(self, x: Array, op: str, stream: Any) -> None:
         assert x.flags.c_contiguous
         pointer, code = x.data.ptr, self._code(x, op)
-        self._comm.allReduce(pointer, pointer, x.size, code, self._operation(op), stream.ptr)
+        self._call(self._comm.allReduce, pointer, pointer, x.size, code, self._operation(op), stream.ptr)
 
     def all_reduce(self, x: Array, overlap: bool = False, op: str = "sum") -> Handle:
         return self.start_reduce(x, op, overlap)
@@ -135,7 +145,7 @@ class NcclCommunicator:
     def broadcast(self, x: Array, root: int = 0) -> None:
         assert x.flags.c_contiguous
         stream, pointer = self._cuda.get_current_stream(), x.data.ptr  # bytes, whatever the type
-        self._comm.broadcast(pointer, pointer, x.nbytes, self._nccl.NCCL_UINT8, root, stream.ptr)
+        self._call(self._comm.broadcast, pointer, pointer, x.nbytes, self._nccl.NCCL_UINT8, root, stream.ptr)
 
     def start_broadcast(self, x: Array, root: int) -> Handle:
         self.broadcast(x, root)
@@ -143,12 +153,13 @@ class NcclCommunicator:
 
     def start_gather(self, x: Array, into: Array) -> Handle:
         stream = self._cuda.get_current_stream()
-        self._comm.allGather(x.data.ptr, into.data.ptr, x.size, self._code(x), stream.ptr)
+        self._call(self._comm.allGather, x.data.ptr, into.data.ptr, x.size, self._code(x), stream.ptr)
         return DONE
 
     def start_scatter(self, x: Array, into: Array, op: str) -> Handle:
         stream, operation = self._cuda.get_current_stream(), self._operation(op)
-        self._comm.reduceScatter(x.data.ptr, into.data.ptr, into.size, self._code(x), operation, stream.ptr)
+        ends = x.data.ptr, into.data.ptr
+        self._call(self._comm.reduceScatter, *ends, into.size, self._code(x), operation, stream.ptr)
         return DONE
 
     def start_exchange(
@@ -156,11 +167,14 @@ class NcclCommunicator:
     ) -> Handle:
         stream = self._cuda.get_current_stream()
         self._nccl.groupStart()  # so that no rank has to send before it receives
-        if send is not None:
-            self._comm.send(send.data.ptr, send.size, self._code(send), to, stream.ptr)
-        if receive is not None:
-            self._comm.recv(receive.data.ptr, receive.size, self._code(receive), source, stream.ptr)
-        self._nccl.groupEnd()
+        try:
+            if send is not None:
+                self._call(self._comm.send, send.data.ptr, send.size, self._code(send), to, stream.ptr)
+            if receive is not None:
+                code = self._code(receive)
+                self._call(self._comm.recv, receive.data.ptr, receive.size, code, source, stream.ptr)
+        finally:
+            self._call(self._nccl.groupEnd)
         return DONE
 
     def synchronize(self) -> None:
@@ -177,6 +191,58 @@ class NcclCommunicator:
             self._side_stream,
         )
 
+    def abandon(self) -> None:
+        """After the death of a rank, end what is under way: on the device, all that waits for a sum goes on
+        with whatever is there.
+
+        Drop CUDA graphs that hold its calls, and wait for the device, before what they use is made anew.
+        """
+        self._leave_watchdog()
+        if self._comm is not None:
+            self._end()
+            self._comm = None
+
+    def _end(self) -> None:
+        """Abort, in a thread: NCCL comes back from it once no CUDA graph holds its calls."""
+        if not self._ended:
+            self._ended = True
+            threading.Thread(target=self._comm.abort, daemon=True).start()
+
+    def _leave_watchdog(self) -> None:
+        self._watchdog.forget_check(self._check)
+        if self._abort_nccl in self._watchdog.on_expiry:
+            self._watchdog.on_expiry.remove(self._abort_nccl)
+
+    def _check(self) -> None:
+        """Called again and again by the watchdog: raises NCCL's error, unless the death of a rank is behind
+        it. Of that MPI tells, and then what hangs on the device is ended."""
+        if self._ended:
+            return
+        if self._watchdog.elastic and hears_of_death(self._control_comm):
+            self._watchdog.lost = True  # first, so that nobody trusts what the device goes on with
+            self._end()
+            return
+        try:
+            self._comm.check_async_error()
+        except Exception:
+            self._begun_to_fail = self._begun_to_fail or time.monotonic()
+            if not self._watchdog.elastic or time.monotonic() > self._begun_to_fail + PATIENCE:
+                raise
+
+    def _call(self, function: Callable[..., None], *given: Any) -> None:
+        """Call one of NCCL's functions, which may fail because another rank has died."""
+        if self._ended and given:  # but a group that was started must end
+            raise RankLost(function.__name__)
+        try:
+            function(*given)
+        except Exception as error:
+            end = time.monotonic() + PATIENCE
+            while self._watchdog.elastic and not self._ended and time.monotonic() < end:
+                time.sleep(HEARING_TICK)  # for the watchdog to hear of it
+            if not self._ended:
+                raise
+            raise RankLost(function.__name__) from error
+
     def barrier(self) -> None:
         self._cuda.get_current_stream().synchronize()
         self._control_comm.Barrier()
@@ -192,8 +258,8 @@ class NcclCommunicator:
         """Release the communicator. Drop CUDA graphs that hold its calls first, or NCCL waits for them."""
         if self._comm is None:
             return
-        self._watchdog.forget_check(self._check)
-        self._watchdog.on_expiry.remove(self._abort_nccl)
+        self._leave_watchdog()
         with self._watchdog.waiting("the end of NCCL"):
-            self._comm.destroy()
+            if not self._ended:
+                self._comm.destroy()
         self._comm = None

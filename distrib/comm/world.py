@@ -16,6 +16,7 @@ from distrib.comm.choice import choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
+from distrib.comm.nccl import NcclCommunicator
 from distrib.comm.start import end_with_process, join, leave_mpi, may_leave_mpi, own, own_base
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
@@ -125,6 +126,13 @@ class World:
     def ended(self) -> bool:
         """Whether all ranks have come here; False if one died before, and the others must `regroup`."""
         return self.meeting is None or self.meeting.ended()
+
+    def abandon(self) -> None:
+        """After a death, end what is under way; a second call does nothing."""
+        self.watchdog.forget_loss()
+        for each in (self.transport, self.host):
+            if isinstance(each, MpiCommunicator | NcclCommunicator):
+                each.abandon()
 
     def others_go_on(self) -> bool:
         """Whether a rank is left that can do without this one, which has failed."""
@@ -239,7 +247,7 @@ def connect(
     try:
         if elastic and not alone:
             end_with_process(die, watchdog, resources)
-            return _gather(choose, Meeting(own_base(joined), watchdog), None)
+            return _gather(choose, Meeting(own_base(joined), watchdog))
         control_comm = joined if alone else own(joined, watchdog, resources)
         return choose(control_comm)
     except UserError:  # all ranks have it; after any other the crash of this rank must end the others
@@ -247,11 +255,11 @@ def connect(
         raise
 
 
-def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> World:
+def _gather(choose: Callable[..., World], meeting: Meeting, before: World | None = None) -> World:
     """The world of those who come to a meeting. Whoever dies on the way, the others meet again."""
     while True:
         try:
-            world = choose(meeting.control, position)
+            world = choose(meeting.control, before)
         except UserError:
             if meeting.ended():
                 raise
@@ -271,10 +279,9 @@ def _gather(choose: Callable[..., World], meeting: Meeting, position: Any) -> Wo
 def _survive(choose: Callable[..., World], world: World) -> World:
     """The world of the survivors."""
     assert world.meeting is not None
-    assert isinstance(world.transport, MpiCommunicator)
-    world.transport.abandon()
+    world.abandon()
     world.meeting = world.meeting.again()
-    return _gather(choose, world.meeting, world.position)
+    return _gather(choose, world.meeting, world)
 
 
 def _choose(
@@ -287,13 +294,14 @@ def _choose(
     watchdog: Watchdog,
     resources: ExitStack,
     control_comm: Any,
-    position: Any = None,
+    before: World | None = None,
 ) -> World:
-    """`connect` on joined ranks, of which this was `number` of those `started`."""
+    """`connect` on joined ranks, of which this was `number` of those `started`; `before` a death they had."""
+    position = before.position if before else None
     with watchdog.waiting("the choice of backend and communicator"):
         name = comm if isinstance(comm, str) else "auto"
         _check_same_options(control_comm, {"comm": name, "backend": backend, "precision": precision})
-        chosen, why = choose_backend(backend, precision, control_comm)
+        chosen, why = choose_backend(backend, precision, control_comm, before.backend if before else None)
         if chosen.stream is not None:
             chosen.cuda.runtime.deviceSynchronize()  # what the caller has queued on another stream
             resources.callback(_leave_stream, chosen)
@@ -303,9 +311,8 @@ def _choose(
                 if why != "asked for"
                 else "--comm nccl needs --backend cupy"
             )
-        if watchdog.elastic and not chosen.on_host:
-            raise UserError("--elastic: goes on on the host so far: add --backend numpy")
-        transport: Transport
+        members = control_comm.allgather(Member(number, started, socket.gethostname(), os.getpid(), position))
+        transport: Transport  # made last: if a rank dies before, nothing of it is left
         host: Transport | None = None
         if isinstance(control_comm, SingleControl):
             transport = host = SingleCommunicator()
@@ -314,9 +321,8 @@ def _choose(
         else:
             transport, note = device_transport(name, control_comm, chosen, watchdog)
             ranks += note
-            host = MpiCommunicator(control_comm, watchdog)
+            host = MpiCommunicator(control_comm, watchdog, duplicate=not watchdog.elastic)
             resources.callback(host.close)
         resources.callback(transport.close)
-        members = control_comm.allgather(Member(number, started, socket.gethostname(), os.getpid(), position))
     explanation = f"backend {chosen.name} ({why}), communicator {transport.name} ({ranks})"
     return World(transport, control_comm, chosen, explanation, watchdog, members, host, resources)

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from distrib import LAUNCHERS, parent
-from distrib.errors import EXIT_CRASH
+from distrib.errors import EXIT_CRASH, RankLost
 from distrib.faults.heartbeat import Heartbeats
 
 
@@ -71,6 +71,8 @@ class Watchdog:
         self._wait: Wait | None = None
         self.on_expiry: list[Callable[[], None]] = []
         self.checks: list[Callable[[], None]] = []
+        self.tick = TICK
+        self.lost = False  # a check has heard of the death of a rank, after which the others may go on
         self._checking = threading.Lock()
         self._calls = queue.SimpleQueue[Callable[[], None]]()  # for the heartbeat thread
         self._stopped = threading.Event()
@@ -92,7 +94,10 @@ class Watchdog:
 
     @contextmanager
     def waiting(self, what: str, timeouts: float = 1) -> Iterator[None]:
-        """Mark a wait that must end within `timeouts` timeouts. A nested wait has a clock of its own."""
+        """Mark a wait that must end within `timeouts` timeouts. A nested wait has a clock of its own.
+
+        RankLost if a check has heard of a death: what was waited for does not count.
+        """
         outer = self._wait
         self._begun += 1
         self.collectives.append(f"{self._begun}: {what}, step {self.step}")
@@ -101,11 +106,20 @@ class Watchdog:
             yield
         finally:
             self._wait = outer
+        if self.lost:
+            raise RankLost(what)
 
     def forget_check(self, check: Callable[[], None]) -> None:
         """Remove one of `checks`; it does not run after this returns."""
         with self._checking:
-            self.checks.remove(check)
+            if check in self.checks:
+                self.checks.remove(check)
+
+    def forget_loss(self) -> None:
+        """Hear of no death from now on: the ranks are about to agree on what comes next."""
+        with self._checking:
+            self.checks.clear()
+        self.lost = False
 
     def publish(self, now: bool = False, **changes: str) -> None:
         """Publish this rank's heartbeat, if there is a run's folder."""
@@ -137,7 +151,7 @@ class Watchdog:
 
     def _watch_loop(self) -> None:
         before = time.monotonic()
-        while not self._stopped.wait(TICK):
+        while not self._stopped.wait(self.tick):
             now = time.monotonic()
             if wait := self._wait:
                 wait.seconds += min(now - before, 2 * TICK)

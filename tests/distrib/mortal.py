@@ -3,7 +3,7 @@
 MORTAL_PLAN in the environment, "RANK:STEP:PLACE:CAUSE RANK:…", plans deaths: of the rank of that number at
 the start, before the function named PLACE, once STEP steps are done. MORTAL_NOTES names a folder: there each
 rank writes its pid, and after each step who computed which images. SIGUSR2 asks for a death by an exception
-before the next of those functions.
+before the next of those functions. A rank whose CAUSE is "late" lives, and comes there a second later.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ asked = ""
 
 
 def die(cause: str) -> None:
+    if cause == "late":
+        return time.sleep(1)
     if cause == "raise":
         raise RuntimeError("planted")
     if cause == "exit":
@@ -82,9 +84,10 @@ def note_step(self: Trainer) -> None:
     global trainer
     trainer = self
     at("step")
-    s, batch = self.progress.step % self.steps_per_epoch, self.config.batch_size
+    (epoch, s), batch = divmod(self.progress.step, self.steps_per_epoch), self.config.batch_size
     plain_step(self)
-    images = self.order[s * batch : (s + 1) * batch].tolist()
+    order = plain_order(self.config.seed, epoch, len(self.images))
+    images = order[s * batch : (s + 1) * batch].tolist()
     parts = self.parts(len(images))
     who = {m.number: images[part] for m, part in zip(self.world.members, parts, strict=True)}
     with open(NOTES / f"steps-{NUMBER}.jsonl", "a") as file:
@@ -101,9 +104,12 @@ def ask(cause: str) -> Callable[[int, object], None]:
     return handler
 
 
-if __name__ == "__main__":
+plain_step, plain_order = Trainer.step, sampler.permutation
+
+
+def main() -> int:
     faulthandler.disable()
-    plain_step, Trainer.step = Trainer.step, note_step
+    Trainer.step = note_step
     for owner, name in (
         (Trainer, "sum_over_ranks"),
         (MpiCommunicator, "start_gather"),
@@ -137,4 +143,8 @@ if __name__ == "__main__":
     Meeting.__init__ = met
     from distrib.train import main
 
+    return main()
+
+
+if __name__ == "__main__":
     sys.exit(main())

@@ -91,7 +91,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Made()
 
 
-def require_alike(folder: Path, plain: Path, died: set[int], done: object = None) -> None:
+def require_alike(
+    folder: Path, plain: Path, died: set[int], done: object = None, images: int = 130, device: bool = False
+) -> None:
     """A run ended as the undisturbed one did, each image counted once, and the history names who died."""
     result, wanted = summary(folder), summary(plain)
     assert result["finished"], done
@@ -105,28 +107,29 @@ def require_alike(folder: Path, plain: Path, died: set[int], done: object = None
     assert {entry["rank"] for entry in history} == died
     assert result["survived"] == history
     assert result["world_size"] == len(result["images_per_rank"]) - len(died)
-    require_each_image_once(folder)
+    require_each_image_once(folder, images, device)
     saved, problems = ckpt.newest_valid(folder / "checkpoints")
     assert saved is not None
     assert saved.position["step"] == STEPS
     assert not problems
 
 
-def require_each_image_once(folder: Path) -> None:
-    """All ranks know the same shares of a step. Only a step that nobody left had done is done again."""
+def require_each_image_once(folder: Path, images: int = 130, device: bool = False) -> None:
+    """All ranks know the same shares of a step. Only a step that nobody left had done is done again; on a
+    device, any since the last snapshot, and the last time counts."""
     by_step: dict[int, dict] = {}
     by_whom: dict[int, set[int]] = {}
     computed = np.zeros(len(summary(folder)["images_per_rank"]), int)
     died = {entry["rank"] for entry in summary(folder)["survived"]}
     for note in steps_of(folder):
         step, whom = note["step"], by_whom.setdefault(note["step"], set())
-        assert by_step.get(step, note["images"]) == note["images"] or whom <= died
+        assert by_step.get(step, note["images"]) == note["images"] or whom <= died or device
         by_step[step] = note["images"]
         whom.add(note["by"])
     assert sorted(by_step) == list(range(1, STEPS + 1))
     for epoch in range(2):
         parts = [by_step[step] for step in range(epoch * 5 + 1, epoch * 5 + 6)]
-        assert sorted(i for part in parts for share in part.values() for i in share) == list(range(130))
+        assert sorted(i for part in parts for share in part.values() for i in share) == list(range(images))
     for part in by_step.values():
         for number, share in part.items():
             computed[int(number)] += len(share)

@@ -20,7 +20,7 @@ import pytest
 from cuda_double import HostModule
 from cudnn_double import Cuda as _Cuda
 from cudnn_double import Cudnn, _pygraph, data_type
-from nccl_double import DTYPES, Nccl, OrderError, _bound, _Event, _Stream
+from nccl_double import DTYPES, Call, Nccl, OrderError, _bound, _Event, _Stream, is_loss, wait_for_abort
 from needs import REAL_GPU as REAL
 from strict_array import CaptureError, StrictArray, only_views, strict, synchronisation
 
@@ -233,9 +233,7 @@ class CapturedNccl(Nccl):
         for _, call in batch:
             assert call.stream == stream.ptr, "a group on several streams"
             if call.name not in ("send", "recv"):
-                calls = self.mpi.allgather(("captured", call.name, *call[3:5], call.op, call.root))
-                if len(set(calls)) > 1:
-                    raise OrderError(f"ranks capture different collectives, or not together: {calls}")
+                self._compare(call)
             size = call.elements * np.dtype(DTYPES[call.datatype]).itemsize
             gathered = size * self.mpi.size if call.name == "allGather" else size
             reads += [range(call.sendbuf, call.sendbuf + size)] if call.sendbuf else []
@@ -243,6 +241,18 @@ class CapturedNccl(Nccl):
         with stream:
             self.cuda.queue(partial(self._run, batch), reads, writes)
         self.cuda.holds_collectives = True
+
+    def _compare(self, call: Call) -> None:
+        """OrderError unless all ranks capture the same call; when one has died, the graph hangs later."""
+        try:
+            calls = self.mpi.allgather(("captured", call.name, *call[3:5], call.op, call.root))
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            self.mpi.Revoke()
+        else:
+            if len(set(calls)) > 1:
+                raise OrderError(f"ranks capture different collectives, or not together: {calls}")
 
 
 class _Module:
@@ -276,14 +286,20 @@ class DoubleBackend(Backend):
         return {"gpu": "double"}
 
     def to_host(self, x: StrictArray) -> np.ndarray:
+        wait_for_abort(self.cuda.hung)
         with synchronisation():
             return self.xp.asnumpy(x)
 
     def start_copy(self, x: StrictArray) -> Callable[[], np.ndarray]:
         assert self.cuda.captured is None, "no pinned memory is taken during a capture"
         with synchronisation():
-            host = x.get()
-        return lambda: host
+            host, hung = x.get(), self.cuda.hung
+
+        def wait() -> np.ndarray:
+            wait_for_abort(hung)
+            return host
+
+        return wait
 
 
 @contextlib.contextmanager

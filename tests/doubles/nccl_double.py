@@ -10,18 +10,25 @@ memory, MPI stands for NCCL, and the order that streams and events impose can be
   event recorded on the compute stream after the last `touch()`. Only events count: neither synchronising
   the host nor the null stream's implicit ordering does.
 
+* Where a member of a collective has died, each member's device hangs there until `abort`: whatever waits for
+  what was queued from then on waits for the abort. The collective leaves garbage, on which what was queued
+  behind it runs; nobody can tell that this happens before the abort. `abort` comes back once no CUDA graph
+  holds the communicator's calls.
+
 Queued calls run as blocking MPI calls, so all ranks must wait, poll and synchronise in the same order, and
 from one thread; a rank that does not makes the others hang, as it may with NCCL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import operator
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +61,8 @@ RESULTS = (
     "remote error",
 )
 INVALID_ARGUMENT, INVALID_USAGE = 4, 5
+SUPPORT = "OMPI_MCA_mpi_ft_enable"
+"""Set by mpirun --with-ft ulfm."""
 
 
 class OrderError(AssertionError):
@@ -74,6 +83,20 @@ def _bound(base: type, **attributes: object) -> Any:
     return type(base.__name__[1:], (base,), attributes)
 
 
+def wait_for_abort(hung: threading.Event | None) -> None:
+    """Wait as the host does for a device that hangs."""
+    if hung is not None:
+        assert hung.wait(600), "nobody has aborted NCCL"
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether MPI says that a rank has died."""
+    from mpi4py import MPI
+
+    lost = MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED, MPI.ERR_OTHER
+    return isinstance(error, MPI.Exception) and error.Get_error_class() in lost
+
+
 class _Event:
     """`cupy.cuda.Event`; one that was never recorded is done, as in CUDA."""
 
@@ -84,16 +107,19 @@ class _Event:
             raise ValueError("Timing must be disabled for interprocess events")
         self.ptr = next(self.cuda.handles)
         self.stream, self.position, self.seen = self.cuda.Stream.null, 0, 0
+        self.behind: threading.Event | None = None
 
     def record(self, stream: _Stream | None = None) -> None:
         self.stream = stream = stream or self.cuda.current
-        self.position = len(stream.work)
+        self.position, self.behind = len(stream.work), self.cuda.hung
         self.seen = self.cuda.touches if stream is self.cuda.compute else stream.seen
         self.cuda.log.append(("record", stream.ptr, self.ptr))
 
     def synchronize(self) -> None:
         self.cuda.log.append(("synchronize", self.ptr))
+        before = self.cuda.hung
         self.stream.run(self.position)
+        wait_for_abort(self.behind if self.cuda.hung is before else self.cuda.hung)
 
     @property
     def done(self) -> bool:
@@ -142,6 +168,7 @@ class _Stream:
     def synchronize(self) -> None:
         self.cuda.log.append(("synchronize", self.ptr))
         self.run()
+        wait_for_abort(self.cuda.hung)
 
     @property
     def done(self) -> bool:
@@ -196,6 +223,7 @@ class Cuda:
         self.outer: list[Any] = []  # devices that leaving the open `with` blocks makes current again
         self._thread = threading.local()
         self.graphs: Any = weakref.WeakSet()  # those alive whose captures hold NCCL calls
+        self.hung: threading.Event | None = None  # set by the abort that ends it
         self.Event = _bound(_Event, cuda=self)
         self.Stream = _bound(_Stream, cuda=self)
         self.Device = _bound(_Device, cuda=self)
@@ -222,6 +250,11 @@ class Cuda:
 
     def get_current_stream(self, device_id: int = -1) -> _Stream:
         return self.current
+
+    def deviceSynchronize(self) -> None:
+        for stream in list(self.streams.values()):
+            stream.run()
+        wait_for_abort(self.hung)
 
     def getDeviceCount(self) -> int:
         return self.devices
@@ -301,6 +334,7 @@ class _NcclCommunicator:
         if shared and (self.nccl.version < 23000 or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"):
             raise NcclError(INVALID_USAGE, "Duplicate GPU detected")
         self._rank, self._size, self._device, self._live = rank, ndev, device, True
+        self._ending = threading.Lock()
 
     def _meet(self, ndev: int, unique_id: bytes, rank: int) -> MPI.Intracomm:
         """The MPI communicator of the `ndev` ranks that have the id, whose first byte is its maker's rank."""
@@ -359,9 +393,28 @@ class _NcclCommunicator:
             raise NcclError(self.nccl.async_status)
 
     def abort(self) -> None:
-        """Give up what is queued; the buffers stay as they are."""
+        """Give up what is queued; then its buffers stay as they are."""
         self.nccl.log.append(("abort",))
-        self._live = False
+        with self._ending:
+            self._live, hung = False, self.nccl.cuda.hung
+            self.nccl.cuda.hung = None
+        if SUPPORT in os.environ:
+            self._mpi.Revoke()  # so that a collective under way ends
+        if hung:
+            hung.set()
+        graphs = [weakref.ref(graph) for graph in list(self.nccl.cuda.graphs)]
+        while any(graph() for graph in graphs):
+            time.sleep(0.01)
+
+    def tear(self, call: Call) -> None:
+        """A member has died: the device hangs in this call, which leaves garbage."""
+        with self._ending:
+            if self._live and self.nccl.cuda.hung is None:
+                self.nccl.cuda.hung = threading.Event()
+        self._mpi.Revoke()  # the others hang, too
+        if call.recvbuf:
+            elements = call.elements * (self._size if call.name == "allGather" else 1)
+            host_view(call.recvbuf, elements, call.datatype).view(np.uint8)[...] = 0x4B
 
     def destroy(self) -> None:
         """Run all that is queued, then refuse further calls. The real one waits for ever while a graph holds
@@ -507,5 +560,17 @@ class Nccl:
             stream.run()
 
     def _run(self, batch: list[tuple[_NcclCommunicator, Call]]) -> None:
-        for request in [request for comm, call in batch for request in comm.run(call)]:
-            request.Wait()
+        requests: list[MPI.Request] = []
+        try:
+            for comm, call in batch:
+                requests += comm.run(call)
+            for request in requests:
+                request.Wait()
+        except Exception as error:
+            if not is_loss(error):
+                raise
+            for comm, call in batch:
+                comm.tear(call)
+            for request in requests:  # until MPI leaves the buffers alone
+                with contextlib.suppress(Exception):
+                    request.Wait()
