@@ -27,7 +27,7 @@ from launch.machine import child_environment, mpirun, refuse_launcher
 from launch.report.runs import read_run
 
 DEATHS = ((0, 140), (2, 280))
-"""(rank, logged step after which it is killed), of 408 steps."""
+"""(rank, logged step after which it is killed), of 469 steps."""
 
 LIMIT = 600
 """Seconds that a run may take on a very slow machine."""
