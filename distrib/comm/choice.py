@@ -16,6 +16,9 @@ from distrib.faults.watchdog import Watchdog
 from nn.cuda import backend as backends
 from nn.device import NUMPY, Backend
 
+HOST_NAMES, DEVICE_NAMES = ("auto", "none", "mpi"), ("auto", "mpi", "nccl")
+"""Of --comm, by where the arrays lie: another name is refused there."""
+
 MULTI_RANK_NCCL = 23000  # from NCCL 2.30 on, several ranks may share a GPU
 
 
@@ -113,6 +116,8 @@ def device_transport(
     device, sharing = _devices(control_comm, backend)
     nccl, here = _nccl(sharing)
     missing = first_error(control_comm.allgather(here))
+    if name not in DEVICE_NAMES:
+        raise UserError(f"--comm {name} is for hosts: add --backend numpy")
     if name == "mpi" or (name == "auto" and missing):
         return StagedCommunicator(
             control_comm, watchdog, backend, duplicate=not watchdog.elastic

@@ -132,7 +132,7 @@ class MpiCommunicator:
                 del self.under_way[0]
 
     def over(self, control_comm: Any) -> MpiCommunicator:
-        return MpiCommunicator(control_comm, self._watchdog)
+        return type(self)(control_comm, self._watchdog)
 
 
 def _operation(name: str) -> Any:

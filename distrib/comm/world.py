@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from distrib.comm.base import SingleCommunicator, SingleControl, Transport, first_error
-from distrib.comm.choice import choose_backend, device_transport
+from distrib.comm.choice import HOST_NAMES, choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
@@ -305,11 +305,11 @@ def _choose(
         if chosen.stream is not None:
             chosen.cuda.runtime.deviceSynchronize()  # what the caller has queued on another stream
             resources.callback(_leave_stream, chosen)
-        if chosen.on_host and name == "nccl":
+        if chosen.on_host and name not in HOST_NAMES:
             raise UserError(
-                f"--comm nccl needs a GPU: {why}"
+                f"--comm {name} needs a GPU: {why}"
                 if why != "asked for"
-                else "--comm nccl needs --backend cupy"
+                else f"--comm {name} needs --backend cupy"
             )
         members = control_comm.allgather(Member(number, started, socket.gethostname(), os.getpid(), position))
         transport: Transport  # made last: if a rank dies before, nothing of it is left

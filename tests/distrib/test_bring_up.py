@@ -182,3 +182,17 @@ def test_a_rank_that_fails_before_mpi_ends_the_others() -> None:
     done = connect("start.LEAST_MPI_INIT = 3600\nif rank == 3: raise OSError('planted')")
     assert done.returncode not in (0, 2)
     assert "OSError: planted" in done.stderr
+
+
+def test_a_name_without_a_communicator_is_refused() -> None:
+    """It does not become one of the others."""
+    code = """
+from distrib.comm import world
+from distrib.errors import UserError
+world.CHOICES = {**world.CHOICES, "comm": (*world.CHOICES["comm"], "ring")}
+try:
+    world.connect("ring", "numpy")
+except UserError as error:
+    print(error)
+"""
+    assert run("-c", code, ranks=2).stdout == "--comm ring needs --backend cupy\n" * 2

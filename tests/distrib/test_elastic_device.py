@@ -90,6 +90,7 @@ def test_without_reproducible_the_result_agrees_up_to_rounding(
     assert [line[0] for line in ours] == [line[0] for line in theirs]
     for line, wanted in zip(metrics(tmp_path / "run"), metrics(undisturbed[""]), strict=True):
         for name in ("loss", "train_loss", "test_loss"):
+            # float32 on other shares: what rounding changes grows from step to step
             assert name not in wanted or line[name] == pytest.approx(wanted[name], rel=1e-3)
     assert {entry["rank"] for entry in summary(tmp_path / "run")["survived"]} == numbers(plan)
     require_each_image_once(tmp_path / "run", IMAGES, device=True)
