@@ -89,6 +89,9 @@ class Transport(Communicator, Protocol):
     def synchronize(self) -> None:
         """Return when all results that were waited for are in place on the device."""
 
+    def abandon(self) -> None:
+        """After the death of a rank, end what is under way; a second call does nothing."""
+
     def over(self, control_comm: Any) -> Transport:
         """A transport of the same kind over the ranks of `control_comm`."""
 
@@ -147,6 +150,9 @@ class SingleCommunicator:
         return DONE
 
     def synchronize(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def over(self, control_comm: Any) -> SingleCommunicator:

@@ -16,7 +16,6 @@ from distrib.comm.choice import HOST_NAMES, choose_backend, device_transport
 from distrib.comm.library import Comm
 from distrib.comm.meeting import Meeting, require_support
 from distrib.comm.mpi import MpiCommunicator, is_loss
-from distrib.comm.nccl import NcclCommunicator
 from distrib.comm.start import end_with_process, join, leave_mpi, may_leave_mpi, own, own_base
 from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
@@ -131,7 +130,7 @@ class World:
         """After a death, end what is under way; a second call does nothing."""
         self.watchdog.forget_loss()
         for each in (self.transport, self.host):
-            if isinstance(each, MpiCommunicator | NcclCommunicator):
+            if each:
                 each.abandon()
 
     def others_go_on(self) -> bool:

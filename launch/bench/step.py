@@ -43,7 +43,7 @@ from launch.machine import machine, require_torch
 from launch.torch_peer.worker import Worker, kinds, require_layers, require_plain
 
 AGAINST = (
-    "torch: PyTorch, both memory layouts, as many threads as ranks × BLAS threads, or on the GPU eagerly and"
+    "torch: PyTorch, both memory layouts, as many threads as ours, or on the GPU eagerly and"
     " compiled with CUDA graphs; loop: this network with its convolutions as plain loops (slow)."
 )
 

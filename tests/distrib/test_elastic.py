@@ -47,15 +47,13 @@ def told(folder: Path, plan: str = "") -> dict[str, str]:
 
 
 def train(folder: Path, plan: str, *options: object, ranks: int = 4) -> subprocess.CompletedProcess[str]:
+    return finished(command(folder, ranks, *options), told(folder, plan))
+
+
+def finished(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, again where MPI has not started."""
     for _ in range(3):
-        done = subprocess.run(
-            command(folder, ranks, *options),
-            env=told(folder, plan),
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            timeout=LIMIT,
-        )
+        done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True, timeout=LIMIT)
         if NOT_STARTED not in done.stdout + done.stderr:
             break
     return done

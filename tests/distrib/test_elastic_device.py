@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, NOT_STARTED, ROOT, metrics, summary
+from conftest import ROOT, metrics, summary
 from device_double import double_only, needs_device
-from test_elastic import logged, require_alike, require_each_image_once, told
+from test_elastic import finished, logged, require_alike, require_each_image_once, told
 
 pytestmark = [needs_device, double_only]
 
@@ -29,18 +29,8 @@ def train(
     mpirun = Path(sys.executable).with_name("mpirun")
     start = [str(mpirun) if mpirun.exists() else "mpirun", "--with-ft", "ulfm", "-n", str(ranks)]
     program = [sys.executable, str(Path(__file__).with_name("mortal_device.py"))]
-    for _ in range(3):
-        done = subprocess.run(
-            [*start, *program, "--run-dir", str(folder), *OPTIONS, *options.split()],
-            env={**told(folder, plan), "MORTAL_FORGETS": forgets},
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            timeout=LIMIT,
-        )
-        if NOT_STARTED not in done.stdout + done.stderr:
-            break
-    return done
+    command = [*start, *program, "--run-dir", str(folder), *OPTIONS, *options.split()]
+    return finished(command, {**told(folder, plan), "MORTAL_FORGETS": forgets})
 
 
 @pytest.fixture(scope="module")

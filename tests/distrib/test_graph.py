@@ -572,6 +572,19 @@ def test_a_network_whose_convolutions_cudnn_lacks(monkeypatch: pytest.MonkeyPatc
             warm_up(trainer, Run(tmp_path))
 
 
+def bench_kernels_of_a_step(monkeypatch: pytest.MonkeyPatch, copies: int, **options: Any) -> dict[str, Any]:
+    """`distrib bench kernels --json` on the double; returns cuDNN's plans."""
+    from launch.bench import kernels
+
+    with device("tf32") as backend:
+        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
+        monkeypatch.setattr(kernels, "connect", lambda *_: world)
+        for name, value in {"COPIES": copies, "ROUNDS": 1}.items():
+            monkeypatch.setattr(kernels, name, value)
+        kernels.kernels(batch_size=2, precision="tf32", as_json=True, **options)
+        return backend.algorithms["cudnn"].plans
+
+
 @double_only
 @pytest.mark.parametrize(
     ("model", "images", "launches"),
@@ -585,17 +598,8 @@ def test_kernels_of_other_networks_are_listed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Their convolutions' plans are those that `make cudnn-plans` asks the real cuDNN for."""
-    from launch.bench import kernels as bench_kernels
-
-    with device("tf32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
-        monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
-        for name, value in {"COPIES": 1, "ROUNDS": 1}.items():
-            monkeypatch.setattr(bench_kernels, name, value)
-        bench_kernels.kernels(
-            batch_size=2, model=model, data=f"synthetic:20x{images}:10", precision="tf32", as_json=True
-        )
-        plans = backend.algorithms["cudnn"].plans
+    data = f"synthetic:20x{images}:10"
+    plans = bench_kernels_of_a_step(monkeypatch, copies=1, model=model, data=data)
     result = json.loads(capsys.readouterr().out)
     assert result["model"] == model
     wanted = operations_of(2, model, tuple(map(int, images.split("x"))))
@@ -610,14 +614,7 @@ def test_kernels_are_listed_and_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`distrib bench kernels` on the double, whose clock stands still between plans."""
-    from launch.bench import kernels as bench_kernels
-
-    with device("tf32") as backend:
-        world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
-        monkeypatch.setattr(bench_kernels, "connect", lambda *_: world)
-        for name, value in {"COPIES": 2, "ROUNDS": 1}.items():
-            monkeypatch.setattr(bench_kernels, name, value)
-        bench_kernels.kernels(batch_size=2, width=1 / 16, precision="tf32", as_json=True)
+    bench_kernels_of_a_step(monkeypatch, copies=2, width=1 / 16)
     result = json.loads(capsys.readouterr().out)
     names = [row["name"] for row in result["kernels"]]
     assert result["launches"] == len(names) == 46
