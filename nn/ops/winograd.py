@@ -40,9 +40,8 @@ Call = Callable[[], Any]
 CHUNK = 512
 """Tiles of one chunk: its planes stay near the cache and its matrix products stay efficient."""
 
-PIECE = 4
-"""Tiles of an axis that share one banded matrix: longer ones multiply too many zeros, shorter ones are slow.
-"""
+MANY, WIDE = 16, 4
+"""Images, and channels to an image, that make a batch large (see `piece`)."""
 
 FEW = 1 << 10
 """Products of channels up to which the backward copies the kernel's planes, transposed: a product of many
@@ -95,40 +94,51 @@ class Piece(NamedTuple):
         return buffers.constant(f"winograd.{which}.{self.name}", getattr(self, which))
 
 
+def piece(images: int, c: int, c_out: int) -> int:
+    """Tiles of an axis that share one banded matrix: 2 in a large batch, else 4.
+
+    Shorter ones multiply fewer zeros. But they make more chunks, each with a gradient of the whole kernel to
+    add; that pays only where a chunk has many tiles for the kernel's size (docs/benchmarks.md).
+    """
+    return 2 if images >= max(MANY, (c * c_out) ** 0.5 / WIDE) else 4
+
+
 @functools.cache
-def axis(size: int) -> list[Piece]:
-    """The pieces of an axis of `size` pixels: tiles of 4, and at its end one of 2 or 3 where it suffices."""
+def axis(size: int, tiles: int = 4) -> list[Piece]:
+    """The pieces of an axis of `size` pixels, `tiles` each: tiles of 4 pixels, at its end one of 2 or 3 where
+    it suffices.
+    """
     starts = list(range(0, size, 4))
     sizes = [min(4, max(2, size - start)) for start in starts]
     pieces = []
-    for first in range(0, len(starts), PIECE):
-        part = slice(first, first + PIECE)
+    for first in range(0, len(starts), tiles):
+        part = slice(first, first + tiles)
         outputs = slice(starts[first], min(starts[part][-1] + sizes[part][-1], size))
         inputs = slice(max(outputs.start - 1, 0), min(outputs.stop + 1, size))
         groups: list[Group] = []
         b: list[np.ndarray] = []
         a: list[np.ndarray] = []
         for point in range(sizes[first] + 2):
-            tiles = [(s, m) for s, m in zip(starts[part], sizes[part], strict=True) if point < m + 2]
-            if groups and groups[-1].tiles == len(tiles):
+            here = [(s, m) for s, m in zip(starts[part], sizes[part], strict=True) if point < m + 2]
+            if groups and groups[-1].tiles == len(here):
                 last = groups.pop()
                 groups.append(
                     Group(
                         slice(last.points.start, point + 1),
-                        slice(last.rows.start, len(b) + len(tiles)),
-                        len(tiles),
+                        slice(last.rows.start, len(b) + len(here)),
+                        len(here),
                     )
                 )
             else:
-                groups.append(Group(slice(point, point + 1), slice(len(b), len(b) + len(tiles)), len(tiles)))
-            for start, m in tiles:
+                groups.append(Group(slice(point, point + 1), slice(len(b), len(b) + len(here)), len(here)))
+            for start, m in here:
                 b_t, a_t = tile_matrices(m)
                 row_b, row_a = np.zeros(size + 6), np.zeros(size + 6)
                 row_b[start : start + m + 2] = b_t[point]  # pixel i stands at i + 1
                 row_a[start : start + m] = a_t[:, point]
                 b.append(row_b[inputs.start + 1 : inputs.stop + 1])
                 a.append(row_a[outputs])
-        pieces.append(Piece(f"{size}.{first}", inputs, outputs, groups, np.array(b), np.array(a)))
+        pieces.append(Piece(f"{size}.{tiles}.{first}", inputs, outputs, groups, np.array(b), np.array(a)))
     return pieces
 
 
@@ -162,12 +172,12 @@ class Chunk(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def chunks(n: int, height: int, width: int, size: int) -> list[Chunk]:
-    """Chunks of about `size` tiles."""
+def chunks(n: int, height: int, width: int, tiles: int, size: int) -> list[Chunk]:
+    """Chunks of about `size` tiles, of pieces of `tiles` along either axis."""
     found: list[Chunk] = []
     stop = 0
-    for rows in axis(height):
-        for cols in axis(width):
+    for rows in axis(height, tiles):
+        for cols in axis(width, tiles):
             step = max(1, size // (rows.groups[0].tiles * cols.groups[0].tiles))
             for first in range(0, n, step):
                 images = slice(first, min(first + step, n))
@@ -200,7 +210,7 @@ class Winograd:
     def _forward(x: Array, w: Array, y: Array, buffers: Buffers, keep: bool) -> tuple[list[Call], Any]:
         matmul = namespace(x).matmul
         (n, height, width, c), c_out = x.shape, w.shape[3]
-        parts = chunks(n, height, width, CHUNK)
+        parts = chunks(n, height, width, piece(n, c, c_out), CHUNK)
         kernel = _kernel(height, width, buffers)
         take = buffers.persistent if keep else buffers.temporary
         u = (buffers.shared if keep else buffers.temporary)("winograd.u", (*kernel.shape[:2], c, c_out))
@@ -245,7 +255,7 @@ class Winograd:
         xp = namespace(dy)
         v, u, (n, height, width, c) = saved
         c_out = dw.shape[3]
-        parts = chunks(n, height, width, CHUNK)
+        parts = chunks(n, height, width, piece(n, c, c_out), CHUNK)
         du = buffers.temporary("winograd.du", u.shape)
         du_part = buffers.temporary("winograd.du_part", u.shape) if len(parts) > 1 else du
         calls: list[Call] = []

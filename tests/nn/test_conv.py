@@ -104,11 +104,13 @@ def test_any_geometry(kernel: int, stride: int, algorithm: str, order: str) -> N
 
 
 @each_seed
+@pytest.mark.parametrize("piece", [2, 4])
 @pytest.mark.parametrize("tiles", [1, 5, 512])
-def test_winograd(tiles: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Axes of one to 23 pixels (every end: 1, 2, 3, 4; one piece or two), one image or none, one chunk or
+def test_winograd(tiles: int, piece: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axes of one to 23 pixels (every end: 1, 2, 3, 4; one piece or some), one image or none, one chunk or
     many."""
     monkeypatch.setattr(winograd, "CHUNK", tiles)
+    monkeypatch.setattr(winograd, "piece", lambda *_: piece)
     rng, g = np.random.default_rng(seed), Geometry(1, 1, 1)
     for n, size, c, c_out in product(
         (0, 1, 3), ((1, 1), (3, 2), (5, 9), (14, 7), (22, 23), (4, 17)), (1, 3), (1, 4)
@@ -184,6 +186,13 @@ def test_one_pixel_in_several_out(algorithm: str, order: str) -> None:
     rng, g = np.random.default_rng(6), Geometry(1, 2, 1)
     x, w, dy = draw(rng, (3, 1, 1, 2), (3, 3, 2, 4), g)
     assert_close(run(workspace(order), algorithm, x, w, dy, g), reference(x, w, dy, g), BOUND)
+
+
+def test_pieces_of_large_batches() -> None:
+    """From 16 images on two tiles, of many channels later."""
+    assert [winograd.piece(n, 16, 16) for n in (15, 16)] == [4, 2]
+    assert [winograd.piece(n, 128, 128) for n in (31, 32)] == [4, 2]
+    assert [len(winograd.axis(32, tiles)) for tiles in (2, 4)] == [4, 2]
 
 
 @pytest.mark.parametrize("size_channels", [(28, 64, 128), (14, 128, 128), (14, 128, 256), (7, 256, 256)])
