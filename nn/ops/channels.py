@@ -35,3 +35,10 @@ def add_lines(total: Array, block: Array, buffers: Buffers) -> None:
         total += namespace(block).matmul(buffers.ones(a * b), block.reshape(a * b, k * c), out=line)
     else:
         total += (buffers.ones(b) @ block.reshape(a, b, k * c)).sum(0, dtype=np.float64)
+
+
+def add_products(total: Array, a: Array, b: Array, buffers: Buffers) -> None:
+    """Add to `total` (k·C,), float64, the sum of a·b, both (A, B, k, C), over A and B: one pass over them."""
+    shape = (*a.shape[:2], -1)
+    line = buffers.temporary("line", total.shape)
+    total += namespace(a).einsum("abj,abj->j", a.reshape(shape), b.reshape(shape), out=line)

@@ -13,7 +13,7 @@ import numpy as np
 
 from nn.array import Array, blocks, memory_axes, namespace, op
 from nn.buffers import Buffers
-from nn.ops.channels import add_lines, per_channel, totals
+from nn.ops.channels import add_lines, add_products, per_channel, totals
 from nn.ops.pool import mark_winners, max_pool_forward, pool_views
 from nn.ops.residual import add
 
@@ -155,9 +155,7 @@ def batch_norm_statistics(x: Array, count: Count, buffers: Buffers) -> tuple[Arr
     for block in blocks(x):
         part = x[block]
         part -= shift
-        square = buffers.temporary("block", part.shape)
-        namespace(x).multiply(part, part, out=square)
-        add_lines(total, square, buffers)
+        add_products(total, part, part, buffers)
     variance = total.reshape(groups, -1).sum(0)
     if count.all_reduce:
         count.all_reduce(variance)
@@ -290,10 +288,8 @@ def _gradient_sums(dy: Array, passed: Array | None, x: Array, buffers: Buffers) 
         part = dy[block]
         if passed is not None:
             xp.multiply(part, passed[block], out=part)
-        product = buffers.temporary("block", part.shape)
-        xp.multiply(part, x[block], out=product)
         add_lines(wide[0], part, buffers)
-        add_lines(wide[1], product, buffers)
+        add_products(wide[1], part, x[block], buffers)
     return wide.reshape(2, dy.shape[2], -1).sum(1)
 
 
