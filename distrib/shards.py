@@ -18,7 +18,7 @@ from distrib.comm.tree import Stack, TreeSums
 from distrib.crew import Crew, Meet
 from distrib.data.sampler import shard
 from distrib.evaluate import Run, in_turn
-from nn.array import Array
+from nn.array import HOST_BLOCK, Array
 from nn.network import Network
 from nn.ops.activation import copy
 from nn.ops.residual import add
@@ -78,7 +78,7 @@ class Shards:
         trainer, present = self._trainer, min(count, self.count)
         own: list[int | None] = list(self.sums.own(present))
         works = own if own or self._alone else [None]  # without an image it still takes part in the sums
-        stack, held = Stack(), len(self.networks)
+        stack, held = Stack(self._plus), len(self.networks)
         self._ran = self.networks[: len(works)]
         for network in self._first:
             network.buffers.begin_step()
@@ -107,6 +107,27 @@ class Shards:
             statistics = self.sums.small(self.sums.rows("statistics", statistics), present)
         copy(statistics, trainer.model.statistics)
         trainer.timer.lap("gradients")
+
+    def update(self) -> None:
+        """The optimizer's update, after `step`."""
+        trainer = self._trainer
+        update = partial(trainer.optimizer.update, trainer.rates, trainer.step_in_epoch)
+        if self._spread(lambda part, lane: update(part, lane=lane), trainer.params.values.size):
+            trainer.record.end_step(trainer.step_in_epoch)
+        else:
+            update(record=trainer.record)
+
+    def _plus(self, total: Array, part: Array) -> None:
+        if not self._spread(lambda some, _: add(total[some], part[some]), total.size):
+            add(total, part)
+
+    def _spread(self, work: Callable[[slice, int], None], size: int) -> bool:
+        """Do element-wise `work` on vectors of `size`, a part in each thread; False: too little to share."""
+        lanes = len(self._first)
+        if lanes < 2 or size < HOST_BLOCK:
+            return False
+        self._side_by_side([partial(work, shard(size, lane, lanes), lane) for lane in range(lanes)])
+        return True
 
     def evaluators(self) -> tuple[list[Network], Run]:
         """Networks with the model's weights and running statistics, and what runs their work side by side."""

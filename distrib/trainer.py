@@ -224,10 +224,12 @@ class Trainer:
             timer.lap("backward")
             self.reducer.wait()
             timer.lap("gradients")
-        if not self.updates_early:
+        if self.shards:
+            self.shards.update()
+        elif not self.updates_early:
             self.optimizer.update(self.rates, self.step_in_epoch, record=self.record)
         for mean, values in self.averages:
-            average(mean, values, self.optimizer.scratch, decay=config.average)
+            average(mean, values, self.optimizer.scratch(), decay=config.average)
         timer.lap("optimizer")
 
     def forward_backward(

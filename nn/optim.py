@@ -30,9 +30,16 @@ class Optimizer(ABC):
         self.params, self.weight_decay, self.steps = params, weight_decay, 0
         xp = params.backend.xp
         self.state: dict[str, Array] = {name: xp.zeros_like(params.values) for name in self.moments}
-        size = params.values.size
-        self.scratch = xp.empty((2, min(size, HOST_BLOCK) if params.backend.on_host else 0), params.dtype)
+        self._scratch: dict[int, Array] = {}
         self._first = xp.zeros(1, np.int64)
+
+    def scratch(self, lane: int = 0) -> Array:
+        """For blocks of an update, (2, B): one for each lane, for those who update parts side by side."""
+        if lane not in self._scratch:
+            p = self.params
+            size = min(p.values.size, HOST_BLOCK) if p.backend.on_host else 0
+            self._scratch[lane] = p.backend.xp.empty((2, size), p.dtype)
+        return self._scratch[lane]
 
     def rates(self, lrs: Sequence[float], done: int) -> np.ndarray:
         """(len(lrs), 2), float64: each step's learning rate and step size, after `done` steps."""
@@ -48,10 +55,18 @@ class Optimizer(ABC):
         self.steps += 1
 
     @abstractmethod
-    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
+    def update(
+        self,
+        rates: Array,
+        at: Array,
+        part: slice = WHOLE,
+        record: StepRecord | None = None,
+        lane: int = 0,
+    ) -> None:
         """One update, of a part of the vectors, with row at[0] of `rates`, a table on the device.
 
-        The last one of a step is given `record`: it leaves the results there and moves `at` on.
+        The last one of a step is given `record`: it leaves the results there and moves `at` on. Threads that
+        update parts side by side each give a `lane` of their own.
         """
 
 
@@ -67,7 +82,14 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
-    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
+    def update(
+        self,
+        rates: Array,
+        at: Array,
+        part: slice = WHOLE,
+        record: StepRecord | None = None,
+        lane: int = 0,
+    ) -> None:
         p, momentum = self.params, self.state.get("momentum")
         sgd(
             p.values[part],
@@ -76,7 +98,7 @@ class SGD(Optimizer):
             rates,
             at,
             None if p.compute is None else p.compute[part],
-            self.scratch,
+            self.scratch(lane),
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -92,7 +114,14 @@ class Adam(Optimizer):
     def step_size(self, lr: float, step: int) -> float:
         return lr * (1 - BETA2**step) ** 0.5 / (1 - BETA1**step)
 
-    def update(self, rates: Array, at: Array, part: slice = WHOLE, record: StepRecord | None = None) -> None:
+    def update(
+        self,
+        rates: Array,
+        at: Array,
+        part: slice = WHOLE,
+        record: StepRecord | None = None,
+        lane: int = 0,
+    ) -> None:
         p = self.params
         adam(
             p.values[part],
@@ -102,7 +131,7 @@ class Adam(Optimizer):
             rates,
             at,
             None if p.compute is None else p.compute[part],
-            self.scratch,
+            self.scratch(lane),
             weight_decay=self.weight_decay,
             record=record,
         )

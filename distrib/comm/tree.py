@@ -7,7 +7,7 @@ leaves).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,14 @@ Node = tuple[int, int]
 
 
 class Stack:
-    """Adds leaves that come in order: holds the nodes that still lack their neighbour, a few at most."""
+    """Adds leaves that come in order: holds the nodes that still lack their neighbour, a few at most.
 
-    def __init__(self) -> None:
+    `plus(total, part)` adds a part to a total.
+    """
+
+    def __init__(self, plus: Callable[[Array, Array], None] = add) -> None:
         self.nodes: list[tuple[Node, Array]] = []
+        self._plus = plus
 
     def push(self, leaf: int, part: Array) -> None:
         """Take over `part`, and overwrite it as the sum of a node that starts with it."""
@@ -39,7 +43,7 @@ class Stack:
             (_, same), right = self.nodes[-1]
             if size != same or first % (2 * size):
                 return
-            add(left, right)
+            self._plus(left, right)
             self.nodes[-2:] = [((first, 2 * size), left)]
 
 

@@ -236,7 +236,7 @@ def choose_algorithm(
 
     On the host strips, but for kernels of 1×1 (patches), and of 3×3 at stride 1 in a frame of one pixel.
     There, counted in products a channel pair, patches take 9 a pixel. Winograd takes one at each position of
-    its planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/8
+    its planes, and for its kernel, which is transformed and read from beyond the caches, as much as √(C·O)/6
     more images' worth of tiles: where measured, both were within 20 % of each other (docs/benchmarks.md).
     """
     for name, algorithm in backend.algorithms.items():
@@ -253,7 +253,7 @@ def _choose_on_host(x_shape: tuple[int, ...], w_shape: tuple[int, ...], geometry
     if c == 1:
         return "patches"
     (rows, a_h), (cols, a_w) = winograd.extent(h), winograd.extent(w)
-    overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 8
+    overhead = a_h * a_w * (c * w_shape[3]) ** 0.5 / 6
     return "winograd" if n * rows * cols + overhead < 9 * n * h * w else "patches"
 
 

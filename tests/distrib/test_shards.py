@@ -107,11 +107,16 @@ def test_threads_and_shards_at_once_change_no_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["adam", "sgd", "resnet9"])
 def test_a_process_alone_trains_in_threads(case: str, tmp_path: Path) -> None:
-    """Up to rounding as with one, and with the same number to the bit, resumed or not."""
+    """Up to rounding as with one, and with the same number to the bit, resumed or not; and whether or not
+    the threads share the update and the sum of the gradients.
+    """
     options = ("--precision", "float64", "--optimizer", "sgd", *CASES[case], *SMALL)
 
     def train(name: str, threads: int, *more: object) -> str:
-        code = f"from distrib import train, trainer; trainer.blas_threads = lambda: {threads}; train.main()"
+        code = (
+            f"from distrib import shards, train, trainer; trainer.blas_threads = lambda: {threads};"
+            f" shards.HOST_BLOCK = {1 if name == 'again' else 1 << 40}; train.main()"
+        )
         done = run("-c", code, "--run-dir", name, *options, *more, cwd=tmp_path)
         assert f"1 rank(s) on {socket.gethostname()}, {threads} thread(s) each" in " ".join(
             done.stdout.split()

@@ -260,7 +260,7 @@ def test_chosen_form() -> None:
     ):
         assert conv.choose_algorithm((64, 7, 7, c), (kernel, kernel, c, 3), g, NUMPY) == algorithm
     deep = (3, 3, 256, 256)  # where reading the kernel counts
-    assert [conv.choose_algorithm((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (14, 15)] == [
+    assert [conv.choose_algorithm((n, 3, 3, 256), deep, Geometry(1, 1, 1), NUMPY) for n in (19, 20)] == [
         "patches",
         "winograd",
     ]
