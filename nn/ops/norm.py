@@ -76,12 +76,16 @@ class BackwardMask(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What `norm_forward` leaves for `norm_backward`: z − mean, 1/σ (C,), and what it let through."""
+    """What `norm_forward` leaves for `norm_backward`: z less its part's mean, 1/σ (C,), what it let through.
+
+    x̂ = centred · inverse_std + `offset` (C,), which is None where the part is the whole.
+    """
 
     centred: Array
     inverse_std: Array
     mask: BackwardMask | None
     has_residual: bool
+    offset: Array | None = None
 
 
 @op
@@ -91,14 +95,17 @@ def norm_forward(z: Array, norm: Norm, y: Array, after: After, count: Count, buf
     Returns what `norm_backward` needs. z belongs to it from then on: its contents are undefined. With a
     residual, y too must keep its contents. The running variance takes in that of `count − 1`.
     """
-    mean, var = batch_norm_statistics(z, count, buffers)
+    mean, var, apart = batch_norm_statistics(z, count, norm.running_mean, buffers)
     values, (_, _, running_mean, running_var) = count.values, norm
     running_mean += MOMENTUM * (mean - running_mean)
     running_var += MOMENTUM * (var * (values / max(values - 1, 1)) - running_var)
     inverse_std = (var + EPS) ** -0.5
-    mask = BackwardMask.allocate(z, y, after, buffers)
+    mask, offset = BackwardMask.allocate(z, y, after, buffers), None
+    if apart is not None:
+        offset = apart * inverse_std
+        norm = norm._replace(beta=norm.beta + norm.gamma * offset)
     activate(z, inverse_std, norm, y, after, buffers, mask)
-    return Saved(z, inverse_std, mask, after.residual is not None)
+    return Saved(z, inverse_std, mask, after.residual is not None, offset)
 
 
 @op
@@ -136,31 +143,36 @@ def norm_inference(z: Array, norm: Norm, y: Array, after: After, buffers: Buffer
 # statistics
 
 
-def batch_norm_statistics(x: Array, count: Count, buffers: Buffers) -> tuple[Array, Array]:
-    """Mean and biased variance (C,), float64, over `count` values a channel; x becomes x − mean.
+def batch_norm_statistics(
+    x: Array, count: Count, about: Array, buffers: Buffers
+) -> tuple[Array, Array, Array | None]:
+    """Mean and biased variance (C,), float64, over `count` values a channel; x becomes x − m.
 
-    Two passes, Σx then Σ(x − mean)², each summed over ranks: never E[x²] − E[x]², which cancels.
+    m (C,) is the mean of this part, and m − mean the third result; None where the part is the whole. In two
+    passes, Σx then M = Σ(x − m)²: never E[x²] − E[x]², which cancels. The parts' n·d and M + n·d², where
+    d = m − `about` (C,), the same for all, go through one sum (Chan, Golub and LeVeque 1979): in float64 the
+    variance errs by 1e-16 · (1 + (mean − about)²/variance).
     """
-    x = x.transpose(memory_axes(x))
-    groups = x.shape[2]
+    xp, x = namespace(x), x.transpose(memory_axes(x))
+    groups, own = x.shape[2], x.size // x.shape[3]
     (total,) = totals(1, x, buffers)
     for block in blocks(x):
         add_lines(total, x[block], buffers)
-    mean = total.reshape(groups, -1).sum(0)
-    if count.all_reduce:
-        count.all_reduce(mean)
-    mean /= count.values
+    mean = total.reshape(groups, -1).sum(0) / max(own if count.all_reduce else count.values, 1)
     shift = per_channel("shift", mean, x, buffers)
     (total,) = totals(1, x, buffers)
     for block in blocks(x):
         part = x[block]
         part -= shift
         add_products(total, part, part, buffers)
-    variance = total.reshape(groups, -1).sum(0)
-    if count.all_reduce:
-        count.all_reduce(variance)
-    variance /= count.values
-    return mean, variance
+    squares = total.reshape(groups, -1).sum(0)
+    if not count.all_reduce:
+        return mean, squares / count.values, None
+    from_there = mean - about
+    sums = xp.stack((own * from_there, squares + own * from_there**2))
+    count.all_reduce(sums)
+    moved, square = sums / count.values
+    return about + moved, xp.maximum(square - moved**2, 0), from_there - moved
 
 
 # forward
@@ -268,11 +280,17 @@ def batch_norm_backward(
         sums = _gradient_sums(dy, mask.relu_mask, mask.pooled, buffers)
     pooled = mask is not None and mask.pooled is not None
     sums[1] *= namespace(dy).copysign(1.0, gamma) if pooled else inverse_std
+    offset = saved.offset
+    if offset is not None:
+        sums[1] += offset * sums[0]
     d_gamma, d_beta = sums[1].copy(), sums[0].copy()
     if count.all_reduce:
         count.all_reduce(sums)
     scale = gamma * inverse_std
-    factors = scale, -scale * inverse_std * (sums[1] / count.values), -scale * (sums[0] / count.values)
+    flat, slope = sums / count.values
+    if offset is not None:
+        flat += offset * slope
+    factors = scale, -scale * inverse_std * slope, -scale * flat
     if mask is not None and pooled:
         _input_gradient_through_pool(dy, x, factors, dx, buffers, mask.mask, axes.index(1))
     else:

@@ -67,7 +67,8 @@ def test_batch_norm_statistics(
     exact_mean = wide.mean((0, 1, 2))
     exact_variance = ((wide - exact_mean) ** 2).mean((0, 1, 2))
     z = activations(buffers, x, "z")
-    got_mean, got_variance = F.batch_norm_statistics(z, F.Count(7 * 9 * 8), buffers)
+    got_mean, got_variance, apart = F.batch_norm_statistics(z, F.Count(7 * 9 * 8), np.zeros(3), buffers)
+    assert apart is None
     assert got_mean.dtype == got_variance.dtype == np.float64
     scale = np.abs(x).max()
     assert np.abs(got_mean - exact_mean).max() <= 1e-15 * scale
@@ -78,31 +79,45 @@ def test_batch_norm_statistics(
 @each_seed
 @both_orders
 @each_block
-def test_batch_norm_in_parts(block: int, order: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 4, 0 and 2 images with sums over ranks: the same statistics, dx, dγ and dβ as the whole."""
+@pytest.mark.parametrize(("mean", "std", "about"), [(2, 3, 0), (1e4, 1e-2, 1e4), (50, 0.5, 0)])
+def test_batch_norm_in_parts(
+    mean: float,
+    std: float,
+    about: float,
+    block: int,
+    order: str,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parts of 4, 0 and 2 images with sums over ranks: the same statistics, dx, dγ and dβ as the whole.
+
+    A mean is exact to 1e-16 of itself, and the variance as `batch_norm_statistics` says.
+    """
+    lost = 1 + abs(mean) / std + ((mean - about) / std) ** 2
     monkeypatch.setattr(array, "HOST_BLOCK", block)
     rng, shape, count = np.random.default_rng(seed), (6, 5, 4, 3), 6 * 5 * 4
-    x, r, gamma = rng.normal(2, 3, shape), rng.standard_normal(shape), rng.standard_normal(3)
+    x, r, gamma = rng.normal(mean, std, shape), rng.standard_normal(shape), rng.standard_normal(3)
 
     def work(images: slice, sums: F.AllReduce | None) -> tuple[np.ndarray, ...]:
         buffers = workspace(order)
         z, dx = activations(buffers, x[images], "z"), activations(buffers, r[images], "dy")
         over = F.Count(count, sums)
-        mean, variance = F.batch_norm_statistics(z, over, buffers)
-        saved = F.Saved(z, (variance + 1e-5) ** -0.5, None, False)
+        middle, variance, apart = F.batch_norm_statistics(z, over, np.full(3, about), buffers)
+        inverse_std = (variance + 1e-5) ** -0.5
+        saved = F.Saved(z, inverse_std, None, False, None if apart is None else apart * inverse_std)
         grads = F.batch_norm_backward(dx, saved, gamma, over, dx, buffers)
-        return dx, mean, variance, *grads
+        return dx, middle, variance, *grads
 
     whole = work(slice(0, 6), None)
     images = (slice(0, 4), slice(4, 4), slice(4, 6))
     parts = on_ranks(3, lambda rank, sums: work(images[rank], sums))
     dx = np.concatenate([part[0] for part in parts])
-    assert np.abs(dx - whole[0]).max() <= 1e-14 * np.abs(whole[0]).max()
+    assert np.abs(dx - whole[0]).max() <= 1e-14 * lost * np.abs(whole[0]).max()
     for k in (1, 2):
         assert all(np.array_equal(part[k], parts[0][k]) for part in parts)
-        assert parts[0][k] == pytest.approx(whole[k], rel=1e-14)
+        assert parts[0][k] == pytest.approx(whole[k], rel=1e-14 * lost)
     for k in (3, 4):
-        assert sum(part[k] for part in parts) == pytest.approx(whole[k], rel=1e-13)
+        assert sum(part[k] for part in parts) == pytest.approx(whole[k], rel=1e-13 * lost)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
