@@ -34,7 +34,7 @@ def check_model(
     split: Annotated[str | None, typer.Option(help="Of EMNIST's files, as for train.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a network on a few random images of the data's shape, in float64, and name the layer at fault.
+    """Check a network on a few random images of the data's shape, in float64, and name the faulty layer.
 
     Exit code 0 if all checks pass, else 2. What a failure means:
 

@@ -8,19 +8,95 @@ from typing import Annotated
 import typer
 
 import distrib  # first: it sets the number of BLAS threads before NumPy is imported
-from distrib.train import run_app, train_command
+from distrib.command import run_app
+from launch.lazy import Place, application, group_of
 
-app = typer.Typer(
+COMMANDS = {
+    "train": Place(
+        "launch.train",
+        "train",
+        "Train ResNet-9 on MNIST or your pictures: in one process, or on several ranks.",
+    ),
+    "evaluate": Place("launch.evaluate", "evaluate", "Accuracy and loss of a checkpoint on the test set."),
+    "predict": Place(
+        "launch.predict",
+        "predict",
+        "The class of each image, with its probability and the next likely ones.",
+    ),
+    "watch": Place(
+        "launch.watch",
+        "watch",
+        "Show a run's live progress from any terminal: loss, accuracy, speed, and what each rank does.",
+    ),
+    "report": Place(
+        "launch.report.page",
+        "report",
+        "A page for one run, or a comparison of several: curves, tables, and digits taken for others.",
+    ),
+    "export": Place(
+        "launch.export",
+        "export",
+        "Write a checkpoint for other programs: an ONNX graph, or tensors for PyTorch's `load_state_dict`.",
+    ),
+    "check-model": Place(
+        "launch.check_model",
+        "check_model",
+        "Check a network on a few random images of the data's shape, in float64, and name the faulty layer.",
+    ),
+    "reproduce": Place(
+        "launch.report.reproduce",
+        "reproduce",
+        "All that the reference reports: accuracies, ablation, loss curves, times, beside its own figures.",
+    ),
+    "scale": Place(
+        "launch.bench.scale",
+        "scale",
+        "Strong and weak scaling on the ranks at hand: images/s, step time, efficiency, communication.",
+    ),
+    "doctor": Place(
+        "launch.doctor",
+        "doctor",
+        "Check this machine for the trainer: alone, or on all ranks that mpirun or srun started.",
+    ),
+    "submit": Place(
+        "launch.submit",
+        "submit",
+        "Submit a training run to Slurm; sbatch's options win over the #SBATCH lines of slurm/train.sh.",
+    ),
+    "verdict": Place(
+        "launch.verdict", "verdict", "Say which rank ended a job that failed, and why, after the fact."
+    ),
+    "verify-ranks": Place(
+        "launch.verify_ranks",
+        "verify_ranks",
+        "Train the same steps on 1, 2, 3 and 4 ranks, and compare the results: parameters, losses, logits.",
+        passes_on=True,
+    ),
+    "bench": Place("launch.bench.app", "app", "Measure speed, against PyTorch in the same run."),
+    # for reproduce and make
+    "torch-train": Place(
+        "launch.torch_peer.train",
+        "torch_train",
+        "Train the same network in PyTorch, in one process, with the options of `distrib train`.",
+        hidden=True,
+    ),
+    "gpu-report": Place(
+        "launch.bench.gpu_report",
+        "gpu_report",
+        "Run every check and benchmark that needs a GPU, one after another, into one JSON file.",
+        hidden=True,
+    ),
+}
+
+app = application(
+    cls=group_of(COMMANDS),
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
     help="""
 Data-parallel training of ResNet-9 on MNIST, in plain CuPy and NumPy.
 
 The first run, a quarter of a minute on two cores, to 99 % test accuracy:
 
-    mpirun -n 2 python -m distrib.train --recipe demo
+    distrib train --ranks 2 --recipe demo
 
 On one GPU, or one process on the CPU:
 
@@ -47,7 +123,6 @@ Is this machine fit for it, alone or under mpirun or srun:
     distrib doctor
 """,
 )
-app.command("train")(train_command)
 
 
 def version(show: bool) -> None:
@@ -63,36 +138,6 @@ def options(
     ] = False,
 ) -> None:
     pass
-
-
-def _add_commands() -> None:
-    from launch.bench.app import app as bench
-    from launch.bench.gpu_report import gpu_report
-    from launch.bench.scale import scale
-    from launch.check_model import check_model
-    from launch.doctor import doctor
-    from launch.evaluate import evaluate
-    from launch.export import export
-    from launch.predict import predict
-    from launch.report.page import report
-    from launch.report.reproduce import reproduce
-    from launch.submit import submit
-    from launch.torch_peer.train import torch_train
-    from launch.verdict import verdict
-    from launch.verify_ranks import verify_ranks
-    from launch.watch import watch
-
-    everyday = evaluate, predict, watch, report, export, check_model
-    for command in (*everyday, reproduce, scale, doctor, submit, verdict):
-        app.command()(command)
-    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(context_settings=passes_on)(verify_ranks)
-    app.add_typer(bench, name="bench")
-    for command in (torch_train, gpu_report):  # for reproduce and make
-        app.command(hidden=True)(command)
-
-
-_add_commands()
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distrib import THREAD_VARIABLES, launched_ranks
-from distrib.errors import UserError
+from distrib.errors import LaunchError, UserError
 from nn.cuda.backend import import_cupy
 
 MPI_DEFAULTS = {
@@ -50,7 +50,13 @@ def machine() -> str:
 
 def all_threads() -> int:
     """Threads of a process that has the machine for itself: OMP_NUM_THREADS, else all its cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return threads_each(1)
+
+
+def threads_each(ranks: int) -> int:
+    """Threads of each of `ranks` ranks on this machine: OMP_NUM_THREADS, else its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // ranks))
 
 
 @functools.cache
@@ -76,9 +82,9 @@ def require_torch(option: str) -> None:
 
 
 def refuse_launcher(command: str) -> None:
-    """UserError where mpirun or srun started more than one rank of a command that is one process."""
+    """LaunchError where mpirun or srun started more than one rank of a command that is one process."""
     if launched_ranks() > 1:
-        raise UserError(f"{command} is one process: start it without mpirun or srun")
+        raise LaunchError(f"{command} is one process: start it without mpirun or srun")
 
 
 def mpirun(ranks: int) -> list[str]:

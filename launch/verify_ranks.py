@@ -62,7 +62,7 @@ def verify_ranks(
     steps: Annotated[int, number("--steps", "Steps that each trains.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Train the same steps on 1, 2, 3 and 4 ranks, and compare what comes out: parameters, losses, logits.
+    """Train the same steps on 1, 2, 3 and 4 ranks, and compare the results: parameters, losses, logits.
 
     With --reproducible all must have the same bits, else the exit code is 1. Without it, the largest
     difference of a parameter is shown. All options of `distrib train` may be given, but for those of the run

@@ -12,6 +12,7 @@ import typer
 from conftest import ROOT, run
 
 from launch.cli import app
+from launch.lazy import Lazy
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
@@ -90,6 +91,7 @@ def test_commands_and_options_exist(path: Path) -> None:
     waiting = [typer.main.get_command(app)]
     for command in waiting:
         known.add(command.name)
+        command = command.real() if isinstance(command, Lazy) else command
         waiting += getattr(command, "commands", {}).values()
         options |= {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
     for span in spans(path.read_text()):

@@ -10,7 +10,6 @@ ends with an error's code instead: there is nobody left to tell.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -21,10 +20,10 @@ from pathlib import Path
 
 from distrib import GUARD
 from distrib.errors import EXIT_CRASH
+from distrib.faults.parent import end_with_parent
 from distrib.faults.signals import STOP_SIGNALS
 from distrib.faults.watchdog import AT_JOBS_END
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOGETHER = b"1"
 """Written by a rank that leaves with all others."""
 
@@ -44,8 +43,7 @@ def guarded() -> Iterator[None]:
     os.close(read_end)
     if alive is not None:
         os.close(alive)
-    with suppress(OSError, AttributeError):  # on Linux: the child ends if only its parent is killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)  # if only that is killed
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
     os.environ[GUARD] = str(parent)

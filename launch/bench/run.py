@@ -68,7 +68,7 @@ def run(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whole training runs: seconds from the first step to the end of the last evaluation, and test accuracy.
+    """Whole training runs: seconds from first step to last evaluation, and test accuracy.
 
     On a GPU give --backend cupy and --ranks 1. All options of `distrib train` may be given, but for those of
     the run folder, --seed and --max-steps. Example: distrib bench run --recipe demo --against torch

@@ -319,7 +319,7 @@ def report(
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Write the plots alone, as PNG files.")] = False,
 ) -> None:
-    """A page for one run, or a comparison of several: curves, tables, and digits that were taken for others.
+    """A page for one run, or a comparison of several: curves, tables, and digits taken for others.
 
     Self-contained, without JavaScript, fit for a phone and for print; also of a run that is still going on.
 

@@ -16,6 +16,8 @@ from PIL import Image
 from distrib.data import formats
 from distrib.data import idx as mnist
 from launch import cli
+from launch.bench import app as bench
+from launch.lazy import Lazy, Place
 from nn.cuda.backend import cupy_version, has_driver
 
 SMALL = (
@@ -111,13 +113,32 @@ def test_a_mistake_in_a_process_of_its_own() -> None:
 
 def test_help_teaches() -> None:
     done = distrib("--help").stdout
-    for word in ("train", "evaluate", "predict", "mpirun -n 2 python -m distrib.train --recipe demo"):
+    for word in ("train", "evaluate", "predict", "distrib train --ranks 2 --recipe demo"):
         assert word in done
     from distrib.config import options
 
     shown = distrib("train", "--help", env={"COLUMNS": "200"}).stdout
     for name, *_ in options():
         assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_help_imports_only_what_it_shows() -> None:
+    """Nor does the list of commands import them: their texts stand with it."""
+    code = (
+        "from distrib.command import run_app; from launch import cli; import sys; sys.argv[1:] = ['--help']"
+    )
+    shown = run("-c", f"{code}; run_app(cli.app); print(*sys.modules, sep=chr(10))").stdout.splitlines()
+    assert {"typer", "launch.cli"} <= {*shown}
+    assert not {"numpy", "mpi4py", "distrib.config", "launch.evaluate"} & {*shown}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("commands", [cli.COMMANDS, bench.COMMANDS], ids=["distrib", "bench"])
+def test_a_list_says_of_a_command_what_the_command_says(commands: dict[str, Place]) -> None:
+    for name, place in commands.items():
+        command = Lazy(name, place).real()
+        assert command.name == name
+        assert place.text == command.help.split("\n\n")[0].replace("\n", " ").strip()
 
 
 def blocked(tmp_path: Path, name: str, error: str) -> dict[str, str]:

@@ -90,7 +90,7 @@ def can_be_parsed(words: list[str], backend: str) -> None:
     command: Any = typer.main.get_command(cli.app)
     while hasattr(command, "commands"):
         name, *words = words
-        command = command.commands[name]
+        command = command.commands[name].real()
     context = command.make_context(command.name, words)
     assert context.params["as_json"]
     if command.name == "run":  # what is left over are options of `distrib train`
