@@ -84,7 +84,7 @@ class Worker:
         self._ask("ready")
 
     def __call__(self) -> dict[str, Any]:
-        """{"seconds", "peak_bytes"} of the job's steps."""
+        """{"seconds", "cpu_seconds", "peak_bytes"} of the job's steps."""
         return self._ask("steps")
 
     def _ask(self, what: str) -> dict[str, Any]:
@@ -117,12 +117,13 @@ def serve_steps(side: TorchSide, steps: int, evaluate: bool) -> None:
     side.torch.set_grad_enabled(not evaluate)
     for line in sys.stdin:
         side.wait()
-        begin = time.perf_counter()
+        begin, own = time.perf_counter(), time.process_time()
         for step in range(0 if line.strip() == "ready" else steps):
             side.batch(batches[step % len(batches)], not evaluate)
         side.wait()
-        seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "peak_bytes": side.peak_bytes()}), flush=True)
+        seconds, own = time.perf_counter() - begin, time.process_time() - own
+        row = {"seconds": seconds, "cpu_seconds": own, "peak_bytes": side.peak_bytes()}
+        print(json.dumps(row), flush=True)
 
 
 def train(side: TorchSide) -> dict[str, float]:

@@ -42,6 +42,8 @@ def test_step_against_torch(ranks: int) -> None:
     rates = result["images_per_second"]
     assert set(rates) == {"distrib", "torch channels-last", "torch contiguous"}
     assert all(len(found) == 2 and min(found) > 0 for found in rates.values())
+    assert set(result["others"]) == set(rates), "what others took beside each"
+    assert result["fit"] == (not result["unfit"])
     better = rates[result["against"]]
     assert np.median(better) == max(np.median(rates[name]) for name in rates if name != "distrib")
     assert result["ratio"] == pytest.approx([a / b for a, b in zip(rates["distrib"], better, strict=True)])
