@@ -58,6 +58,11 @@ COMMANDS = {
         "doctor",
         "Check this machine for the trainer: alone, or on all ranks that mpirun or srun started.",
     ),
+    "accept": Place(
+        "launch.accept.command",
+        "accept",
+        "Is this cluster fit to train on? Measures all ranks that mpirun or srun started, or one, in a minute.",
+    ),
     "submit": Place(
         "launch.submit",
         "submit",

@@ -1,0 +1,1 @@
+"""`distrib accept`: whether a cluster is fit to train on."""
