@@ -89,12 +89,12 @@ def accept(
       srun --mpi=pmix -N 2 -n 8 distrib accept --reference good.json --tolerance balance=0.1
     """
     begin, given = time.perf_counter(), parse_tolerances(tolerance or [])
+    run_dir, reference, write_reference = (at_home(x, "") for x in (run_dir, reference, write_reference))
     with connect(comm, backend, timeout=timeout) as world, report_failures(world):
         settings = HOST if world.backend.on_host else DEVICE
         settings = settings | ({"width": width} if width else {})
         known: Reference | None = None
         with world.fail_together():
-            run_dir = at_home(run_dir, "--run-dir")
             if world.rank == 0 and write_reference:
                 require_place(write_reference)
             if world.rank == 0 and reference:
@@ -108,14 +108,14 @@ def accept(
             tolerances = TOLERANCES | (known["tolerances"] if known else {}) | given
             result = verdict(world, ranks, sums, settings, known, tolerances)
             result["seconds"] = time.perf_counter() - begin
-            page = "\n".join(lines(result))
-            print(page, file=sys.stderr if as_json else sys.stdout, flush=True)
+            print("\n".join(lines(result)), file=sys.stderr if as_json else sys.stdout, flush=True)
             if as_json:
                 print(json.dumps(result, indent=2), flush=True)
             failed = not result["passed"]
         with world.fail_together():
             if world.rank == 0 and write_reference and not failed:
-                write(write_reference, json.dumps(as_reference(result), indent=2))
+                kept = {MARK: VERSION, **{name: result[name] for name in TYPES}}
+                write(write_reference, json.dumps(kept, indent=2))
     raise typer.Exit(EXIT_CRASH if failed else 0)
 
 
@@ -138,7 +138,6 @@ def verdict(
         "communicator": world.transport.name,
     }
     findings = judge(ranks, sums, place, known, tolerances)
-    slowest = min(ranks, key=lambda rank: rank.rate)
     rates = {host: statistics.median(rank.rate for rank in ranks if rank.host == host) for host in per_host}
     return {
         "passed": all(finding.passed is not False for finding in findings),
@@ -148,18 +147,13 @@ def verdict(
         "training": settings,
         "environment": ranks[0].environment,
         "digest": next(iter(ranks[0].digests)),
-        "figures": figures_of(ranks, sums),
+        "figures": {name: statistics.median(each.values()) for name, each in figures_of(ranks, sums).items()},
         "tolerances": tolerances,
         "findings": [finding._asdict() for finding in findings],
-        "slowest_rank": {"rank": slowest.rank, "host": slowest.host, "images_per_second": slowest.rate},
+        "slowest_rank": min(ranks, key=lambda rank: rank.rate).rank,
         "slowest_host": min(rates, key=lambda host: rates[host]),
         "ranks": [rank.json() for rank in ranks],
     }
-
-
-def as_reference(result: dict[str, Any]) -> dict[str, Any]:
-    """What a later run is compared with."""
-    return {MARK: VERSION, **{name: result[name] for name in TYPES}}
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from distrib.loop import train_epoch
 from distrib.run import checkpoint as ckpt
 from distrib.run.console import Screen
 from distrib.trainer import Trainer
+from distrib.warmup import warm_up
 from launch.bench.meter import Meter, NoMemory, WrongSum
 
 HOST = {"width": 0.25, "batch_size": 64, "shards": 8, "images": 512}
@@ -78,6 +79,7 @@ class Training:
         data = formats.load(f"synthetic:{self.images}x28x28x1:10")
         config = build({**options, "reproducible": True, "epochs": 1}).resolve(1, data)
         self.trainer = Trainer(config, alone, data)
+        warm_up(self.trainer, None)
         self.begin = self.trainer.state_dict()
 
     def round(self) -> tuple[float, str]:

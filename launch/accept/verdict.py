@@ -24,11 +24,11 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
-    "images-per-second": Figure("images/s a rank", 0.3),
-    "latency": Figure("µs, all-reduce of 8 bytes", 0.7, -1),
-    "bandwidth": Figure("GB/s on the bus, all-reduce of 16 MiB", 0.5),
-    "disk-write": Figure("MB/s, 32 MiB with fsync", 0.7),
-    "disk-read": Figure("MB/s", 0.7),
+    "images-per-second": Figure("images/s a rank", 0.4),
+    "latency": Figure("µs, all-reduce of 8 bytes", 0.85, -1),
+    "bandwidth": Figure("GB/s on the bus, all-reduce of 16 MiB", 0.75),
+    "disk-write": Figure("MB/s, 32 MiB with fsync", 0.5),
+    "disk-read": Figure("MB/s", 0.5),
 }
 BALANCE = "balance"
 TOLERANCES = {BALANCE: 0.3, **{name: figure.tolerance for name, figure in FIGURES.items()}}
@@ -98,13 +98,13 @@ def worse_by(value: float, than: float, better: int = 1) -> float:
     return 1 - (value / than) ** better
 
 
-def figures_of(ranks: list[Rank], sums: dict[str, Any]) -> dict[str, float]:
-    """One value a figure: the median of the ranks, or of the hosts' disks."""
-    disks = [rank.disk for rank in ranks if "write" in rank.disk]
-    found = {"images-per-second": statistics.median(rank.rate for rank in ranks)}
-    found |= {name: value for name, value in sums.items() if name in FIGURES}
-    for name in ("write", "read") if disks else ():
-        found[f"disk-{name}"] = statistics.median(disk[name] for disk in disks)
+def figures_of(ranks: list[Rank], sums: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each figure, by the rank or host that has it; of an all-reduce all have the same."""
+    found = {"images-per-second": {rank.name: rank.rate for rank in ranks}}
+    found |= {name: {"all ranks": value} for name, value in sums.items() if name in FIGURES}
+    for name in ("write", "read"):
+        disks = {rank.host: rank.disk[name] for rank in ranks if name in rank.disk}
+        found |= {f"disk-{name}": disks} if disks else {}
     return found
 
 
@@ -116,15 +116,13 @@ def judge(
     tolerances: dict[str, float],
 ) -> list[Finding]:
     """All that was looked at; the cluster is fit if nothing failed."""
-    figures = figures_of(ranks, sums)
     found = [bits(ranks, reference), *libraries(ranks)]
     if len(ranks) > 1:
         found.append(balance(ranks, tolerances[BALANCE]))
     found += [Finding(False, "all-reduce", sums["error"])] if "error" in sums else []
     found += [Finding(False, "disk", f"{r.name}: {r.disk['error']}") for r in ranks if "error" in r.disk]
-    for name, value in figures.items():
-        spread = spread_of(name, ranks, value)
-        found.append(compare(name, spread, reference, place, tolerances[name]))
+    for name, values in figures_of(ranks, sums).items():
+        found.append(compare(name, values, reference, place, tolerances[name]))
     return found
 
 
@@ -138,8 +136,12 @@ def bits(ranks: list[Rank], reference: Reference | None) -> Finding:
     odd = [rank for rank in ranks if rank.digests.keys() != {expected}]
     rounds = sum(len(rank.rates) for rank in ranks)
     if not odd:
-        against = ", the reference's" if known else "" if len(ranks) > 1 else ", by itself"
-        return Finding(True, "bits", f"{expected[:12]} after each of {rounds} rounds{against}")
+        said = f"{expected[:12]} after each of {rounds} rounds of {len(ranks)} rank(s)"
+        other = differences(ranks[0].environment, reference["environment"]) if reference else ""
+        more = (
+            ", the reference's" if known else f"; not compared with the reference: {other}" if other else ""
+        )
+        return Finding(True, "bits", said + more)
     right = known["environment"] if known else next((r.environment for r in ranks if r not in odd), {})
     sure = known is not None or most > len(ranks) / 2
     doubt = "" if sure else "; it may be the others, as there is no majority: give --reference, or more ranks"
@@ -150,16 +152,14 @@ def why_odd(rank: Rank, expected: str, right: dict[str, Any]) -> str:
     """What is wrong with a rank that ends with other bits."""
     wrong = sum(count for digest, count in rank.digests.items() if digest != expected)
     other = differences(rank.environment, right)
-    cause = (
-        f"other libraries: {other}" if right and other else "its memory, processor or GPU computes wrongly"
-    )
+    cause = f"other libraries: {other}" if right and other else "its memory, processor or GPU is at fault"
     return f"{rank.name}: other bits than {expected[:12]} in {wrong} of {len(rank.rates)} rounds: {cause}"
 
 
 def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
     """What two environments have different."""
     return ", ".join(
-        f"{name} {mine.get(name, 'none')} (elsewhere {theirs.get(name, 'none')})"
+        f"{name} {mine.get(name, 'none')} (there {theirs.get(name, 'none')})"
         for name in {**mine, **theirs}
         if mine.get(name) != theirs.get(name)
     )
@@ -188,31 +188,22 @@ def balance(ranks: list[Rank], tolerance: float) -> Finding:
     return Finding(not slow, BALANCE, f"{'; '.join(said)} (at most {100 * tolerance:g} %)")
 
 
-def spread_of(name: str, ranks: list[Rank], value: float) -> dict[str, float]:
-    """The figure of each rank or host by its name; of an all-reduce, which all share, the one."""
-    if name == "images-per-second":
-        return {rank.name: rank.rate for rank in ranks}
-    if name.startswith("disk-"):
-        return {rank.host: rank.disk[name[5:]] for rank in ranks if name[5:] in rank.disk}
-    return {"all ranks": value}
-
-
 def compare(
-    name: str, spread: dict[str, float], reference: Reference | None, place: dict[str, Any], tolerance: float
+    name: str, values: dict[str, float], reference: Reference | None, place: dict[str, Any], tolerance: float
 ) -> Finding:
     """Whether a figure is as good as the reference's on every rank or host."""
-    figure, values = FIGURES[name], sorted(spread.values())
-    said = f"{statistics.median(values):.4g}"
-    said += f" ({values[0]:.4g}–{values[-1]:.4g}) {figure.unit}" if len(values) > 1 else f" {figure.unit}"
+    unit, _, better = FIGURES[name]
+    least, middle, most = (pick(values.values()) for pick in (min, statistics.median, max))
+    said = f"{middle:.4g}{f' ({least:.4g}–{most:.4g})' if len(values) > 1 else ''} {unit}"
     if reference is None or name not in reference["figures"]:
         return Finding(None, name, said)
     if odd := unlike(name, reference["place"], place):
         return Finding(None, name, f"{said}; not compared, as the reference has {odd}")
     than = reference["figures"][name]
-    worse = {who: worse_by(value, than, figure.better) for who, value in spread.items()}
+    worse = {who: worse_by(value, than, better) for who, value in values.items()}
     bad = sorted((who for who in worse if worse[who] > tolerance), key=lambda who: -worse[who])
     said += f"; the reference {than:.4g}"
-    said += "".join(f"; {who}: {spread[who]:.4g}, {100 * worse[who]:.0f} % worse" for who in bad)
+    said += "".join(f"; {who}: {values[who]:.4g}, {100 * worse[who]:.0f} % worse" for who in bad)
     return Finding(not bad, name, f"{said} (at most {100 * tolerance:g} %)")
 
 
