@@ -89,7 +89,8 @@ def accept(
       srun --mpi=pmix -N 2 -n 8 distrib accept --reference good.json --tolerance balance=0.1
     """
     begin, given = time.perf_counter(), parse_tolerances(tolerance or [])
-    run_dir, reference, write_reference = (at_home(x, "") for x in (run_dir, reference, write_reference))
+    run_dir, reference = at_home(run_dir, "--run-dir"), at_home(reference, "--reference")
+    write_reference = at_home(write_reference, "--write-reference")
     with connect(comm, backend, timeout=timeout) as world, report_failures(world):
         settings = HOST if world.backend.on_host else DEVICE
         settings = settings | ({"width": width} if width else {})

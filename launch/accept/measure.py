@@ -51,6 +51,7 @@ class Rank:
     host: str
     threads: int
     environment: dict[str, Any]  # what the bits depend on
+    on_core: float | None = None  # share of the time in which its threads had a core; of GPUs unknown
     rates: list[float] = field(default_factory=list)  # images/s of each round
     digests: dict[str, int] = field(default_factory=dict)  # of the trained parameters: rounds that had it
     disk: dict[str, Any] = field(default_factory=dict)  # of the first rank of each host
@@ -102,12 +103,15 @@ class Training:
     def rounds(self, seconds: float, found: Rank) -> None:
         """Train for so long, and put down what came out."""
         digests = Counter[str]()
-        end = time.perf_counter() + seconds
-        while len(found.rates) < LEAST_ROUNDS or time.perf_counter() < end:
+        begin, used = time.perf_counter(), time.process_time()
+        while len(found.rates) < LEAST_ROUNDS or time.perf_counter() < begin + seconds:
             rate, digest = self.round()
             found.rates.append(rate)
             digests[digest] += 1
         found.digests = dict(digests)
+        if self.trainer.world.backend.on_host:
+            passed = time.perf_counter() - begin
+            found.on_core = (time.process_time() - used) / passed / found.threads
 
 
 def measure(

@@ -183,6 +183,7 @@ def balance(ranks: list[Rank], tolerance: float) -> Finding:
     slow = [each for each in found if each[0] > tolerance]
     said = [
         f"{rank.name}: {rank.rate:.4g} images/s, {100 * worse:.0f} % below the others' {others:.4g}"
+        + ("" if rank.on_core is None else f", with a core {100 * rank.on_core:.0f} % of the time")
         for worse, rank, others in slow or found[:1]
     ]
     return Finding(not slow, BALANCE, f"{'; '.join(said)} (at most {100 * tolerance:g} %)")
