@@ -26,7 +26,8 @@ OTHERS_FILES = {"sample.py", "nn.py", "net.py", "power.py"}
 """Of the reader."""
 
 SLURM = (
-    "array batch cpus-per-task gpu-bind gpus gpus-per-node gres job mpi nodes ntasks-per-node pty signal time"
+    "array batch cpus-per-task exclusive gpu-bind gpus gpus-per-node gres job mpi nodes ntasks-per-node pty"
+    " signal time wrap"
 )
 OTHERS_OPTIONS = {"--logdir", "--with-ft", *(f"--{name}" for name in SLURM.split())}
 """Of TensorBoard, Slurm and mpirun."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT, ROOT, environment, metrics, summary, train
+from test_accept import BOTH, QUICK, require_both_named
 
 from distrib.run.checkpoint import newest_valid
 
@@ -505,3 +506,21 @@ if os.environ.get("DISTRIB_SOAK") == "1":  # as long as Slurm's clock wants it: 
         other = Job(tmp_path, NODES[2], *arguments)
         assert other.end(600) == ("COMPLETED", "0:0"), other.log
         assert summary(job.run_dir)["parameter_digest"] == summary(other.run_dir)["parameter_digest"]
+
+
+def test_accept_names_rank_and_host(tmp_path: Path) -> None:
+    """`distrib accept` on two nodes, with a rank that is slow and one that has a wrong bit."""
+    srun = [
+        "srun",
+        "--mpi=pmix",
+        "--nodes=2",
+        "--ntasks=4",
+        "--ntasks-per-node=2",
+        sys.executable,
+        "-c",
+        BOTH,
+    ]
+    env = environment({"SLURM_CONF": str(FOLDER / "slurm.conf")})
+    arguments = ["accept", *QUICK, "--run-dir", str(tmp_path), "--json"]
+    done = subprocess.run([*srun, *arguments], env=env, capture_output=True, text=True, timeout=WITHIN)
+    require_both_named(done, "node2")

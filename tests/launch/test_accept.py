@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,22 +212,28 @@ def test_alone_with_a_reference(command_line: Callable[..., Any], tmp_path: Path
         assert words in err
 
 
-def test_ranks_with_faults_are_named(tmp_path: Path) -> None:
-    """One that is slow, and one whose result has one wrong bit; the others are not."""
-    fault = f"{ALTERED.format(rank=3)}; launched_rank() == 1 and time.sleep(0.1)"
-    program = FLIP + FAULTS.format(fault=fault)
-    done = run("-c", program, "accept", *QUICK, "--run-dir", tmp_path, "--json", ranks=4, check=False)
+def require_both_named(done: subprocess.CompletedProcess[str], host: str) -> None:
+    """AssertionError unless ranks 1, which is slow, and 3, which is altered, were named, and no other."""
     assert done.returncode == 1, done.stderr
-    result = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    result, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])
     verdict = {each["name"]: each for each in result["findings"]}
-    assert "rank 3 on" in verdict["bits"]["found"]
+    assert f"rank 3 on {host}: other bits" in verdict["bits"]["found"]
     assert "rank 1 on" in verdict["balance"]["found"]
     assert not verdict["bits"]["passed"]
     assert not verdict["balance"]["passed"]
     assert all(f"rank {rank} on" not in verdict["bits"]["found"] for rank in range(3))
     assert result["slowest_rank"] == 1
     assert "distrib accept: FAIL: bits, balance" in done.stderr
-    assert not list(tmp_path.iterdir())
+
+
+BOTH = FLIP + FAULTS.format(fault=f"{ALTERED.format(rank=3)}; launched_rank() == 1 and time.sleep(0.1)")
+"""One rank is slow, and the result of one has one wrong bit."""
+
+
+def test_ranks_with_faults_are_named(tmp_path: Path) -> None:
+    done = run("-c", BOTH, "accept", *QUICK, "--run-dir", tmp_path, "--json", ranks=4, check=False)
+    require_both_named(done, os.uname().nodename)
+    assert not list(tmp_path.iterdir()), "something is left behind"
 
 
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
