@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from distrib.comm.base import SingleCommunicator, SingleControl
-from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.comm.world import Member, World
 from distrib.config import build
 from distrib.data import formats
@@ -125,7 +124,7 @@ def measure(
         found = Rank(world.rank, world.hosts[world.rank], trainer.threads, trainer.environment())
         progress("the first round of the training")
         training.round()
-        world.allgather(None, "the first round of all ranks", SLOW_IO_FACTOR)
+        world.allgather(None, "the first round of all ranks")
         progress(f"the same training on every rank, for {seconds:g} s")
         training.rounds(seconds, found)
         training.trainer.close()
@@ -134,16 +133,16 @@ def measure(
         sums = all_reduces(world) if world.size > 1 else {}
         progress("the disk")
         if world.hosts.index(found.host) == world.rank:
-            with world.watchdog.waiting(f"the disk of {folder}", SLOW_IO_FACTOR):
+            with world.watchdog.waiting(f"the disk of {folder}"):
                 found.disk = disk(folder)
-        return world.allgather(found, "the disks of the other hosts", SLOW_IO_FACTOR + 1), sums
+        return world.allgather(found, "the disks of the other hosts", 2), sums
 
 
 @contextmanager
 def shared_folder(world: World, run_dir: Path) -> Iterator[Path]:
     """A new folder on the disk of `run_dir`, which also keeps the heartbeats that name a rank that hangs.
 
-    Where the job fails it stays, for `distrib verdict`.
+    Where the job is killed it stays.
     """
     made = ""
     with world.fail_together():
