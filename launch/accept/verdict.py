@@ -88,7 +88,7 @@ def parse_tolerances(given: list[str]) -> dict[str, float]:
         value = parsed(f"--tolerance {name}=", share, float) if equals and name in TOLERANCES else -1.0
         if not 0 <= value < 1:
             names = alternatives([*TOLERANCES])
-            raise UserError(f"--tolerance {shown(text)}: give {names}, then = and a share from 0, below 1")
+            raise UserError(f"--tolerance {shown(text)}: give NAME=SHARE, {names} and 0 or more, below 1")
         found[name] = value
     return found
 
