@@ -49,7 +49,7 @@ def flip(self):
 
 def a_rank(number: int, rate: float = 100.0, digest: str = "a", host: str = "", **environment: str) -> Rank:
     same = {"blas": "one", "numpy": "2"} | environment
-    return Rank(number, host or f"node{number // 2}", 1, same, [rate] * 3, {digest: 3})
+    return Rank(number, host or f"node{number // 2}", 1, same, rates=[rate] * 3, digests={digest: 3})
 
 
 PLACE = {"ranks": 4, "hosts": 2, "ranks_per_host": 2, "threads": 1, "backend": "numpy", "communicator": "mpi"}
