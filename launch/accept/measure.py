@@ -130,7 +130,7 @@ def measure(
         training.trainer.close()
         world.allgather(None, "the training of the other ranks")
         progress("all-reduces")
-        sums = all_reduces(world) if world.size > 1 else {}
+        sums = all_reduces(world, min(1.0, seconds)) if world.size > 1 else {}
         progress("the disk")
         if world.hosts.index(found.host) == world.rank:
             with world.watchdog.waiting(f"the disk of {folder}"):
@@ -171,9 +171,9 @@ def _remove(world: World, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def all_reduces(world: World) -> dict[str, Any]:
-    """Latency and bandwidth of checked all-reduces over all ranks; or why there are none."""
-    meter = Meter(world, "float32", repeats=5, seconds=1.0)
+def all_reduces(world: World, seconds: float) -> dict[str, Any]:
+    """Latency and bandwidth of checked all-reduces over all ranks, so long each; or why there are none."""
+    meter = Meter(world, "float32", repeats=5, seconds=seconds)
     try:
         small, large = meter.measure(SMALL), meter.measure(LARGE)
     except NoMemory as missing:
