@@ -510,17 +510,14 @@ if os.environ.get("DISTRIB_SOAK") == "1":  # as long as Slurm's clock wants it: 
 
 def test_accept_names_rank_and_host(tmp_path: Path) -> None:
     """`distrib accept` on two nodes, with a rank that is slow and one that has a wrong bit."""
-    srun = [
-        "srun",
-        "--mpi=pmix",
-        "--nodes=2",
-        "--ntasks=4",
-        "--ntasks-per-node=2",
-        sys.executable,
-        "-c",
-        BOTH,
-    ]
+    srun = ["srun", "--mpi=pmix", "--nodes=2", "--ntasks=3", "--distribution=block", "--ntasks-per-node=2"]
     env = environment({"SLURM_CONF": str(FOLDER / "slurm.conf")})
     arguments = ["accept", *QUICK, "--run-dir", str(tmp_path), "--json"]
-    done = subprocess.run([*srun, *arguments], env=env, capture_output=True, text=True, timeout=WITHIN)
+    done = subprocess.run(
+        [*srun, sys.executable, "-c", BOTH, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+    )
     require_both_named(done, "node2")

@@ -17,6 +17,7 @@ from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.world import World
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
+from launch.accept import measure
 from launch.accept.command import accept
 from launch.accept.measure import Rank, Training
 from launch.accept.verdict import FIGURES, TOLERANCES, judge, parse_tolerances, read_reference, worse_by
@@ -26,8 +27,10 @@ QUICK = ("--seconds", "0.1", "--width", "0.0625", "--backend", "numpy")
 FAULTS = """
 import sys, time
 from distrib import launched_rank, trainer
+from launch.accept import measure
 from launch.cli import main
 
+measure.HOST["images"], measure.DISK_BYTES = 128, 1 << 16  # two steps a round
 plain = trainer.Trainer.step
 
 def step(self):
@@ -41,7 +44,7 @@ main()
 """
 """A program that is `distrib` with a fault, one statement in which `self` is the Trainer, after each step."""
 
-ALTERED = "launched_rank() == {rank} and self.progress.step == 3 and flip(self)"
+ALTERED = "launched_rank() == 2 and self.progress.step == 2 and flip(self)"
 FLIP = """
 def flip(self):
     self.params.values[:1].view("uint32")[...] ^= 1
@@ -181,8 +184,12 @@ def test_an_edited_reference(tmp_path: Path, change: dict[str, Any], words: str)
         read_reference(path)
 
 
-def test_alone_with_a_reference(command_line: Callable[..., Any], tmp_path: Path) -> None:
+def test_alone_with_a_reference(
+    command_line: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Written, passed, failed by another digest; and what is wrong use."""
+    monkeypatch.setattr(measure, "DISK_BYTES", 1 << 16)
+    monkeypatch.setitem(measure.HOST, "images", 128)
     path, options = tmp_path / "good.json", [*QUICK, "--run-dir", tmp_path]
     options += [text for name in FIGURES for text in ("--tolerance", f"{name}=0.99")]  # not the noise
     code, page, _ = command_line(accept, *options, "--write-reference", path)
@@ -215,24 +222,24 @@ def test_alone_with_a_reference(command_line: Callable[..., Any], tmp_path: Path
 
 
 def require_both_named(done: subprocess.CompletedProcess[str], host: str) -> None:
-    """AssertionError unless ranks 1, which is slow, and 3, which is altered, were named, and no other."""
+    """AssertionError unless ranks 1, which is slow, and 2, which is altered, were named."""
     assert done.returncode == 1, done.stderr
     result, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])
     verdict = {each["name"]: each for each in result["findings"]}
-    assert f"rank 3 on {host}: other bits" in verdict["bits"]["found"]
+    assert f"rank 2 on {host}: other bits" in verdict["bits"]["found"]
     assert "rank 1 on" in verdict["balance"]["found"]
     assert not verdict["bits"]["passed"]
     assert not verdict["balance"]["passed"]
-    assert all(f"rank {rank} on" not in verdict["bits"]["found"] for rank in range(3))
+    assert all(f"rank {rank} on" not in verdict["bits"]["found"] for rank in range(2))
     assert "distrib accept: FAIL: bits, balance" in done.stderr
 
 
-BOTH = FLIP + FAULTS.format(fault=f"{ALTERED.format(rank=3)}; launched_rank() == 1 and time.sleep(7 * took)")
+BOTH = FLIP + FAULTS.format(fault=f"{ALTERED}; launched_rank() == 1 and time.sleep(5 * took)")
 """One rank is slow, by more than noise is, and the result of one has one wrong bit."""
 
 
 def test_ranks_with_faults_are_named(tmp_path: Path) -> None:
-    done = run("-c", BOTH, "accept", *QUICK, "--run-dir", tmp_path, "--json", ranks=4, check=False)
+    done = run("-c", BOTH, "accept", *QUICK, "--run-dir", tmp_path, "--json", ranks=3, check=False)
     require_both_named(done, os.uname().nodename)
     assert not list(tmp_path.iterdir()), "something is left behind"
 
@@ -247,7 +254,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         "--run-dir",
         tmp_path,
         "--timeout",
-        2,
+        1,
         ranks=2,
         check=False,
     )
