@@ -192,6 +192,16 @@ class Config:
         choices=("float32", "bf16"),
     )
     cuda_graph: bool = option(True, "On a GPU, replay a whole step as one CUDA graph.", may_change=True)
+    trace: str | None = option(
+        None,
+        "Write a timeline of some steps of all ranks to this file, for ui.perfetto.dev.",
+        may_change=True,
+    )
+    trace_steps: str | None = option(
+        None,
+        "Steps to trace, A:B with both of them. Default: the 10th to the 14th of this start.",
+        may_change=True,
+    )
     timeout: float = option(
         60.0, "Seconds after which a wait for another rank ends the job.", ABOVE_ZERO, may_change=True
     )
@@ -206,7 +216,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("run_dir", "data", "resume"):
+        for name in ("run_dir", "data", "resume", "trace"):
             given = getattr(self, name)
             if given is not None and not (name == "resume" and given in ("auto", "none")):
                 path = expanded(given, f"--{name.replace('_', '-')}")

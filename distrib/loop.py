@@ -31,6 +31,7 @@ from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.summary import summary as summarise
 from distrib.timing import Throughput
+from distrib.tracing.trace import require_writable, traced
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn.network import Model
@@ -275,7 +276,8 @@ def to_the_end(job: Job) -> dict[str, Any] | None:
         try:
             screen = job.caller.screen(world)
             warm_up(trainer, job.run)
-            summary = fit(trainer, job.run, screen, job.caller.on_epoch)
+            with traced(trainer, screen.say):
+                summary = fit(trainer, job.run, screen, job.caller.on_epoch)
             finish(trainer, job.run, summary)
             if world.ended():
                 print_result(screen, summary, job.run)
@@ -324,6 +326,7 @@ def build(
     ours = replace(config, resume="auto") if was_checked(world) and config.resume == "none" else config
     with world.fail_together():
         saved = run.open(ours) if run else None
+        require_writable(config, world, run)
     saved = world.broadcast(saved, "the checkpoint")
     world.position = Position(checked=True)
     with world.fail_together():

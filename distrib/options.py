@@ -32,6 +32,19 @@ def at_most(bound: float) -> Rule:
     return Rule(lambda value: value <= bound, f"give {bound} or less")
 
 
+MOST_TRACED = 100
+"""Steps of a trace: each rank keeps them in memory."""
+
+
+def steps_between(text: str | None) -> tuple[int, int] | None:
+    """(first, last) of steps given as "10:14"; None for anything else."""
+    parts = (text or "").split(":")
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 19 for part in parts):
+        return None
+    first, last = map(int, parts)
+    return (first, last) if 1 <= first <= last < first + MOST_TRACED else None
+
+
 LARGEST_BATCH, LARGEST_SEED = 1_000_000, (1 << 128) - 1
 
 

@@ -43,6 +43,11 @@ class Progress:
 
 def save(trainer: Trainer, run: Run | None) -> None:
     """Start saving a checkpoint, once the one before is written. Every rank calls this; rank 0 writes."""
+    with trainer.span("save"):
+        _save(trainer, run)
+
+
+def _save(trainer: Trainer, run: Run | None) -> None:
     assert trainer.results.all_read, "a checkpoint needs the results of all steps"
     world, config = trainer.world, trainer.config
     position = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distrib import models
-from distrib.options import owners
+from distrib.options import MOST_TRACED, owners, steps_between
 from nn.optim import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ def check_together(config: Config) -> None:
     config.require("nesterov", not config.nesterov or config.momentum > 0, "needs --momentum above 0")
     for name in ("keep_best", "patience"):
         config.require(name, not getattr(config, name) or config.validation > 0, "needs --validation above 0")
+    config.require("trace_steps", not config.trace_steps or config.trace is not None, "needs --trace")
+    known = config.trace_steps is None or steps_between(config.trace_steps) is not None
+    config.require("trace_steps", known, f"give A:B, as 10:14, of at most {MOST_TRACED} steps")
     config.require("shards", config.shards is None or config.reproducible, "needs --reproducible")
     own = config.batch_norm == "shard"
     config.require("batch_norm", config.reproducible or not own, "needs --reproducible")

@@ -59,7 +59,8 @@ def _signature(more: dict[str, Any]) -> inspect.Signature:
         if base in (int, float):  # typer's message lacks the value
             extra = {"metavar": base.__name__.upper(), "parser": _parser(flag, base)}
         elif base is str:
-            extra = {"metavar": "NAME" if name in (*CHOICES, "recipe", "model") else "PATH"}
+            what = "NAME" if name in (*CHOICES, "recipe", "model") else "PATH"
+            extra = {"metavar": "A:B" if name == "trace_steps" else what}
         found[name] = Annotated[base | None, typer.Option(flag, help=shown, show_default=False, **extra)]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(

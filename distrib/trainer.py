@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,8 @@ class Trainer:
         self.writer = world.members[0].number  # who writes there
         self.unlogged: dict[str, Any] | None = None  # the line of a step that may not be in metrics.jsonl
         self.epoch_line: dict[str, Any] | None = None  # of the last epoch, which `on_epoch` is told once
+        self.span: Callable[..., Any] = nullcontext  # puts what happens in it into the trace; see `tracing`
+        self.traced = False  # whether all ranks have told what they traced
         self.told = 0  # epochs of which it was told
         self.earlier_images: list[int] = []  # of each rank in earlier processes; `progress` has this one's
         self.timer = StepTimer()
@@ -349,7 +352,7 @@ class Trainer:
         self, what: str, images: Any, labels: Any, logits: list[np.ndarray] | None = None
     ) -> dict[str, float]:
         self.share_statistics()
-        with self.waiting("the evaluation"), self.averaged():
+        with self.span("evaluation"), self.waiting("the evaluation"), self.averaged():
             networks, run = self.evaluators()
             given = images, labels, self.config.loss, self.world.transport
             loss, accuracy = evaluate(networks, *given, logits, self.config.reproducible, run)

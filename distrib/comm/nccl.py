@@ -100,7 +100,7 @@ class NcclCommunicator:
         self._watchdog.checks.append(self._check)
         if self._watchdog.elastic:
             self._watchdog.tick = HEARING_TICK
-        self._comm_stream = self._cuda.Stream(non_blocking=True)
+        self.comm_stream = self._cuda.Stream(non_blocking=True)
         self._computed = self._cuda.Event(disable_timing=True)
         self._warm_up()
 
@@ -134,12 +134,12 @@ class NcclCommunicator:
             self._reduce(x, op, compute)
             return DONE
         compute.record(self._computed)
-        self._comm_stream.wait_event(self._computed)
+        self.comm_stream.wait_event(self._computed)
         if self._side_stream:
-            self._side_stream.join(self._comm_stream)
-        self._reduce(x, op, self._comm_stream)
+            self._side_stream.join(self.comm_stream)
+        self._reduce(x, op, self.comm_stream)
         done = self._cuda.Event(disable_timing=True)
-        self._comm_stream.record(done)
+        self.comm_stream.record(done)
         return _Event(self._cuda, done)
 
     def broadcast(self, x: Array, root: int = 0) -> None:

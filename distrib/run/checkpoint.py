@@ -146,6 +146,7 @@ class Saver:
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
+        self.write = save_checkpoint
         self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
         self._thread.start()
         atexit.register(self._idle.wait)
@@ -178,7 +179,7 @@ class Saver:
     def _run(self) -> None:
         while arguments := self._work.get():
             try:
-                save_checkpoint(*arguments)
+                self.write(*arguments)
             except BaseException as error:
                 self._error = error
             del arguments  # the copies

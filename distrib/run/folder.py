@@ -185,6 +185,8 @@ class Run:
             whole = {**asdict(config), "environment": environment, "dataset": dataset}
             if config.data is not None and os.path.exists(config.data):
                 whole["data"] = os.path.abspath(config.data)  # for commands that run elsewhere
+            if config.trace is not None:
+                whole["trace"] = os.path.abspath(config.trace)
             replace(self.path / "config.json", json.dumps(whole, indent=2).encode(), sync=True)
             step = found.position["step"] if found else 0
             if os.path.lexists(self.metrics_path):

@@ -100,7 +100,7 @@ flat = StrictArray(np.ones(8, "float32"))
 comm.all_reduce(flat, overlap=True).wait()
 cuda.touch()
 try:
-    comm._reduce(flat, "sum", comm._comm_stream)
+    comm._reduce(flat, "sum", comm.comm_stream)
     raise SystemExit("not found out")
 except OrderError:
     pass

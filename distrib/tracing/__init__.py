@@ -1,0 +1,1 @@
+"""`--trace`: a timeline of some steps of all ranks."""
