@@ -25,6 +25,7 @@ from launch.entry import one_process
 from launch.report.plots import figure, plain, render, save, svg
 from launch.report.records import shown
 from launch.report.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
+from launch.report.timeline import timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -291,6 +292,7 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
         "report.html.j2",
         runs=runs,
         plots=plots,
+        timelines=[(run.name, timeline(run.path, run.config["trace"])) for run in runs[:COLUMNS]],
         died=[(run.name, entry) for run in runs for entry in run.survived[:SHOWN_DEATHS]],
         named=len(runs) <= LEGEND,
         details=details,
