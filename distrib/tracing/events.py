@@ -70,12 +70,11 @@ def of_rank(number: int, host: str, rows: Sequence[Row], first: int) -> Iterator
     """The events of one rank, a process of that number; `first` is when the trace begins."""
     order = {COMPUTE: 0, SIDE: 1, WIRE: 2}
     tracks = sorted({row.track for row in rows}, key=lambda name: (order.get(name.split(" ")[0], 3), name))
-    yield name_of("process", f"rank {number} on {host}", number)
-    yield {"ph": "M", "name": "process_sort_index", "pid": number, "args": {"sort_index": number}}
+    yield about("process_name", number, 0, name=f"rank {number} on {host}")
+    yield about("process_sort_index", number, 0, sort_index=number)
     for place, track in enumerate(tracks):
-        yield name_of("thread", track, number, place)
-        sort = {"sort_index": place}
-        yield {"ph": "M", "name": "thread_sort_index", "pid": number, "tid": place, "args": sort}
+        yield about("thread_name", number, place, name=track)
+        yield about("thread_sort_index", number, place, sort_index=place)
     flow = 0
     for row in rows:
         own = {"pid": number, "tid": tracks.index(row.track)}
@@ -89,13 +88,13 @@ def of_rank(number: int, host: str, rows: Sequence[Row], first: int) -> Iterator
             yield {"ph": "f", "bp": "e", **arrow, **own, "ts": times["ts"]}
 
 
-def name_of(what: str, name: str, pid: int, tid: int = 0) -> dict[str, Any]:
-    """The event that names a process or thread."""
-    return {"ph": "M", "name": f"{what}_name", "pid": pid, "tid": tid, "args": {"name": name}}
+def about(what: str, pid: int, tid: int, **more: Any) -> dict[str, Any]:
+    """The event that says something of a process or thread."""
+    return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": more}
 
 
-def file_of(members: Sequence[Member], everyone: Sequence[Told], about: dict[str, Any]) -> bytes:
-    """The whole file, of all ranks."""
+def file_of(members: Sequence[Member], everyone: Sequence[Told], more: dict[str, Any]) -> bytes:
+    """The whole file, of all ranks, with `more` of the run."""
     first = min((row.begin for each in everyone for row in each.rows), default=0)
     events = [
         event
@@ -105,7 +104,7 @@ def file_of(members: Sequence[Member], everyone: Sequence[Told], about: dict[str
     errors = {str(m.number): round(1e6 * each.clock_error, 3) for m, each in zip(members, everyone)}
     other = {
         "program": f"distrib {distrib.__version__}",
-        **about,
+        **more,
         "clocks": "moved to rank 0's by the shortest of its answers; wrong by clock_error_us at most",
         "clock_error_us": errors,
         "dropped_spans": sum(each.dropped for each in everyone),

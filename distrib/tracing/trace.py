@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.errors import UserError
@@ -86,7 +86,7 @@ class Trace:
         if number > self._last:
             self.finish()
         elif number >= self._first and self._recorder is None:
-            self._before = clocks.offset(self._trainer.world)
+            self._first, self._before = number, clocks.offset(self._trainer.world)
             self._recorder = Recorder(self._trainer)
             self._recorder.begin()
         if self._recorder is None:
@@ -118,10 +118,14 @@ class Trace:
         everyone = world.allgather(found, "the traced steps", SLOW_IO_FACTOR)
         trainer.traced = True
         if world.rank == 0:
-            about = {"steps": [first, last], "ranks": world.size, "backend": world.backend.name}
+            more: dict[str, Any] = {
+                "steps": [first, last],
+                "ranks": world.size,
+                "backend": world.backend.name,
+            }
             if world.backend.cuda is not None:
-                about["times"] = "of events on the device's streams; steps ran eagerly, not as CUDA graphs"
-            self._write(events.file_of(world.members, everyone, about), f"steps {first} to {last}")
+                more["times"] = "of events on the device's streams; steps ran eagerly, not as CUDA graphs"
+            self._write(events.file_of(world.members, everyone, more), f"steps {first} to {last}")
 
     def _write(self, data: bytes, what: str) -> None:
         path = Path(str(self._trainer.config.trace))

@@ -202,8 +202,7 @@ def whom(waited: dict[str, float]) -> str:
     least, *others = sorted(waited, key=waited.__getitem__)
     mean = sum(waited[name] for name in others) / len(others)
     if mean - waited[least] < NOTABLE:
-        most = max(waited.values())
-        return f"No rank holds up the others: each waits {waited[least]:.0f} to {most:.0f} % of its time."
+        return f"No rank holds up the others: each waits some {mean:.0f} % of its time."
     return f"The others wait for {least}: it waits {waited[least]:.0f} % of its time, they {mean:.0f} %."
 
 

@@ -122,6 +122,22 @@ def _overlap(some: list[range], others: list[range]) -> bool:
     return any(max(a.start, b.start) < min(a.stop, b.stop) for a in some for b in others)
 
 
+class Nvtx:
+    """`cupy.cuda.nvtx`: ranges that were opened, in order, and how many are open."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[str, int]] = []
+        self.depth = 0
+
+    def RangePush(self, name: str, id_color: int = -1) -> None:
+        self.ranges.append((name, self.depth))
+        self.depth += 1
+
+    def RangePop(self) -> None:
+        assert self.depth, "no range is open"
+        self.depth -= 1
+
+
 class Cuda(_Cuda):
     """`cupy.cuda` with captures. `captured` is what the capture under way holds, None outside one."""
 
@@ -139,6 +155,7 @@ class Cuda(_Cuda):
         self.Event = type("Event", (_CapturingEvent, self.Event), {"cuda": self})
         self.Stream = _bound(_CapturingStream, cuda=self)
         self.compute = self.Stream.null = self.Stream(null=True)
+        self.nvtx = Nvtx()
         self.stream = self.Stream(non_blocking=True)
         self.stream.__enter__()  # as `cupy_backend` does
         self.compute = self.stream
