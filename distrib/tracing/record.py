@@ -158,7 +158,7 @@ class Recorder:
 
         return recorded
 
-    def _writing(self, call: Callable[..., None]) -> Callable[..., None]:
+    def _writing(self, call: Callable[..., Any]) -> Callable[..., None]:
         """The writing of a checkpoint, in its own thread, by the host's clock."""
 
         def recorded(*given: Any) -> None:

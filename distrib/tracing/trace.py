@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distrib.comm.start import SLOW_IO_FACTOR
 from distrib.errors import UserError
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 AFTER, STEPS = 10, 5
 """Without --trace-steps: the first traced step of those that a start does, and how many are."""
+
+ON_HOST = {"wire": "from the call until the rank has waited for it"}
+ON_DEVICE = {
+    "wire": "as long as it takes on the communication stream",
+    "times": "of events on the device's streams; the steps ran eagerly, as a graph's replay has no layers",
+}
+"""What the times of a trace mean."""
 
 Say = Callable[[str], None]
 
@@ -116,16 +123,12 @@ class Trace:
         with trainer.waiting("the end of the traced steps"):
             found = events.told(recorder, clocks.between(self._before, clocks.offset(world)))
         everyone = world.allgather(found, "the traced steps", SLOW_IO_FACTOR)
-        trainer.traced = True
         if world.rank == 0:
-            more: dict[str, Any] = {
-                "steps": [first, last],
-                "ranks": world.size,
-                "backend": world.backend.name,
-            }
-            if world.backend.cuda is not None:
-                more["times"] = "of events on the device's streams; steps ran eagerly, not as CUDA graphs"
+            of_run = {"steps": [first, last], "ranks": world.size, "backend": world.backend.name}
+            more = {**of_run, **(ON_HOST if world.backend.cuda is None else ON_DEVICE)}
             self._write(events.file_of(world.members, everyone, more), f"steps {first} to {last}")
+        world.allgather(None, "the writing of the trace", SLOW_IO_FACTOR)
+        trainer.traced = True
 
     def _write(self, data: bytes, what: str) -> None:
         path = Path(str(self._trainer.config.trace))

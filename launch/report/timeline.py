@@ -9,7 +9,7 @@ from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from distrib.errors import UserError
 from distrib.files import printable, read_json
@@ -157,7 +157,7 @@ def of_events(found: dict[str, Any]) -> Timeline | str:
     return Timeline(median, len(common), lanes, clock_error(found), whom(waited))
 
 
-def whole(value: Any) -> bool:
+def whole(value: Any) -> TypeGuard[int]:
     """Whether `value` is a whole number of bounded size."""
     return type(value) is int and is_figure(value)
 
