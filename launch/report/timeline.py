@@ -76,6 +76,12 @@ class Timeline:
         return max(each.end for _, each in self.ranks) - self.begin
 
     @property
+    def ticks(self) -> list[str]:
+        """Milliseconds at each quarter of the picture."""
+        digits = 0 if self.length > 1e5 else 1 if self.length > 1e4 else 3
+        return [f"{quarter * self.length / 4e3:,.{digits}f}" for quarter in range(5)]
+
+    @property
     def mean(self) -> dict[str, float]:
         """The shares of all ranks together."""
         found = [each.shares for _, each in self.ranks]
