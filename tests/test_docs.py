@@ -16,11 +16,17 @@ from launch.lazy import Lazy
 
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
-PICTURES = sorted((ROOT / "docs").glob("*.svg"))
-ROOMS = ("nn", "distrib", "launch", "tests", "slurm")
+LESSONS = sorted((ROOT / "docs" / "lessons").glob("*.md"))
+PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
+ROOMS = ("nn", "distrib", "launch", "tests", "slurm", "docs")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
 MOST_WORDS = 6730
-"""Of all documents together, code blocks and figures apart, and the changelog, which grows by its nature."""
+"""Of all documents together, code blocks and figures apart, and the changelog, which grows by its nature, and
+the lessons."""
+
+MOST_LESSON_WORDS = 700
+"""Of a lesson's page, counted alike. It is read from its beginning to its end, within 45 minutes of which most
+are for its script and exercise."""
 
 OTHERS_FILES = {"sample.py", "nn.py", "net.py", "power.py"}
 """Of the reader."""
@@ -32,7 +38,9 @@ SLURM = (
 OTHERS_OPTIONS = {"--logdir", "--with-ft", *(f"--{name}" for name in SLURM.split())}
 """Of TensorBoard, Slurm and mpirun."""
 
-by_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+by_document = pytest.mark.parametrize(
+    "path", DOCUMENTS + LESSONS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def spans(text: str) -> list[str]:
@@ -107,11 +115,20 @@ def test_the_readme_is_a_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def words_of(path: Path) -> int:
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+    return len(re.findall(r"[^\W\d_][\w'-]*", text))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
+def test_lessons_stay_short(path: Path) -> None:
+    assert words_of(path) <= MOST_LESSON_WORDS
+
+
 @pytest.mark.quick
 def test_documents_stay_short() -> None:
-    paths = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
-    texts = [re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M) for path in paths]
-    words = sum(len(re.findall(r"[^\W\d_][\w'-]*", text)) for text in texts)
+    words = sum(words_of(path) for path in DOCUMENTS if path.name != "CHANGELOG.md")
     assert words <= MOST_WORDS, f"cut {words - MOST_WORDS} words: say it once, in the document it belongs to"
 
 

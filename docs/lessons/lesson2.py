@@ -53,5 +53,5 @@ for step in range(steps):
 everyone = comm.all_gather(network.params.values).wait()
 if comm.rank == 0:
     print(f"all ranks hold the same weights: {bool((everyone == everyone[0]).all())}")
-    print(f"their length: {np.linalg.norm(everyone[0]):.4f}")
+    print(f"the length of the weights: {np.linalg.norm(everyone[0]):.4f}")
 world.close()

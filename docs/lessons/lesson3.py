@@ -17,7 +17,6 @@ WAYS = {"a message for each parameter": 1, "buckets of 512 KiB": 512 << 10, "one
 
 
 def net(shape, classes):
-    """Six layers of 256 × 256 weights, 256 KiB each, between one of 784 × 256 and one of 256 × 10."""
     hidden = [layer for i in range(1, 8) for layer in (named(f"fc{i}", Linear(256)), ReLU())]
     return Sequential(Flatten(), *hidden, named("out", Linear(classes)))
 
@@ -59,4 +58,3 @@ for way, size in WAYS.items():
         backward, waited = 1000 * np.median(seconds, axis=0)
         print(f"{way}: {len(watched.sent)} sent; backward {backward:.2f} ms, then waited {waited:.2f} ms")
         print("".join(f"  sent after {each}\n" for each in watched.sent if size > 1), end="")
-world.close()

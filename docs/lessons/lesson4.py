@@ -43,7 +43,7 @@ for way, options in ways.items():
         epochs=1,
         batch_size=48,
         lr=0.01,
-        limit_train=960,
+        limit_train=480,
         limit_test=200,
         backend="numpy",
         progress=False,

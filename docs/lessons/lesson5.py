@@ -37,12 +37,13 @@ def on_epoch(figures):
 
 trained = distrib.fit(
     net,
-    epochs=3,
+    epochs=2,
     batch_size=48,
     lr=0.01,
     limit_train=480,
     limit_test=200,
     reproducible=True,  # the same bits, whoever computes
+    shards=6,
     elastic=word == "kill",  # the others go on
     max_steps=15 if word == "stop" else None,
     run_dir=folder,
