@@ -25,7 +25,7 @@ MOST_WORDS = 6730
 the lessons."""
 
 MOST_LESSON_WORDS = 700
-"""Of a lesson's page, counted alike: it is read from its beginning to its end, in a part of its 45 minutes."""
+"""Of a lesson's page, counted alike: it is read from its beginning to its end, in a part of 45 minutes."""
 
 OTHERS_FILES = {"sample.py", "nn.py", "net.py", "power.py"}
 """Of the reader."""
