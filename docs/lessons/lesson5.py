@@ -16,8 +16,8 @@ if word not in ("quiet", "kill", "stop", "resume"):
     sys.exit(f"give one word: quiet, kill, stop or resume, not {word!r}")
 rank = distrib.launched_rank()
 folder = Path("runs") / ("lesson5-stop" if word == "resume" else f"lesson5-{word}")
-if word != "resume" and folder.exists():
-    sys.exit(f"{folder} is there from before: remove it")
+if (word == "resume") != folder.exists():
+    sys.exit(f"{folder}: " + ("give `stop` first" if word == "resume" else "is there from before: remove it"))
 
 
 def net(shape, classes):
