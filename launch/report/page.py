@@ -22,7 +22,7 @@ from distrib.files import printable, write
 from distrib.predict import probabilities
 from distrib.run.console import on_terminal
 from launch.entry import one_process
-from launch.report.plots import figure, plain, render, save, svg
+from launch.report.plots import figure, logarithmic, plain, render, save, svg
 from launch.report.records import shown
 from launch.report.runs import PARTS, POINTS, RunData, logits_of_test_images, read_run, smooth
 from launch.report.timeline import timeline
@@ -142,7 +142,7 @@ def _loss(ax: Axes, runs: list[RunData]) -> None:
         epochs, values = run.by_epoch(f"{run.held_out}_loss", most)
         label = run.held_out if len(runs) == 1 else None
         ax.plot(epochs, values, "o", color=line.get_color(), markersize=4, label=label)
-    ax.set_yscale("log")
+    logarithmic(ax)
     ax.set(title=f"Loss (lines: training, smoothed; points: {held_out(runs)})", xlabel="epoch")
 
 
@@ -155,6 +155,7 @@ def _accuracy(ax: Axes, runs: list[RunData]) -> None:
         epochs, values = run.by_epoch("train_accuracy", most)
         ax.plot(epochs, values, marker=".", alpha=0.4, linewidth=0.9, **look)
     ax.set(title=f"Accuracy, % (strong: {held_out(runs)}; pale: training)", xlabel="epoch")
+    ax.set_xlim(left=0)
 
 
 def _rate(ax: Axes, runs: list[RunData]) -> None:
@@ -276,6 +277,20 @@ def figure_of(run: RunData, field: str, form: str) -> str:
     return "–" if value is None else shown(form.format(value))
 
 
+def headline(run: RunData) -> str:
+    """What a run's large figure, its accuracy, is of."""
+    if figure_of(run, *SUMMARY["test accuracy"]) == "–":
+        return f"the test accuracy is not known yet: {run.state}"
+    text = "of the test images named right"
+    if epoch := run.log.last_epoch.get("epoch"):
+        text += f" after epoch {epoch} of {run.config['epochs']}"
+    if run.summary:
+        network = f"{shown(run.config['model'])}, {figure_of(run, *SUMMARY['parameters'])} parameters"
+        time = f"{figure_of(run, 'wall_seconds', '{:,.0f}')} s on {figure_of(run, *SUMMARY['ranks'])} rank(s)"
+        text += f", by {network}, trained in {time}"
+    return f"{text}; {run.state}"
+
+
 def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) -> str:
     """The whole page, self-contained."""
     plots: list[str] = []
@@ -297,6 +312,7 @@ def page(runs: list[RunData], progress: Callable[[str], None] = lambda _: None) 
         named=len(runs) <= LEGEND,
         details=details,
         accuracy=summary[0][1][0],
+        headline=headline(runs[0]),
         results=Table.of(runs, [("state", [run.state for run in runs]), *summary]),
         parts=[(run.name, run.parts_ms()) for run in runs],
         unlike=[run.name for run in runs if any(run.config[name] for name in UNLIKE)],

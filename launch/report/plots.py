@@ -72,6 +72,19 @@ def figure(width: float = 6.4, height: float = 3.2, columns: int = 1) -> Iterato
         yield made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
+def logarithmic(ax: Axes) -> None:
+    """Make the y axis logarithmic, with 0.6 where Matplotlib writes 6 × 10⁻¹."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(Plain())
+    ax.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
+
+
 def svg(made: Figure, title: str) -> str:
     """The figure as an <svg> element for a page, with `title` for those who cannot see it."""
     file = io.StringIO()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 
 from distrib.data import formats
 from distrib.files import short
-from launch.report.page import answers, label_of, page, points_of, report
+from launch.report.page import answers, headline, label_of, page, points_of, report
 from launch.report.records import line_of
 from launch.report.runs import (
     POINTS,
@@ -111,6 +112,20 @@ def test_what_the_tables_say(runs: list[Path]) -> None:
         "loss": ["ce", "bce", "ce"],
         "max_steps": ["–", "–", "25"],
     }
+
+
+def test_the_page_of_one_run_opens_with_its_answer(runs: list[Path]) -> None:
+    adam, _, short = map(read_run, runs)
+    assert re.fullmatch(
+        r"of the test images named right after epoch (\d+) of \1, by resnet9, [\d,]+ parameters,"
+        r" trained in \d+ s on 2 rank\(s\); finished",
+        headline(adam),
+    )
+    assert headline(short).endswith("; stopped")
+    going_on = replace(adam, summary={}, log=Log())
+    assert headline(going_on) == "the test accuracy is not known yet: unfinished"
+    text = page([adam])
+    assert 0 < text.index(headline(adam)) < text.index("<svg") < text.index("<h2>Results")
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
