@@ -58,7 +58,7 @@ def extent(pixels: np.ndarray) -> int:
     return 1 + max(int(np.ptp(np.flatnonzero((pixels > 127).any(axis)))) for axis in (0, 1))
 
 
-DIGITS = {name: [(i + step) % 10 for step in (0, 3, 6)] for i, name in enumerate(cases.CONDITIONS)}
+DIGITS = {name: [(i + step) % 10 for step in (0, 4)] for i, name in enumerate(cases.CONDITIONS)}
 """Of each condition; `picture_cases` as a program takes all ten."""
 
 
