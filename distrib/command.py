@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import sys
 import time
-
-import typer
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from distrib import launched_rank, launched_ranks
 from distrib.errors import EXIT_USAGE, LaunchError, UserError
 from distrib.files import printable
 from distrib.run.console import secure_output
 
+if TYPE_CHECKING:
+    import typer
 
-def run_app(app: typer.Typer) -> int:
-    """Run a typer application. A UserError becomes one line and exit code 2."""
+
+def run_work(work: Callable[[], int]) -> int:
+    """The exit code of `work`. A UserError becomes one line and exit code 2."""
     secure_output()
     try:
-        code = app(standalone_mode=False)
-        return int(code or 0)
+        return work()
     except UserError as error:
         return _print_once(str(error), isinstance(error, LaunchError))
+    except KeyboardInterrupt:  # before a run handles signals
+        return 130
+
+
+def run_app(app: typer.Typer) -> int:
+    """Run a typer application; what it says of wrong use is one line, too."""
+    return run_work(lambda: _run(app))
+
+
+def _run(app: typer.Typer) -> int:
+    import typer
+
+    try:
+        return int(app(standalone_mode=False) or 0)
     except typer.Exit as done:
         return int(done.exit_code)
     except typer.Abort:
         return EXIT_USAGE
+    except UserError:
+        raise
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             message = error.format_message()

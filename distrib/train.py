@@ -12,10 +12,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated, Any
 
-import typer
-
-from distrib.command import run_app
+from distrib.command import run_app, run_work
 from distrib.config import CHOICES, Config, build, options
+from distrib.errors import UserError
 from distrib.files import parsed
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -30,6 +29,8 @@ def train_command(**given: Any) -> None:
 
       mpirun -n 4 python -m distrib.train --epochs 1 --limit-train 8000
     """
+    import typer  # here and below: a run that needs no advice starts a third sooner without it
+
     raise typer.Exit(train(build(given)))
 
 
@@ -42,12 +43,38 @@ def train(config: Config) -> int:
         return run(config, exiting=True)
 
 
+def plain(arguments: list[str]) -> dict[str, Any] | None:
+    """The options that were given, if each is a flag or has a sound value after it.
+
+    None leaves all else to typer, which knows what to say.
+    """
+    known: dict[str, tuple[str, Any]] = {}
+    for name, kind, _, _ in options():
+        option, base = name.replace("_", "-"), TYPES[kind.split(" | ")[0]]
+        known[f"--{option}"] = name, True if base is bool else base
+        if base is bool:
+            known[f"--no-{option}"] = name, False
+    given, rest = {}, iter(arguments)
+    for flag in rest:
+        name, kind = known.get(flag, ("", None))
+        value = kind if isinstance(kind, bool) else next(rest, None)
+        if kind is None or value is None or str(value).startswith("--"):
+            return None
+        try:
+            given[name] = parsed(flag, value, kind) if kind in (int, float) else value
+        except UserError:
+            return None
+    return given
+
+
 def _parser(flag: str, kind: type) -> Callable[[str], Any]:
     return lambda text: parsed(flag, text, kind)
 
 
 def _signature(more: dict[str, Any]) -> inspect.Signature:
     """A typer option for each field and each of `more`. None means "not given": a recipe may set it."""
+    import typer
+
     found = dict(more)
     for name, kind, default, text in options():
         base: Any = TYPES[kind.split(" | ")[0]]
@@ -75,11 +102,10 @@ def with_options(command: Any, **more: Any) -> Any:
     return command
 
 
-with_options(train_command)
-
-
 def parse(arguments: list[str]) -> Config:
     """The configuration that `distrib train` builds from these arguments."""
+    import typer
+
     found: list[Config] = []
     app = typer.Typer(add_completion=False)
     app.command()(with_options(lambda **given: found.append(build(given))))
@@ -91,8 +117,13 @@ def parse(arguments: list[str]) -> Config:
 
 def main() -> int:
     """`python -m distrib.train`: the same options as `distrib train`."""
+    given = plain(sys.argv[1:])
+    if given is not None:
+        return run_work(lambda: train(build(given)))
+    import typer
+
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("train")(train_command)
+    app.command("train")(with_options(train_command))
     return run_app(app)
 
 

@@ -61,7 +61,7 @@ COMMANDS = {
     "accept": Place(
         "launch.accept.command",
         "accept",
-        "Is this cluster fit to train on? Measures all ranks that mpirun or srun started, or one, in a minute.",
+        "Is this cluster fit to train on? Measures all ranks of mpirun or srun, or one, in a minute.",
     ),
     "submit": Place(
         "launch.submit",

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import needs
 import numpy as np
@@ -181,6 +182,23 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """`python -m distrib.train --run-dir FOLDER …`, on `ranks` ranks."""
     return run("-m", "distrib.train", "--run-dir", folder, *arguments, ranks=ranks, check=check, env=env)
+
+
+EACH = """
+import json, sys
+from distrib.train import main
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    if code := main():
+        sys.exit(code)
+"""
+
+
+def train_each(*runs: tuple[object, ...], ranks: int = 1, **more: Any) -> None:
+    """`python -m distrib.train` with the arguments of each run, one after another in the same processes.
+
+    For what does not depend on a process of its own: starting one costs more than a short run.
+    """
+    run("-c", EACH, json.dumps([[str(each) for each in given] for given in runs]), ranks=ranks, **more)
 
 
 def summary(folder: Path) -> dict:

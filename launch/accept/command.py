@@ -74,7 +74,7 @@ def accept(
     ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Is this cluster fit to train on? Measures all ranks that mpirun or srun started, or one, in a minute.
+    """Is this cluster fit to train on? Measures all ranks of mpirun or srun, or one, in a minute.
 
     Every rank computes one and the same training on its own, again and again: how many images/s, and does it
     always end with the bits of the others? Then come all-reduces, each sum checked, and each host's disk. A

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
@@ -10,7 +11,7 @@ from conftest import HELPERS, run
 
 RANKS = 4
 CONNECT = """
-import os, sys, threading, time
+import json, sys, threading, time
 from distrib import launched_rank
 from distrib.comm import choice, nccl, start, world
 from distrib.errors import UserError
@@ -18,9 +19,7 @@ from nccl_double import Cuda, Nccl
 from strict_array import StrictModule
 from test_strict import StrictBackend
 
-rank, log = launched_rank(), []
-cuda, xp = Cuda(log, devices=4), StrictModule()
-xp.cuda = cuda
+rank, log, xp = launched_rank(), [], StrictModule()
 
 def planted(*_, **__):
     raise RuntimeError("planted")
@@ -34,9 +33,8 @@ def cupy_backend(precision, local_rank):
 choice.backends.cupy_backend = cupy_backend
 choice.import_nccl = lambda: cuda.nccl
 start.LEAST_MPI_INIT, start.MPI_INIT_TIMEOUTS = 0, 1
-plain_own = world.own
+plain, plain_own, plain_init = nccl.NcclCommunicator._warm_up, world.own, Nccl.__init__
 
-plain_init = Nccl.__init__
 def without_communicators(self, *more):
     plain_init(self, *more)
     self.NcclCommunicator = planted
@@ -48,32 +46,40 @@ class Failing:
     def __getattr__(self, name):
         return planted if name == "bcast" else getattr(self.comm, name)
 
-{fault}
-try:
-    with world.connect({comm!r}, "cupy", timeout={timeout}) as joined:
-        x = xp.ones(3)
-        joined.comm.all_reduce(x).wait()
-        print(f"sum {{joined.backend.to_host(x)[0]}}, {{joined.choice_explanation}}")
-except UserError as error:
-    print(f"error: {{error}}", flush=True)
-from mpi4py import MPI
-assert MPI.COMM_WORLD.allreduce(1) == 4
-assert threading.active_count() == 1 and sys.excepthook is sys.__excepthook__
+def found(fault, comm, timeout):
+    global cuda
+    cuda = xp.cuda = Cuda(log, devices=4)
+    exec(fault, globals())
+    try:
+        with world.connect(comm, "cupy", timeout=timeout) as joined:
+            x = xp.ones(3)
+            joined.comm.all_reduce(x).wait()
+            return f"sum {joined.backend.to_host(x)[0]}, {joined.choice_explanation}"
+    except UserError as error:
+        return f"error: {error}"
+
+places = choice, choice.backends, nccl.NcclCommunicator, Nccl, world
+before = [dict(vars(place)) for place in places]
+for given in json.loads(sys.argv[1]):
+    words = found(*given)
+    from mpi4py import MPI
+    everyone = MPI.COMM_WORLD.gather(words)
+    if rank == 0:
+        print(json.dumps(everyone))
+    assert MPI.COMM_WORLD.allreduce(1) == 4
+    assert threading.active_count() == 1 and sys.excepthook is sys.__excepthook__
+    for place, values in zip(places, before):  # the next one finds everything as it was
+        for name in values:
+            if vars(place)[name] is not values[name]:
+                setattr(place, name, values[name])
 """
 
 
-def connect(fault: str, comm: str = "nccl", timeout: int = 100) -> subprocess.CompletedProcess[str]:
-    """All ranks connect; `fault` is what is wrong. With a short `timeout` some rank must wait in vain."""
-    code = CONNECT.format(fault=fault, comm=comm, timeout=timeout)
-    return run("-c", code, ranks=RANKS, env=HELPERS, check=False)
-
-
-@pytest.mark.parametrize("comm", ["nccl", "auto"])
-def test_without_a_fault(comm: str) -> None:
-    done = connect("", comm)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sum 4.0, backend cupy") == RANKS, done.stdout
-    assert done.stdout.count("communicator nccl (4 ranks over MPI)") == RANKS
+def connect(*faults: tuple[str, str], timeout: int = 100) -> subprocess.CompletedProcess[str]:
+    """All ranks connect, once for each (what is wrong, name of the communicator), and rank 0 prints a line
+    of what each rank found. With a short `timeout` some rank must wait in vain."""
+    given = json.dumps([(*each, timeout) for each in faults])
+    return run("-c", CONNECT, given, ranks=RANKS, env=HELPERS, check=False)
 
 
 HEARD_OF = {
@@ -116,24 +122,31 @@ HEARD_OF = {
 }
 
 
-@pytest.mark.parametrize("fault", HEARD_OF)
-def test_a_fault_that_all_ranks_hear_of(fault: str) -> None:
-    """One error, the same words on all ranks; MPI is as usable as before."""
-    code, words = HEARD_OF[fault]
-    done = connect(f"plain = nccl.NcclCommunicator._warm_up\n{code}")
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert len(errors) == RANKS, done.stdout
-    assert len(set(errors)) == 1, errors
-    assert words in errors[0]
-
-
-@pytest.mark.parametrize("fault", ["no NCCL on one rank", "one device twice"])
-def test_what_auto_does_without_nccl(fault: str) -> None:
-    done = connect(HEARD_OF[fault][0], "auto")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sum 4.0, backend cupy") == RANKS
-    assert done.stdout.count("communicator mpi (4 ranks over MPI; no NCCL: ") == RANKS
+def test_in_one_program() -> None:
+    """What all ranks hear of is one error, the same words on all; MPI is as usable as before, and whoever
+    asks for no certain communicator gets one."""
+    no_nccl = "no NCCL on one rank", "one device twice"
+    done = connect(
+        ("", "nccl"),
+        ("", "auto"),
+        *((code, "nccl") for code, _ in HEARD_OF.values()),
+        *((HEARD_OF[fault][0], "auto") for fault in no_nccl),
+        ("", "nccl"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, *errors, third, fourth, last = map(json.loads, done.stdout.splitlines())
+    for found in (first, second, last):
+        assert len(found) == RANKS
+        assert all(each.startswith("sum 4.0, backend cupy") for each in found), found
+        assert all("communicator nccl (4 ranks over MPI)" in each for each in found), found
+    for found, (fault, (_, words)) in zip(errors, HEARD_OF.items(), strict=True):
+        assert len(found) == RANKS
+        assert found[0].startswith("error: "), (fault, found)
+        assert len(set(found)) == 1, (fault, found)
+        assert words in found[0], fault
+    for found in (third, fourth):
+        assert all(each.startswith("sum 4.0, backend cupy") for each in found), found
+        assert all("communicator mpi (4 ranks over MPI; no NCCL: " in each for each in found), found
 
 
 ALONE = {
@@ -148,7 +161,7 @@ ALONE = {
 def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
     """They cannot be told: the watchdogs end the job, and the first one says the error."""
     rank, code = ALONE[fault]
-    done = connect(f"if rank == {rank}: {code}", timeout=10)
+    done = connect((f"if rank == {rank}: {code}", "nccl"), timeout=10)
     assert done.returncode not in (0, 2), done.stdout
     assert f"distrib: rank {rank} on " in done.stderr
     assert "s in the set-up of NCCL, which failed here (RuntimeError: planted) at step 0" in done.stderr
@@ -171,7 +184,7 @@ def test_a_fault_when_the_others_are_inside_nccl(fault: str) -> None:
     ],
 )
 def test_a_rank_that_never_comes(fault: str, timeout: int, words: str) -> None:
-    done = connect(fault, timeout=timeout)
+    done = connect((fault, "nccl"), timeout=timeout)
     assert done.returncode not in (0, 2), done.stdout
     assert re.search(words, done.stderr), done.stderr
     assert "sum" not in done.stdout
@@ -179,7 +192,7 @@ def test_a_rank_that_never_comes(fault: str, timeout: int, words: str) -> None:
 
 def test_a_rank_that_fails_before_mpi_ends_the_others() -> None:
     """The launcher sees it: nobody waits for MPI_Init's bound."""
-    done = connect("start.LEAST_MPI_INIT = 3600\nif rank == 3: raise OSError('planted')")
+    done = connect(("start.LEAST_MPI_INIT = 3600\nif rank == 3: raise OSError('planted')", "nccl"))
     assert done.returncode not in (0, 2)
     assert "OSError: planted" in done.stderr
 

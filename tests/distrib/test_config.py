@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
+import typer
 from conftest import sized
 
 from distrib.config import CHOICES, LARGEST_SEED, MAY_CHANGE, RECIPES, Config, build, options, require_types
 from distrib.errors import UserError
 from distrib.options import owners
-from distrib.train import parse
+from distrib.train import parse, plain, with_options
 from nn.ops.loss import LOSSES
 from nn.optim import OPTIMIZERS, SCHEDULES
 from nn.resnet9 import VARIANTS
@@ -137,6 +139,49 @@ def test_a_recipe_gives_way_to_another_optimizer_or_loss() -> None:
     assert build({"recipe": "demo", "nesterov": False}).momentum == 0.9
     assert parse(["--recipe", "demo", "--no-nesterov"]).nesterov is False
     assert parse(["--recipe", "demo"]) == build({"recipe": "demo"})
+
+
+VALUE = {
+    "int": [["-3"], ["1_0"]],
+    "float": [["0.25"], ["-1e-3"], ["inf"]],
+    "str": [["x y"], [""], ["-"]],
+    "bool": [[]],
+}
+"""By type, what may stand after an option."""
+
+
+def test_what_needs_no_advice_is_read_as_typer_reads_it() -> None:
+    """And without its import, which takes as long as NumPy's."""
+    found: list[dict[str, Any]] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(with_options(lambda **given: found.append(given)))
+    lines: list[list[str]] = []
+    for name, kind, _, _ in options():
+        flag, base = f"--{name.replace('_', '-')}", kind.split(" | ")[0]
+        flags = [flag, f"--no-{flag[2:]}"] if base == "bool" else [flag]
+        lines += [[each, *value] for each in flags for value in VALUE[base]]
+    for line in ([], *lines, [*chain(*lines)], [*chain(*lines[::-1])]):
+        app(line, standalone_mode=False)
+        assert plain(line) == {name: value for name, value in found.pop().items() if value is not None}, line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "run",
+        "--lr",
+        "--lr x",
+        "--lr=1",
+        "--lr --nesterov",
+        "--epochs 1.5",
+        "--no-lr 1",
+        "--nosuch 1",
+        "--",
+    ],
+)
+def test_all_else_is_left_to_typer(line: str) -> None:
+    assert plain(["--width", "1", *line.split()]) is None
 
 
 def test_dtype_follows_precision() -> None:

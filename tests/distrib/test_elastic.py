@@ -140,12 +140,8 @@ DEATHS = {  # several in one run where one says nothing of another: each has its
     "rank 0 at the start; within sums; a line of the log": (
         "0:-1:begin:SIGKILL 2:4:start_gather:SIGABRT 1:6:log:SIGKILL"
     ),
-    "the start without one; an exception": (
-        "1:-1:begin:SIGKILL 2:-1:record_deaths:SIGKILL 0:2:step:raise"
-    ),
-    "the first step; the next; no memory": (
-        "0:0:step:SIGKILL 1:1:step:leave 2:7:start_gather:memory"
-    ),
+    "the start without one; an exception": ("1:-1:begin:SIGKILL 2:-1:record_deaths:SIGKILL 0:2:step:raise"),
+    "the first step; the next; no memory": ("0:0:step:SIGKILL 1:1:step:leave 2:7:start_gather:memory"),
     "a step; a checkpoint": "3:2:step:SIGKILL 1:4:save:SIGKILL 0:8:state_dict:SIGKILL",
     "an evaluation; the end": "0:5:test:SIGKILL 2:10:test:SIGKILL 1:10:finish:SIGKILL",
     "a death that MPI has no name for; two at once": (

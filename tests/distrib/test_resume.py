@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, ROOT, at, environment, metrics, pause, run, summary, train, wait_for
+from conftest import LIMIT, ROOT, at, environment, metrics, pause, run, summary, train, train_each, wait_for
 
 BASE = (
     "--epochs",
@@ -82,16 +82,18 @@ def compare(folder: Path, whole: Path) -> None:
     assert without_times(folder) == without_times(whole)
 
 
-@pytest.mark.parametrize("step", [1, 6, 7, 8, 13])
-def test_stopped_after_any_step(whole: tuple[Path, tuple], step: int, tmp_path: Path) -> None:
-    folder, options = tmp_path / "run", whole[1]
-    train(folder, *options, "--max-steps", step)
-    early = summary(folder)
-    assert not early["finished"]
-    assert early["steps"] == step
-    assert early["test_accuracy"] is not None
-    train(folder, *options)
-    compare(folder, whole[0])
+def test_stopped_after_any_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:
+    stops = (1, 6, 7, 8, 13)
+    runs = {step: ("--run-dir", tmp_path / str(step), *whole[1]) for step in stops}
+    train_each(*((*runs[step], "--max-steps", step) for step in stops))
+    for step in stops:
+        early = summary(tmp_path / str(step))
+        assert not early["finished"]
+        assert early["steps"] == step
+        assert early["test_accuracy"] is not None
+    train_each(*runs.values())
+    for step in stops:
+        compare(tmp_path / str(step), whole[0])
 
 
 def test_stopped_after_every_step(whole: tuple[Path, tuple], tmp_path: Path) -> None:

@@ -60,8 +60,7 @@ def check_figures(row: dict, found: dict, ranks: int) -> None:
         (1, "float32", "auto"),
         (1, "float64", "mpi"),
         (2, "float32", "auto"),
-        (2, "float64", "auto"),
-        (3, "float32", "mpi"),
+        (3, "float64", "mpi"),
     ],
 )
 def test_json(ranks: int, dtype: str, comm: str) -> None:

@@ -105,11 +105,12 @@ def test_text() -> None:
     assert lines[NAMES.index("ranks") + 1].strip() == "→ start all: with srun, or mpirun -n 3"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "env"), [(2, {"SLURM_NTASKS": "2"}), (3, {})])
+def test_ranks(ranks: int, env: dict[str, str]) -> None:
     """Real MPI: every rank is counted and summed over, and one report is printed."""
-    found = diagnose(ranks=ranks)
+    found = diagnose(ranks=ranks, env=env)
     assert list(found) == NAMES
+    assert found["ranks"]["state"] == OK
     assert found["ranks"]["found"] == f"{ranks} rank(s)"
     assert found["hosts"]["found"].endswith(f"with {ranks} rank(s)")
     assert (found["all-reduce"]["state"], found["MPI library"]["state"], found["launcher"]["state"]) == (
@@ -125,7 +126,6 @@ def test_slurm_ntasks() -> None:
     found = diagnose(ranks=2, env={"SLURM_NTASKS": "4"})["ranks"]
     assert (found["state"], found["found"]) == (WARNING, "2 rank(s), but SLURM_NTASKS=4")
     assert "mpirun -n 4" in found["remedy"]
-    assert diagnose(ranks=2, env={"SLURM_NTASKS": "2"})["ranks"]["state"] == OK
 
 
 def test_singletons() -> None:

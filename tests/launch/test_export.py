@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import train
+from conftest import train_each
 from networks import NETWORKS
 from safetensors import safe_open
 
@@ -43,28 +43,9 @@ RUNS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a short run, by its name in RUNS."""
     folder = tmp_path_factory.mktemp("trained")
-
-    def run(name: str) -> Path:
-        if not (folder / name).exists():
-            train(
-                folder / name,
-                "--epochs",
-                1,
-                "--batch-size",
-                32,
-                "--limit-train",
-                32 * STEPS,
-                "--limit-test",
-                20,
-                "--width",
-                0.0625,
-                "--lr",
-                0.01,
-                *RUNS[name],
-            )
-        return folder / name
-
-    return run
+    short = ("--epochs", 1, "--limit-train", 32 * STEPS, "--limit-test", 20, "--batch-size", 32, "--lr", 0.01)
+    train_each(*(("--run-dir", folder / name, *short, "--width", 0.0625, *RUNS[name]) for name in RUNS))
+    return folder.joinpath
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from test_torch_parity import import_torch
 
 from distrib.faults import heartbeat
 from launch import cli
+from launch.report import times
 from launch.report.reference import ROWS, SECONDS, Settings, jobs
 from launch.report.reference_page import spread
 from launch.report.times import time_table
 
-SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 2)
+SHORT = ("--epochs", 2, "--limit-train", 80, "--limit-test", 40, "--width", 0.0625, "--ranks", 1)
 
 
 QUICK = """
@@ -92,7 +94,7 @@ def test_nothing_is_run_twice(whole: Path) -> None:
 
 def test_a_stop_and_another_start(tmp_path: Path) -> None:
     """Ctrl-C in a run: a checkpoint, exit 85, and the same command ends at the digest of an unbroken run."""
-    options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:-1]), "1"]
+    options = ["--only", "ablation", "--epochs", "4", *map(str, SHORT[2:])]
     command = [sys.executable, "-m", "launch.cli", "reproduce", "--out", str(tmp_path / "out"), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     every = jobs("ablation", Settings(4, 80, 40, 0.0625), tmp_path / "out")
@@ -207,6 +209,23 @@ def test_numbers() -> None:
         ("NumPy, convolutions as plain loops", ["3", "160,000 (120,000–240,000)", "48,994"]),
         ("PyTorch", ["100", "4,800 (4,800–4,800)", "204"]),
     ]
+
+
+def test_several_ranks_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def finish(command: list[str], _: dict[str, str]) -> SimpleNamespace:
+        called.append(" ".join(command))
+        rates = {name: [float(len(called))] for name in ("distrib", "plain loop", "torch contiguous")}
+        return SimpleNamespace(code=0, json=lambda: {"images_per_second": rates})
+
+    monkeypatch.setattr(times, "finish", finish)
+    settings = Settings(ranks=2)
+    times.measure_times(settings, tmp_path, print)
+    found = times.read_times(times.times_path(settings, tmp_path))["images_per_second"]
+    assert found == {"plain loop": [1], "vectorised": [2], "PyTorch": [2], "vectorised, 2 ranks": [3]}
+    assert ["mpirun" in command for command in called] == [False, False, True]
+    assert "-n 2" in called[2]
 
 
 def test_the_rows_are_the_reference_s() -> None:
