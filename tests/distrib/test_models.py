@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -158,33 +159,41 @@ def test_a_stored_run_runs_no_file(own: str, tmp_path: Path, command_line: Any) 
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("FILE:number", "returns int, no layer: return Sequential(…)"),
-        ("FILE:fails", "line 23: NameError: name 'undefined' is not defined: mend the file"),
-        ("FILE:leaves", "line 26: SystemExit: 0: mend the file"),
-        ("FILE:strange", "TypeError: strange() takes 1 positional argument but 2 were given: mend the file"),
-        ("FILE:floaty", "1: Linear(8.0): give a whole number, 1 or more"),
-        ("FILE:broken", "NameError: name 'undefined' is not defined: mend the file"),
-        ("FILE:absent", "nets.py has no function absent: define it"),
-        ("FILE:not_one", "nets.py has no function not_one: define it"),
-        ("FILE", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
-        ("FILE:", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
-        ("alexnet", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
-        ("absent.py:net", "there is no file"),
-        (
-            "FILE:small",
-            "4.3: MaxPool gets 1×1×4, smaller than its window",
-        ),
-    ],
-)
-def test_bad_networks(own: str, tmp_path: Path, name: str, words: str) -> None:
-    """One line, and nothing is written."""
-    done = train(tmp_path / "run", *OPTIONS, "--model", name.replace("FILE", own), check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"distrib: error: --model {name.replace('FILE', own)}: ")
-    assert words in done.stderr
+BAD_NETWORKS = [
+    ("FILE:number", "returns int, no layer: return Sequential(…)"),
+    ("FILE:fails", "line 23: NameError: name 'undefined' is not defined: mend the file"),
+    ("FILE:leaves", "line 26: SystemExit: 0: mend the file"),
+    ("FILE:strange", "TypeError: strange() takes 1 positional argument but 2 were given: mend the file"),
+    ("FILE:floaty", "1: Linear(8.0): give a whole number, 1 or more"),
+    ("FILE:broken", "NameError: name 'undefined' is not defined: mend the file"),
+    ("FILE:absent", "nets.py has no function absent: define it"),
+    ("FILE:not_one", "nets.py has no function not_one: define it"),
+    ("FILE", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
+    ("FILE:", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
+    ("alexnet", "give resnet9, mlp, lenet, resnet20 or FILE.py:FUNCTION"),
+    ("absent.py:net", "there is no file"),
+    (
+        "FILE:small",
+        "4.3: MaxPool gets 1×1×4, smaller than its window",
+    ),
+]
+"""What --model may be given, and words of the message."""
+
+
+def test_bad_networks(own: str, tmp_path: Path) -> None:
+    """One line each, and nothing is written."""
+    code = """
+import json, sys
+from distrib.train import main
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    assert main() == 2
+"""
+    names = [name.replace("FILE", own) for name, _ in BAD_NETWORKS]
+    options = ("--run-dir", tmp_path / "run", *OPTIONS, "--model")
+    done = run("-c", code, json.dumps([[*map(str, options), name] for name in names]))
+    for line, name, (_, words) in zip(done.stderr.splitlines(), names, BAD_NETWORKS, strict=True):
+        assert line.startswith(f"distrib: error: --model {name}: ")
+        assert words in line
     assert not (tmp_path / "run" / "config.json").exists()
 
 

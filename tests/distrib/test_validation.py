@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import before_each_step, metrics, run, summary, train
+from conftest import before_each_step, metrics, run, summary, train, train_each
 
 from distrib.data.dataset import Dataset, make
 from distrib.errors import UserError
@@ -122,10 +122,9 @@ def test_the_best_epochs_model_is_what_a_run_ends_with(
 def test_resume_ends_alike(tmp_path: Path) -> None:
     """Best epoch, its model and patience are taken up, on two ranks too."""
     options = (*OPTIONS, "--epochs", 4, "--keep-best", "--patience", 2)
-    train(tmp_path / "whole", *options)
-    for steps in (3, 7, 10, 14):
-        train(tmp_path / "parts", *options, "--max-steps", steps)
-    train(tmp_path / "parts", *options)
+    parts = ("--run-dir", tmp_path / "parts", *options)
+    stopped = ((*parts, "--max-steps", steps) for steps in (3, 7, 10, 14))
+    train_each(("--run-dir", tmp_path / "whole", *options), *stopped, parts)
     expected, found = summary(tmp_path / "whole"), summary(tmp_path / "parts")
     for name in ("parameter_digest", "test_loss", "best_epoch", "best_validation_loss", "finished", "steps"):
         assert found[name] == expected[name]
