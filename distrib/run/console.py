@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distrib import LAUNCHERS, parent
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 PLAIN_SECONDS = 10.0
@@ -74,29 +75,31 @@ def secure_output() -> None:
 class Screen:
     """Shows the progress of a run: a bar on a terminal, a line every few seconds in a log file.
 
-    Rich is imported where it prints, because each rank would start later by it.
+    Rich is imported for a terminal alone, because each run would start later by it.
     """
 
     def __init__(self, active: bool) -> None:
         self._bar: Progress | None = None
+        self._console: Console | None = None
         self._last_line = time.monotonic()
         self._active = active
-        if not active:
-            return
-        from rich.console import Console
+        if active and on_terminal():
+            from rich.console import Console
 
-        self._console = Console(highlight=False, force_terminal=on_terminal())
-        if not self._console.is_terminal:  # a log file has no width to wrap at
-            self._console.width = 200
+            self._console = Console(highlight=False, force_terminal=True)
 
     def say(self, text: str) -> None:
         """Print one line."""
-        if self._active:
+        if self._console:
             self._console.print(text, markup=False, soft_wrap=True)
+        elif self._active:
+            print(text, flush=True)
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Print names and values, one per line."""
-        if not self._active:
+        if not self._console:
+            widest = max(map(len, rows))
+            self.say("\n".join([title, *(f"{name:{widest}} {value}" for name, value in rows.items())]))
             return
         from rich.table import Table
         from rich.text import Text
@@ -109,7 +112,7 @@ class Screen:
     def start(self, steps: int, done: int, epochs: int) -> None:
         """Start to show progress over `steps` steps, of which `done` are done."""
         self._first, self._begin, self._steps, self._epochs = done, time.monotonic(), steps, epochs
-        if not (self._active and self._console.is_terminal):
+        if not self._console:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
