@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run, summary, train, write_idx
+from conftest import run, summary, train, train_each, write_idx
 from PIL import Image
 
 from distrib.data import formats
 from distrib.data.dataset import Reading, make
 from distrib.errors import UserError
 from distrib.pictures.prepare import read_pictures, read_scaled
+from launch import cli
 
 RNG = np.random.default_rng(5)
 
@@ -459,33 +460,38 @@ OPTIONS = "--width 0.0625 --batch-size 50 --epochs 2 --optimizer sgd --lr 0.05 -
 
 
 @pytest.mark.needs("report")
-def test_any_data_through_every_command(tmp_path: Path) -> None:
+def test_any_data_through_every_command(tmp_path: Path, command_line: Any) -> None:
     """Trains, on two ranks too, stops, resumes, evaluates, predicts, exports and reports."""
     both = part(400, 100, 32, 32, 3), part(200, 100, 32, 32, 3)
     names = [f"kind {i}" for i in range(100)]
     data, whole, folder = tmp_path / "d.npz", tmp_path / "whole", tmp_path / "run"
     options = (*OPTIONS, "--precision", "float64", "--data", data)
     np.savez(data, **arrays(*both), class_names=np.array(names))  # type: ignore[arg-type]
-    train(whole, *options)
-    train(folder, *options, "--max-steps", 7)
+    train_each(("--run-dir", whole, *options), ("--run-dir", folder, *options, "--max-steps", 7))
     said = train(folder, *options, "--shift", 0).stdout
     assert "32×32×3 pixels, 100 classes" in " ".join(said.split())
     assert summary(folder)["parameter_digest"] == summary(whole)["parameter_digest"]
     assert json.loads((folder / "config.json").read_text())["dataset"]["class_names"] == names
-    result = json.loads(run("-m", "launch.cli", "evaluate", folder, "--json").stdout)
+
+    def distrib(*arguments: object) -> str:
+        code, out, err = command_line(cli.app, *arguments)
+        assert code == 0, err
+        return out
+
+    result = json.loads(distrib("evaluate", folder, "--json"))
     assert result["test_accuracy"] == pytest.approx(summary(folder)["test_accuracy"])
-    refused = run("-m", "launch.cli", "evaluate", folder, "--data", "synthetic:50x8x8x1:10", check=False)
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "takes images of 32×32×3 and tells 100 classes apart" in refused.stderr
+    code, _, err = command_line(cli.app, "evaluate", folder, "--data", "synthetic:50x8x8x1:10")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "takes images of 32×32×3 and tells 100 classes apart" in err
     Image.fromarray(both[1][0][0]).resize((64, 64)).save(tmp_path / "p.png")
-    (found,) = json.loads(run("-m", "launch.cli", "predict", folder, tmp_path / "p.png", "--json").stdout)
+    (found,) = json.loads(distrib("predict", folder, tmp_path / "p.png", "--json"))
     assert found["class"] in names
     assert "digit" not in found
     assert len(found["probabilities"]) == 100
-    assert "kind " in run("-m", "launch.cli", "predict", folder, tmp_path / "p.png", "--draw").stdout
-    exported = run("-m", "launch.cli", "export", folder, tmp_path / "m.onnx", "--check").stdout
+    assert "kind " in distrib("predict", folder, tmp_path / "p.png", "--draw")
+    exported = distrib("export", folder, tmp_path / "m.onnx", "--check")
     assert "checked with onnxruntime on 200 images" in exported
-    run("-m", "launch.cli", "report", folder)
+    distrib("report", folder)
     page = (folder / "report.html").read_text()
     assert "taken for" in page, "of a hundred classes, those mixed up most"
     train(tmp_path / "two", *options, ranks=2)
