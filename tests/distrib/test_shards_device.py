@@ -22,9 +22,9 @@ pytestmark = needs_device
 CASES: dict[str, dict[str, Any]] = {
     "adam": {"average": 0.5, "shift": 1.0},
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "loss": "bce", "shards": 5},
-    "shard": {"batch_norm": "shard", "precision": "tf32"},
-    "at once": {"batch_norm": "shard", "precision": "tf32", "shards_at_once": 1},
-    "bf16": {"precision": "bf16"},
+    "shard": {"batch_norm": "shard", "precision": "tf32", "shards": 4},
+    "at once": {"batch_norm": "shard", "precision": "tf32", "shards": 4, "shards_at_once": 1},
+    "bf16": {"precision": "bf16", "shards": 5},
     "float64": {"precision": "float64", "shards": 4},
 }
 """Options; the batch of 9 in 8 shards unless they say otherwise, and a last one of 3 in 3."""
