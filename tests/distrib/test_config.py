@@ -173,7 +173,7 @@ def test_what_needs_no_advice_is_read_as_typer_reads_it() -> None:
         "--lr",
         "--lr x",
         "--lr=1",
-        "--lr --nesterov",
+        "--model --nesterov",
         "--epochs 1.5",
         "--no-lr 1",
         "--nosuch 1",

@@ -111,7 +111,7 @@ def test_ranks(ranks: int, env: dict[str, str]) -> None:
     found = diagnose(ranks=ranks, env=env)
     assert list(found) == NAMES
     assert found["ranks"]["state"] == OK
-    assert found["ranks"]["found"] == f"{ranks} rank(s)"
+    assert found["ranks"]["found"] == f"{ranks} rank(s)" + ", as SLURM_NTASKS=2" * bool(env)
     assert found["hosts"]["found"].endswith(f"with {ranks} rank(s)")
     assert (found["all-reduce"]["state"], found["MPI library"]["state"], found["launcher"]["state"]) == (
         OK,
