@@ -91,6 +91,13 @@ def test_checks_fail_until_the_exercises_are_solved(student: Path) -> None:
         shutil.copy(path, student / "docs/lessons")
     for number, outcomes in checked(student).items():
         assert set(outcomes) == {"PASSED"}, f"exercise {number}: its solution fails"
+    judged = done("mpirun -n 2 python docs/lessons/trace3.py", student)
+    first, *shares = judged.stdout.splitlines()
+    assert (student / "runs" / "lesson3.json").exists(), judged.stderr
+    assert first.startswith("steps 6 to 7 are in runs/lesson3.json")
+    form = re.compile(r"rank [01], step [67]: 3 buckets, \d+ % of their time hidden")
+    assert len(shares) == 4
+    assert all(map(form.fullmatch, shares)), shares
 
 
 @pytest.mark.quick
