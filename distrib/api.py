@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from distrib import THREAD_VARIABLES, launched_rank, launched_ranks, models, predict
+from distrib import launched_rank, models, predict
 from distrib.comm.base import SingleCommunicator
 from distrib.comm.world import connect
 from distrib.config import Config, build
@@ -25,6 +24,7 @@ from distrib.evaluate import evaluate
 from distrib.export import format_of, onnx_bytes, require_free, to_safetensors
 from distrib.files import fits, read_json, shown, write
 from distrib.loop import Caller, OnEpoch, train_on
+from distrib.run.machine import limit_threads
 from distrib.run.model_spec import network_arguments
 from distrib.trainer import Trainer
 from nn.network import Model, Network
@@ -229,10 +229,6 @@ def _dataset(data: Any) -> Dataset:
 
 @contextmanager
 def _our_settings() -> Iterator[None]:
-    """Context with NumPy's warnings off and, of several ranks, one BLAS thread each, as for a command.
-
-    NumPy may have been imported before this package could say so.
-    """
-    threads = next((int(os.environ[name]) for name in THREAD_VARIABLES if os.environ.get(name)), None)
-    with np.errstate(all="ignore"), threadpool_limits(threads if launched_ranks() > 1 else None, "blas"):
+    """Context with NumPy's warnings off and, of several ranks, one BLAS thread each, as for a command."""
+    with np.errstate(all="ignore"), limit_threads():
         yield

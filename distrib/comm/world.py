@@ -21,6 +21,7 @@ from distrib.config import CHOICES
 from distrib.errors import OnAllRanks, UserError
 from distrib.faults.hang import end_hanging
 from distrib.faults.watchdog import Watchdog, die
+from distrib.run.machine import limit_threads
 from nn.device import Backend
 
 
@@ -220,6 +221,7 @@ def connect(
     """Join the other ranks and choose backend and communicator, given the options of the command line.
 
     `comm` may also be an mpi4py communicator, of any subset of ranks: the world then is a duplicate of it.
+    Each of several ranks then has one BLAS thread, or as many as OMP_NUM_THREADS says, until `World.close`.
     A program that imported `mpi4py.MPI` before keeps its own excepthook and end of MPI. Otherwise MPI is
     started here, and until `World.close` an uncaught exception of one rank ends the job.
 
@@ -242,6 +244,7 @@ def connect(
     watchdog = Watchdog(rank, timeout, elastic)
     resources = ExitStack()
     resources.callback(watchdog.stop)
+    resources.enter_context(limit_threads())
     choose = partial(_choose, comm, backend, precision, ranks, rank, size, watchdog, resources)
     try:
         if elastic and not alone:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from distrib import __version__
+from distrib import THREAD_VARIABLES, __version__, launched_ranks
 from distrib.sources import code_digest
 from nn.device import Backend
 
@@ -19,6 +20,15 @@ def blas_threads() -> int:
     return max(
         (int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
     )
+
+
+def limit_threads() -> Any:
+    """Context in which each of several ranks has the BLAS threads that its environment says, or one.
+
+    NumPy may have been imported before this package could say so there.
+    """
+    said = next((int(os.environ[name]) for name in THREAD_VARIABLES if os.environ.get(name)), None)
+    return threadpool_limits(said if launched_ranks() > 1 else None, "blas")
 
 
 def environment(threads: int, backend: Backend) -> dict[str, Any]:

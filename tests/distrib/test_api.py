@@ -399,6 +399,8 @@ def test_numpy_imported_before_gets_one_blas_thread_a_rank(tmp_path: Path) -> No
         "distrib.fit('mlp', 'synthetic:100x8x8x1:3', epochs=1, width=0.1, progress=False,"
         " on_epoch=lambda _: found.append(threads()))\n"
         "assert threads() == before and found == [1], (before, found, threads())\n"
+        "with distrib.connect(): found.append(threads())\n"
+        "assert threads() == before and found == [1, 1], (before, found, threads())\n"
     )
     run("-c", code, ranks=2)
 
