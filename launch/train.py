@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -90,9 +89,9 @@ def run_ranks(command: list[str], env: dict[str, str]) -> int:
     if job.asked:  # before there was anything to stop
         job.mpirun.terminate()
     assert job.mpirun.stderr
-    with suppress(BrokenPipeError):
-        for text in without_banner(job.mpirun.stderr):
-            os.write(2, text)
+    for text in without_banner(job.mpirun.stderr):
+        sys.stderr.buffer.write(text)  # which never fails, see `secure_output`
+        sys.stderr.flush()
     code = job.mpirun.wait()
     return 128 - code if code < 0 else code
 
