@@ -148,8 +148,8 @@ def shared_folder(world: World, run_dir: Path) -> Iterator[Path]:
     with world.fail_together():
         if world.rank == 0:
             place = run_dir.absolute()
-            place = next(path for path in (place, *place.parents) if path.exists())
             try:
+                place = next(path for path in (place, *place.parents) if path.exists())
                 made = tempfile.mkdtemp(prefix="accept-", dir=place)
             except OSError as error:
                 raise UserError(f"--run-dir {run_dir}: cannot be written {reason(error, place)}") from None
