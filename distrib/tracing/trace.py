@@ -68,7 +68,7 @@ def traced(trainer: Trainer, say: Say) -> Iterator[None]:
         yield
         return
     if trainer.started is not None:
-        say(f"trace: begun anew with the {world.size} rank(s) that are left")
+        say(f"trace: of the {world.size} rank(s) that are left")
     trace = Trace(trainer, first, last, say)
     try:
         yield
@@ -95,17 +95,16 @@ class Trace:
         elif number >= self._first and self._recorder is None:
             self._first, self._before = number, clocks.offset(self._trainer.world)
             self._recorder = Recorder(self._trainer)
-            self._recorder.begin()
         if self._recorder is None:
             self._step()
         else:
-            with self._recorder.span("step", f"step {number}", step=number):
+            with self._recorder.step(number):
                 self._step()
 
     def remove(self) -> None:
         """Trace nothing more; a second call does nothing."""
         if self._recorder:
-            self._recorder.end()
+            self._recorder.remove()
         self._recorder = None
         self._wrappers.remove()
 

@@ -215,7 +215,7 @@ def test_a_death_in_the_traced_steps(tmp_path: Path) -> None:
     threads = require_valid(trace)
     assert {pid for pid, _ in threads} == {0, 2}
     assert trace["otherData"]["steps"] == [6, 8]
-    assert "trace: begun anew with the 2 rank(s) that are left" in done.stdout
+    assert "trace: of the 2 rank(s) that are left" in done.stdout
 
 
 @needs_device
