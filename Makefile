@@ -74,6 +74,7 @@ soak: $(VENV)/.dev  ## a campaign of 370 faults, kills and suspensions, also on 
 	FAULT_ROUNDS=4 KILL_ROUNDS=50 SUSPEND_ROUNDS=4 python -m pytest -s tests/cluster/test_hosts.py \
 		$(addprefix tests/distrib/test_,failures.py kill.py suspend.py output.py)
 	ELASTIC_ROUNDS=200 python -m pytest -s tests/distrib/test_elastic.py
+	STRANGE_ROUNDS=200 python -m pytest tests/distrib/test_entry.py -k strangers
 	DISTRIB_SOAK=1 python -m pytest tests/cluster/test_slurm.py
 
 ranks: export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -67,13 +67,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 LONG = [
     f"test_{name}"
     for name in (
-        *("slurm", "graph", "elastic", "shards_device", "comm", "failures", "reproduce", "shards", "resume"),
-        *("pictures", "bench", "entry", "bench_allreduce", "doctor", "bring_up", "ranks", "kill", "suspend"),
-        *("models", "kernels", "scale", "hosts", "torch_parity", "report", "cli", "api", "follow_torch"),
-        *("export", "output", "data"),
+        *("slurm", "suspend", "hosts", "failures", "doctor", "elastic", "bring_up", "graph", "reproduce"),
+        *("shards_device", "pictures", "bench", "shards", "comm", "kill", "bench_allreduce", "report", "cli"),
+        *(
+            "kernels",
+            "entry",
+            "resume",
+            "ranks",
+            "scale",
+            "api",
+            "output",
+            "export",
+            "models",
+            "torch_parity",
+        ),
+        *("data", "validation", "networks", "cache", "hostile", "follow_torch", "nccl"),
     )
 ]
-"""The longest files: where several workers share the tests, these come first."""
+"""Where several workers share the tests, these files come first: those that wait, then those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
