@@ -26,6 +26,7 @@ from distrib.errors import EXIT_REQUEUE, OnAllRanks, UserError
 from distrib.faults.heartbeat import USER_ERROR, Heartbeats
 from distrib.faults.signals import stop_on_signals
 from distrib.faults.watchdog import abort_job
+from distrib.graph import READ_EVERY, steps_ahead
 from distrib.run.checkpoint import Checkpoint
 from distrib.run.console import Screen
 from distrib.run.folder import Run
@@ -35,9 +36,6 @@ from distrib.tracing.trace import require_writable, traced
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
 from nn.network import Model
-
-READ_EVERY = 32
-"""Steps after which a device's results are read, if none was logged meanwhile."""
 
 OnEpoch = Callable[[dict[str, Any]], Any]
 """Called on every rank with what an epoch's line of metrics.jsonl holds."""
@@ -107,17 +105,18 @@ def train_steps(
 ) -> None:
     """Train, log and save until the epoch's end, or until the run stops."""
     config, world, progress, results = trainer.config, trainer.world, trainer.progress, trainer.results
-    for s in range(progress.step - epoch * trainer.steps_per_epoch, trainer.steps_per_epoch):
-        world.watchdog.step = progress.step + 1
-        lr = trainer.lr()
-        trainer.step()
-        throughput.count(results.unread[-1])
+    while progress.step < (epoch + 1) * trainer.steps_per_epoch:
+        steps = steps_ahead(trainer)
+        world.watchdog.step = progress.step + steps
+        trainer.step(steps)
+        throughput.count(steps * results.unread[-1])
 
-        last, end = s == trainer.steps_per_epoch - 1, progress.step >= trainer.last_step
+        last, end = progress.step % trainer.steps_per_epoch == 0, progress.step >= trainer.last_step
         log = progress.step % config.log_every == 0 or last
         save = not (last or end) and checkpoint_due(trainer)
         now = world.backend.on_host or last or save or end  # else do not wait for the device
         if log:
+            lr = config.rate(progress.step - 1, trainer.steps_per_epoch)
             line = {"step": progress.step, "epoch": epoch + 1, "lr": lr}
             results.read(now, partial(log_step, run, trainer, line, throughput, throughput.take()))
         elif now or len(results.unread) == READ_EVERY:

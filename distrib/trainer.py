@@ -171,8 +171,11 @@ class Trainer:
         self.step_in_epoch.fill(self.progress.step - first)
         self.epoch = epoch
 
-    def step(self) -> None:
-        """Do the next training step, with all ranks: forward and backward of this rank's shard, update."""
+    def step(self, times: int = 1) -> None:
+        """Do the next training steps, with all ranks: forward and backward of this rank's shard, update.
+
+        All are of one epoch and of as many images.
+        """
         epoch, s = divmod(self.progress.step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.begin_epoch(epoch)
@@ -183,14 +186,14 @@ class Trainer:
         if self.stop_requested:
             self.stop_flag.fill(1)
         tracked = self.model.batches_tracked
-        self._queue(part.start, part.stop - part.start, count)
-        self.model.batches_tracked = tracked + 1  # a graph's replay runs no Python
+        self._queue((part.start, part.stop - part.start, count), times)
+        self.model.batches_tracked = tracked + times  # a graph's replay runs no Python
         self.evaluated = None
-        self.results.unread.append(count)
-        self.progress.step += 1
-        self.optimizer.steps += 1
+        self.results.unread += [count] * times
+        self.progress.step += times
+        self.optimizer.steps += times
         for member, each in zip(self.world.members, parts, strict=True):
-            self.progress.images_per_rank[member.number] += each.stop - each.start
+            self.progress.images_per_rank[member.number] += times * (each.stop - each.start)
 
     def parts(self, count: int) -> list[slice]:
         """Which images of a global batch of `count` each rank computes."""
@@ -199,13 +202,14 @@ class Trainer:
             return [self.shards.images(count, rank) for rank in ranks]
         return [sampler.shard(count, rank, len(ranks)) for rank in ranks]
 
-    def _queue(self, *batch_shape: int) -> None:
+    def _queue(self, batch_shape: tuple[int, int, int], times: int) -> None:
         """`compute`, as a graph if possible. Waits if the device's queue is full."""
         with self.waiting("the queueing of a step"):
             if self.graphs:
-                self.graphs.run(batch_shape, partial(self.compute, *batch_shape))
+                self.graphs.run(batch_shape, partial(self.compute, *batch_shape), times)
             else:
-                self.compute(*batch_shape)
+                for _ in range(times):
+                    self.compute(*batch_shape)
 
     def waiting(self, what: str) -> Any:
         """Context that bounds a wait for the device, which never ends if another rank failed."""

@@ -117,7 +117,9 @@ def warm_up(trainer: Trainer, run: Run | None) -> None:
         trainer.graphs = None
     for step in steps:
         if trainer.graphs:
-            trainer.graphs.capture(step, partial(trainer.compute, *step))
+            whole = step[-1] == trainer.config.batch_size
+            times = len(trainer.images) // trainer.config.batch_size if whole else 1
+            trainer.graphs.capture(step, partial(trainer.compute, *step), times)
     for array, values in zip(arrays, before, strict=True):
         array[...] = values
     trainer.params.refresh()

@@ -157,9 +157,9 @@ def before_each_step(code: str) -> str:
 import os, signal, sys, time
 from distrib import loop as train
 plain = train.Trainer.step
-def step(self):
+def step(self, *given):
     {code}
-    plain(self)
+    plain(self, *given)
 train.Trainer.step = step
 from distrib.train import main
 sys.exit(main())

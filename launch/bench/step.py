@@ -19,7 +19,7 @@ from distrib.data import formats, sampler
 from distrib.data.dataset import Dataset
 from distrib.errors import UserError
 from distrib.evaluate import infer
-from distrib.results import HISTORY
+from distrib.graph import READ_EVERY
 from distrib.timing import PHASES
 from distrib.trainer import Trainer
 from distrib.warmup import warm_up
@@ -257,17 +257,22 @@ class Bench:
 
 def ours(trainer: Trainer, steps: int, evaluate: bool) -> Callable[[], dict[str, Any]]:
     """A function that trains (or evaluates) `steps` batches and says how long that took, by phase."""
-    batch, world = trainer.config.batch_size, trainer.world
+    batch, world, on_host = trainer.config.batch_size, trainer.world, trainer.world.backend.on_host
     whole = len(trainer.images) // batch  # steps with a whole batch
 
     def train() -> None:
-        for _ in range(steps):
-            if trainer.progress.step % trainer.steps_per_epoch == whole:  # not the smaller last one
+        left = steps
+        while left:
+            done = trainer.progress.step % trainer.steps_per_epoch
+            if done == whole:  # not the smaller last one
                 trainer.results.read()
                 trainer.progress.step += trainer.steps_per_epoch - whole
-            trainer.step()
-            if world.backend.on_host or len(trainer.results.unread) == HISTORY:
-                trainer.results.read(wait=world.backend.on_host)
+                done = 0
+            times = 1 if on_host else min(left, whole - done, READ_EVERY - len(trainer.results.unread))
+            trainer.step(times)
+            left -= times
+            if on_host or len(trainer.results.unread) == READ_EVERY:
+                trainer.results.read(wait=on_host)
         trainer.results.read()
 
     def infer_only() -> None:

@@ -79,13 +79,13 @@ def mortal(owner: object, name: str) -> Callable[[], None]:
     return plain
 
 
-def note_step(self: Trainer) -> None:
+def note_step(self: Trainer, *given: int) -> None:
     """A step, then a line of who computed which images, as this rank knows it."""
     global trainer
     trainer = self
     at("step")
     (epoch, s), batch = divmod(self.progress.step, self.steps_per_epoch), self.config.batch_size
-    plain_step(self)
+    plain_step(self, *given)
     order = plain_order(self.config.seed, epoch, len(self.images))
     images = order[s * batch : (s + 1) * batch].tolist()
     parts = self.parts(len(images))

@@ -15,6 +15,7 @@ from device_double import REAL, device, double_only, needs_device
 from strict_array import CaptureError, reset_syncs, sync_count
 from test_strict import apart
 
+import distrib.graph
 import distrib.loop
 from distrib.comm.base import SingleCommunicator, SingleControl
 from distrib.comm.reducer import Reducer
@@ -23,6 +24,7 @@ from distrib.config import Config
 from distrib.data.dataset import Dataset, make
 from distrib.errors import UserError
 from distrib.faults.watchdog import Watchdog
+from distrib.graph import Graphs
 from distrib.run.console import Screen
 from distrib.run.folder import Run
 from distrib.trainer import Trainer
@@ -275,6 +277,38 @@ def test_a_run_on_a_device_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert summaries[0]["backend"] == ("cupy" if REAL else "double")
 
 
+def test_several_steps_a_graph_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run: lines, results, and where it stops and saves, which is not where the graphs end."""
+    found, ran, plain = [], list[int](), Graphs._run
+
+    def noted(*given: Any) -> int:
+        ran.append(plain(*given))
+        return ran[-1]
+
+    monkeypatch.setattr(Graphs, "_run", noted)
+    monkeypatch.setattr(distrib.graph, "STEPS", 3)
+    for name, graph in (("several", True), ("eager", False)):
+        options = Config(
+            **OPTIONS | {"epochs": 2, "max_steps": 18, "average": 0.5, "precision": "bf16"},
+            **{"log_every": 5, "check_every": 7, "checkpoint_every": 9, "keep": 9, "comm": "none"},
+            limit_train=11 * BATCH + BATCH // 2,
+            limit_test=BATCH,
+            cuda_graph=graph,
+            run_dir=str(tmp_path / name),
+        )
+        with device("bf16") as backend:
+            world = World(SingleCommunicator(), SingleControl(), backend, "test", Watchdog(0, 600), crew(1))
+            _, summary = distrib.loop.train_on(world, options, distrib.loop.Caller(prints=False))
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        kept = ("step", "epoch", "lr", "loss", "accuracy", "train_loss", "test_loss")
+        lines = [{key: line.get(key) for key in kept} for line in map(json.loads, text.splitlines())]
+        saved = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        found.append((lines, saved, summary["parameter_digest"], summary["images_per_rank"]))
+    assert [line["step"] for line in found[0][0]] == [5, 10, 12, 12, 15]
+    assert found[0] == found[1]
+    assert (ran.count(3), ran.count(1), len(ran)) == (2, 12, 14)
+
+
 @double_only
 @pytest.mark.parametrize(
     ("given", "seconds", "expected"), [(None, 0, [2, 4, 5]), (None, 1e9, [5]), (3, 1e9, [3, 5])]
@@ -283,7 +317,8 @@ def test_checkpoints_on_a_device_come_by_time(
     given: int | None, seconds: float, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where --checkpoint-every does not say otherwise; five steps, with two as the default."""
-    monkeypatch.setattr(distrib.loop, "CHECKPOINT_STEPS", 2)
+    for each in (distrib.loop, distrib.graph):
+        monkeypatch.setattr(each, "CHECKPOINT_STEPS", 2)
     monkeypatch.setattr(distrib.loop, "CHECKPOINT_SECONDS", seconds)
     options = {**OPTIONS, "epochs": 1, "limit_train": 5 * BATCH, "limit_test": 10, "keep": 9}
     with device("float32") as backend:
@@ -300,9 +335,9 @@ def test_a_request_to_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         screen = Screen(active=False)
         step = trainer.step
 
-        def stop_at_ten() -> None:
+        def stop_at_ten(times: int) -> None:
             trainer.stop_requested = trainer.progress.step >= 10
-            step()
+            step(times)
 
         monkeypatch.setattr(trainer, "step", stop_at_ten)
         distrib.loop.train_epoch(trainer, 0, None, screen)
@@ -318,8 +353,8 @@ def captured(trainer: Trainer) -> Any:
     """The graph of a step."""
     steps(trainer, 2)
     assert trainer.graphs is not None
-    ((_, graph),) = trainer.graphs._graphs.values()
-    return graph
+    ((_, graphs),) = trainer.graphs._graphs.values()
+    return graphs[1]
 
 
 @pytest.mark.parametrize(
@@ -441,6 +476,7 @@ from distrib.trainer import Trainer
 from distrib.comm.world import World
 from test_graph import *
 world, watchdog = MPI.COMM_WORLD, Watchdog(MPI.COMM_WORLD.Get_rank(), 600)
+distrib.graph.STEPS = 2
 
 def train(graph):
     with device("float32") as backend:
@@ -456,9 +492,12 @@ def train(graph):
         plain = trainer.reducer.ready
         trainer.reducer.ready = lambda parameter: (backend.cuda.touch(), plain(parameter))
         warm_up(trainer, None)
-        losses = steps(trainer, 6)
+        losses = steps(trainer, 3)
+        trainer.step(2)
+        losses += steps(trainer, 1)
         # six replays: four full batches, two of 2 images (on three ranks: none on one)
         assert not graph or trainer.graphs.replays == 6, trainer.graphs.replays
+        assert not graph or [*map(len, (g for _, g in trainer.graphs._graphs.values()))] == [2, 1]
         state = trainer.model.state_dict()
         trainer.close(), comm.close()
         return losses, state, trainer
@@ -467,7 +506,7 @@ losses, state, trainer = train(True)
 eager, eager_state, _ = train(False)
 assert losses == eager, "a graph and eager steps differ"
 assert all((state[name] == eager_state[name]).all() for name in state)
-np.testing.assert_allclose(losses, ALONE, rtol=BOUND)
+np.testing.assert_allclose(losses, [*ALONE[:3], ALONE[5]], rtol=BOUND)
 everyone = world.allgather(b"".join(value.tobytes() for value in state.values()))
 assert all(other == everyone[0] for other in everyone)
 """
