@@ -20,6 +20,27 @@ static __device__ __forceinline__ ACC value(ELEM x) { return x; }
 static __device__ __forceinline__ ELEM element(ACC x) { return x; }
 #endif
 
+// Neighbours in memory, which a thread loads and stores at once. In bfloat16 PACK is 2: one at a time, a warp
+// would ask for half of what memory gives at once.
+template <class T, int P> struct alignas(P * sizeof(T)) Pack { T at[P]; };
+
+template <int P, class T> static __device__ __forceinline__ Pack<T, P> load(const T* from) {
+    return *reinterpret_cast<const Pack<T, P>*>(from);
+}
+template <class T, int P> static __device__ __forceinline__ void store(T* to, const Pack<T, P>& x) {
+    *reinterpret_cast<Pack<T, P>*>(to) = x;
+}
+
+template <int P> struct Width {  // a number that the compiler knows, as an argument
+    __device__ constexpr operator int() const { return P; }
+};
+
+// Calls body(width): how many of its c channels a thread takes at once.
+template <class Body> static __device__ __forceinline__ void over_channels(int c, Body body) {
+    if (c % PACK == 0) body(Width<PACK>());
+    else body(Width<1>());
+}
+
 // A rank's step counter, which lives on the device: a captured step reads it, so that the host only replays.
 // Sizes and indices of vectors too.
 typedef long long Step;
@@ -29,6 +50,21 @@ static __device__ __forceinline__ Step first_of_thread() {
     return (Step)blockIdx.x * blockDim.x + threadIdx.x;
 }
 static __device__ __forceinline__ Step threads_of_grid() { return (Step)gridDim.x * blockDim.x; }
+
+template <class T> static __device__ __forceinline__ bool aligned(const T* array) {
+    return reinterpret_cast<size_t>(array) % (PACK * sizeof(T)) == 0;
+}
+
+// Calls body(width, i) for the elements of a vector, `width` of them from the i-th on at once. `arrays` are all
+// that it goes through: a slice of a vector may begin anywhere.
+template <class Body, class... T>
+static __device__ __forceinline__ void over_vector(Step size, Body body, const T*... arrays) {
+    Step packs = PACK > 1 && (aligned(arrays) && ...) ? size / PACK : 0;
+#pragma unroll 2
+    for (Step i = first_of_thread(); i < packs; i += threads_of_grid()) body(Width<PACK>(), i * PACK);
+#pragma unroll (PACK > 1 ? 1 : 4)
+    for (Step i = packs * PACK + first_of_thread(); i < size; i += threads_of_grid()) body(Width<1>(), i);
+}
 
 // x · y + z, rounded once, in every kernel alike: what the forward let through, the backward must find again.
 static __device__ __forceinline__ ACC multiply_add(ACC x, ACC y, ACC z) { return fma(x, y, z); }

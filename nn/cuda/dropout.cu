@@ -13,10 +13,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) dropout(
     const ELEM* x, ELEM* y, const unsigned* __restrict__ keys, Step salt, Step threshold, double rate, int values,
     Step size) {
     ACC scale = (ACC)(1 / (1 - rate));
-    for (Step at = first_of_thread(); at < size; at += threads_of_grid()) {
-        unsigned drawn = scrambled(scrambled(keys[at / values] ^ (unsigned)salt) + (unsigned)(at % values) * GOLDEN);
-        y[at] = element(drawn < (unsigned)threshold ? (ACC)0 : value(x[at]) * scale);
-    }
+    auto body = [&](auto width, Step i) {
+        auto a = load<width>(x + i);
+        Step image = i / values;
+        int place = i - image * values;
+        for (int k = 0; k < width; k++) {
+            unsigned key = scrambled(keys[image] ^ (unsigned)salt);
+            unsigned drawn = scrambled(key + (unsigned)place * GOLDEN);
+            if (++place == values) place = 0, image++;
+            a.at[k] = element(drawn < (unsigned)threshold ? (ACC)0 : value(a.at[k]) * scale);
+        }
+        store(y + i, a);
+    };
+    over_vector(size, body, x, y);
 }
 
 // keys[i] = source[order[at·batch + start + i]]

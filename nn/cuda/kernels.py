@@ -19,8 +19,19 @@ from nn.ops.norm import EPS, MOMENTUM
 from nn.ops.update import BETA1, BETA2, EPS_HAT
 
 FILES = (
-    *("common", "norm", "norm_small", "activation", "batch", "stem", "pool", "flatten", "linear", "dropout"),
-    *("loss", "residual", "update", "tree"),
+    *(
+        "common",
+        "norm_parts",
+        "norm",
+        "norm_small",
+        "activation",
+        "batch",
+        "stem",
+        "pool",
+        "flatten",
+        "linear",
+    ),
+    *("dropout", "loss", "residual", "update", "tree"),
 )
 THREADS = 256
 """Of a block, unless said otherwise."""
@@ -34,6 +45,9 @@ RUN = 8
 
 KEEP = {"float32": 28, "float64": 16, "bfloat16": 28}
 """Values that a thread of norm_small.cu holds in registers."""
+
+PACK = {"float32": 1, "float64": 1, "bfloat16": 2}
+"""Neighbours that a thread loads at once where it can: see common.cu."""
 
 ELEMENTS = {  # ELEM, REAL, ACC of common.cu
     "float32": ("float", "float", "float"),
@@ -74,6 +88,7 @@ def source(element: str) -> str:
         "SMALL_LANES": SMALL_LANES,
         "SMALL_ROWS": SMALL_ROWS,
         "KEEP": KEEP[element],
+        "PACK": PACK[element],
         "RUN": RUN,
         "GOLDEN": f"{GOLDEN}u",
     }

@@ -1,129 +1,68 @@
 // Batch norm with what follows it: y = pool(relu(γ·x̂ + β + residual)), x̂ = (z − mean)·inverse_std.
-// A block is (lanes of channels, lanes of rows); blockIdx.y counts groups of channels. Nothing but z, the
+// A block is (lanes of packs of channels, lanes of rows); blockIdx.y counts groups of them. Nothing but z, the
 // statistics and, with a residual, y is kept for the backward: masks and maxima are computed again.
-
-struct Norm {  // of one channel
-    ACC mean, inverse_std, scale, beta;
-    __device__ ACC centred(ACC z) const { return z - mean; }
-    __device__ ACC activation(ACC z) const { return multiply_add(centred(z), scale, beta); }
-};
-
-// max(a, 0) where there is a ReLU; NaN stays NaN, or a run that diverged would look sound.
-static __device__ __forceinline__ ACC rectified(ACC a, int relu) { return relu && a <= 0 ? (ACC)0 : a; }
-
-static __device__ Norm norm_of(ACC mean, ACC inverse_std, REAL gamma, REAL beta) {
-    return Norm{mean, inverse_std, (ACC)((double)inverse_std * (double)gamma), (ACC)beta};
-}
-
-// The 2×2 windows of an image, those cut off by its edge included, and the rows of their four pixels.
-struct Windows {
-    int h, w;
-    __device__ int across() const { return (w + 1) / 2; }
-    __device__ int count(int n) const { return n * ((h + 1) / 2) * across(); }
-    // Rows of window u's pixels, −1 outside the image; returns the row of its output, −1 if it is cut off.
-    __device__ int rows(int u, int row[4]) const {
-        int j = u % across(), i = u / across() % ((h + 1) / 2), n = u / across() / ((h + 1) / 2);
-        for (int k = 0; k < 4; k++) {
-            int y = 2 * i + k / 2, x = 2 * j + k % 2;
-            row[k] = y < h && x < w ? (n * h + y) * w + x : -1;
-        }
-        return row[3] < 0 ? -1 : (n * (h / 2) + i) * (w / 2) + j;
-    }
-};
-
-// First of the four with the largest x̂·sign(γ): the order of γ·x̂ + β, ties apart that rounding makes.
-struct Winner {
-    int index;
-    ACC z;
-    __device__ Winner(const Norm& norm, REAL gamma, const ACC four[4]) : index(0), z(four[0]) {
-        ACC sign = gamma < 0 || (gamma == 0 && 1 / gamma < 0) ? -1 : 1, top = sign * norm.centred(z);
-#pragma unroll
-        for (int k = 1; k < 4; k++) {
-            ACC other = sign * norm.centred(four[k]);
-            // NaN wins, as NumPy has it
-            if (other > top || other != other) top = other, index = k, z = four[k];
-        }
-    }
-};
-
-// A count of values, their mean and their squares about it; `add` merges two (Chan et al. 1979, eq. 2.1).
-struct Moments {
-    double n, mean, squares;
-    __device__ void add(double n2, double mean2, double squares2) {
-        if (n2 == 0) return;
-        double total = n + n2, share = n2 / total, apart = mean2 - mean;
-        mean += apart * share;
-        squares += squares2 + apart * apart * n * share;
-        n = total;
-    }
-};
-
-static __device__ Moments moments_over_lanes(Moments own, Moments* shared) {
-    int at = threadIdx.y * blockDim.x + threadIdx.x;
-    shared[at] = own;
-    __syncthreads();
-    for (int half = blockDim.y / 2; half > 0; half /= 2) {
-        if (threadIdx.y < half) {
-            Moments other = shared[at + half * blockDim.x];
-            shared[at].add(other.n, other.mean, other.squares);
-        }
-        __syncthreads();
-    }
-    Moments total = shared[threadIdx.x];
-    __syncthreads();
-    return total;
-}
 
 // moments (3, C): this rank's Σz; the same, to be summed over ranks; Σ(z − this rank's mean)².
 // partial (gridDim.x, C, 3), arrived (gridDim.y) zeros.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_statistics(
     const ELEM* __restrict__ z, double* partial, unsigned* arrived, double* moments, int rows, int c) {
     __shared__ Moments shared[THREADS];
-    int channel = blockIdx.y * blockDim.x + threadIdx.x;
-    int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
-    Moments own = {0, 0, 0};
-    if (channel < c) {
-        for (int row = lane; row < rows; row += 8 * lanes) {
-            ACC x[8], sum = 0, squares = 0;
+    over_channels(c, [&](auto width) {
+        int channel = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+        int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
+        bool live = channel < c;
+        Moments own[width] = {};
+        for (int row = lane; live && row < rows; row += 8 * lanes) {
+            Pack<ELEM, width> x[8];
             int count = min(8, (rows - row + lanes - 1) / lanes);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                x[i] = i < count ? value(z[(size_t)(row + i * lanes) * c + channel]) : (ACC)0;
-                sum += x[i];
-            }
-            ACC mean = sum / count, rest = 0;  // rounded: `rest` is what it lacks
+            for (int i = 0; i < 8; i++)
+                x[i] = i < count ? load<width>(z + (size_t)(row + i * lanes) * c + channel)
+                                 : Pack<ELEM, width>();
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                ACC apart = i < count ? x[i] - mean : (ACC)0;
-                rest += apart;
-                squares += apart * apart;
-            }
-            double lacking = (double)rest / count;
-            own.add(count, mean + lacking, squares - lacking * rest);
-        }
-    }
-    Moments block = moments_over_lanes(own, shared);
-    double* cell = partial + ((size_t)blockIdx.x * c + channel) * 3;
-    if (channel < c && threadIdx.y == 0) cell[0] = block.n, cell[1] = block.mean, cell[2] = block.squares;
-    if (!last_to_arrive(arrived + blockIdx.y)) return;
-    Moments merged = {0, 0, 0};
-    for (int first = threadIdx.y; channel < c && first < gridDim.x; first += AHEAD * blockDim.y) {
-        // loaded together: their way from memory is the longest part
-        double n[AHEAD], mean[AHEAD], squares[AHEAD];
+            for (int k = 0; k < width; k++) {
+                ACC sum = 0, squares = 0;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int b = first + i * blockDim.y;
-            const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 3;
-            n[i] = b < gridDim.x ? p[0] : 0, mean[i] = p[1], squares[i] = p[2];
+                for (int i = 0; i < 8; i++) sum += value(x[i].at[k]);
+                ACC mean = sum / count, rest = 0;  // rounded: `rest` is what it lacks
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    ACC apart = i < count ? value(x[i].at[k]) - mean : (ACC)0;
+                    rest += apart;
+                    squares += apart * apart;
+                }
+                double lacking = (double)rest / count;
+                own[k].add(count, mean + lacking, squares - lacking * rest);
+            }
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) merged.add(n[i], mean[i], squares[i]);
-    }
-    merged = moments_over_lanes(merged, shared);
-    if (channel < c && threadIdx.y == 0) {
-        moments[channel] = moments[c + channel] = merged.n * merged.mean;
-        moments[2 * c + channel] = merged.squares;
-    }
+        for (int k = 0; k < width; k++) {
+            Moments block = moments_over_lanes(own[k], shared);
+            double* cell = partial + ((size_t)blockIdx.x * c + channel + k) * 3;
+            if (live && threadIdx.y == 0) cell[0] = block.n, cell[1] = block.mean, cell[2] = block.squares;
+        }
+        if (!last_to_arrive(arrived + blockIdx.y)) return;
+        for (int own_channel = channel; own_channel < channel + width; own_channel++) {
+            Moments merged = {0, 0, 0};
+            for (int first = threadIdx.y; live && first < gridDim.x; first += AHEAD * blockDim.y) {
+                // loaded together: their way from memory is the longest part
+                double n[AHEAD], mean[AHEAD], squares[AHEAD];
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    int b = first + i * blockDim.y;
+                    const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + own_channel) * 3;
+                    n[i] = b < gridDim.x ? p[0] : 0, mean[i] = p[1], squares[i] = p[2];
+                }
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) merged.add(n[i], mean[i], squares[i]);
+            }
+            merged = moments_over_lanes(merged, shared);
+            if (live && threadIdx.y == 0) {
+                moments[own_channel] = moments[c + own_channel] = merged.n * merged.mean;
+                moments[2 * c + own_channel] = merged.squares;
+            }
+        }
+    });
 }
 
 // After the means' sum over ranks: this rank's squares about the mean of all, to be summed over ranks.
@@ -134,70 +73,55 @@ extern "C" __global__ void norm_recentre(double* moments, double own, double cou
     moments[2 * c + channel] += own * apart * apart;
 }
 
-// Running statistics take in a batch's; `saved` (2, C) keeps mean and inverse_std for the backward.
-static __device__ Norm remember(
-    double mean, double variance, double count, bool first, REAL gamma, REAL beta, REAL* running_mean,
-    REAL* running_var, ACC* saved, int channel, int c) {
-    ACC inverse_std = (ACC)(1 / sqrt(variance + EPS));
-    if (first) {
-        running_mean[channel] = (REAL)(running_mean[channel] + MOMENTUM * (mean - running_mean[channel]));
-        double unbiased = variance * (count / (count > 2 ? count - 1 : 1));
-        running_var[channel] = (REAL)(running_var[channel] + MOMENTUM * (unbiased - running_var[channel]));
-        saved[channel] = (ACC)mean;
-        saved[c + channel] = inverse_std;
-    }
-    return norm_of((ACC)mean, inverse_std, gamma, beta);
-}
-
 // y from z. With moments (3, C), summed over ranks: training; without: the running statistics. y may be z.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_apply(
     const ELEM* z, const ELEM* __restrict__ residual, const double* __restrict__ moments,
     const REAL* __restrict__ gamma, const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var,
     ACC* saved, ELEM* y, double count, int n, int h, int w, int c, int pool, int relu) {
-    int channel = blockIdx.y * blockDim.x + threadIdx.x;
-    int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
-    if (channel >= c) return;
-    Norm norm;
-    if (moments)
-        norm = remember(moments[c + channel] / count, moments[2 * c + channel] / count, count, lane == 0,
-                        gamma[channel], beta[channel], running_mean, running_var, saved, channel, c);
-    else
-        norm = norm_of(running_mean[channel], (ACC)(1 / sqrt((double)running_var[channel] + EPS)),
-                       gamma[channel], beta[channel]);
-    if (pool) {
-        Windows windows = {h, w};
-        for (int u = lane; u < windows.count(n); u += lanes) {
-            int row[4], out = windows.rows(u, row);
-            if (out < 0) continue;
-            ACC four[4];
+    over_channels(c, [&](auto width) {
+        int channel = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+        int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
+        if (channel >= c) return;
+        Norm norm[width];
 #pragma unroll
-            for (int k = 0; k < 4; k++) four[k] = value(z[(size_t)row[k] * c + channel]);
-            ACC a = norm.activation(Winner(norm, gamma[channel], four).z);
-            y[(size_t)out * c + channel] = element(rectified(a, relu));
+        for (int k = 0; k < width; k++) {
+            int at = channel + k;
+            if (moments)
+                norm[k] = remember(moments[c + at] / count, moments[2 * c + at] / count, count, lane == 0,
+                                   gamma[at], beta[at], running_mean, running_var, saved, at, c);
+            else
+                norm[k] = norm_of(running_mean[at], (ACC)(1 / sqrt((double)running_var[at] + EPS)), gamma[at],
+                                  beta[at]);
         }
-        return;
-    }
-    int rows = n * h * w;
+        if (pool) {
+            Windows windows = {h, w};
+            for (int u = lane; u < windows.count(n); u += lanes) {
+                int row[4], out = windows.rows(u, row);
+                if (out < 0) continue;
+                Pack<ELEM, width> four[4], a;
+#pragma unroll
+                for (int i = 0; i < 4; i++) four[i] = load<width>(z + (size_t)row[i] * c + channel);
+#pragma unroll
+                for (int k = 0; k < width; k++) {
+                    ACC top = norm[k].activation(Winner(norm[k], gamma[channel + k], four, k).z);
+                    a.at[k] = element(rectified(top, relu));
+                }
+                store(y + (size_t)out * c + channel, a);
+            }
+            return;
+        }
+        int rows = n * h * w;
 #pragma unroll 4
-    for (int row = lane; row < rows; row += lanes) {
-        size_t at = (size_t)row * c + channel;
-        ACC a = norm.activation(value(z[at])) + (residual ? value(residual[at]) : (ACC)0);
-        y[at] = element(rectified(a, relu));
-    }
-}
-
-// g: dy where the activation was let through, 0 elsewhere. `y` decides where there is a residual.
-static __device__ __forceinline__ ACC passed(
-    ACC dy, const Norm& norm, ACC z, const ELEM* y, size_t at, int relu) {
-    if (!relu) return dy;
-    return (y ? value(y[at]) : norm.activation(z)) > 0 ? dy : (ACC)0;
-}
-
-// dy, to which `part` is added where it comes in two.
-static __device__ __forceinline__ ACC whole(ELEM* dy, const ELEM* part, size_t at) {
-    ELEM sum = dy[at];
-    if (part) dy[at] = sum = element(value(sum) + value(part[at]));
-    return value(sum);
+        for (int row = lane; row < rows; row += lanes) {
+            size_t at = (size_t)row * c + channel;
+            Pack<ELEM, width> a = load<width>(z + at), more = {};
+            if (residual) more = load<width>(residual + at);
+#pragma unroll
+            for (int k = 0; k < width; k++)
+                a.at[k] = element(rectified(norm[k].activation(value(a.at[k])) + value(more.at[k]), relu));
+            store(y + at, a);
+        }
+    });
 }
 
 // sums (2, C): Σg and Σg·x̂, for d_beta and d_gamma and, summed over ranks, for norm_input_gradient. With y,
@@ -208,114 +132,139 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_gradient_sums(
     double* partial, unsigned* arrived, double* sums, REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c,
     int pool, int relu) {
     __shared__ double shared[2 * THREADS];
-    int channel = blockIdx.y * blockDim.x + threadIdx.x;
-    int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
-    double total = 0, product = 0;
-    if (channel < c) {
-        Norm norm = norm_of(saved[channel], saved[c + channel], gamma[channel], beta[channel]);
-        if (pool) {
-            Windows windows = {h, w};
-            for (int u = lane; u < windows.count(n); u += lanes) {
-                int row[4], out = windows.rows(u, row);
-                if (out < 0) continue;
-                ACC four[4];
+    over_channels(c, [&](auto width) {
+        int channel = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+        int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
+        bool live = channel < c;
+        double both[width][2] = {};
+        if (live) {
+            Norm norm[width];
 #pragma unroll
-                for (int k = 0; k < 4; k++) four[k] = value(z[(size_t)row[k] * c + channel]);
-                ACC top = Winner(norm, gamma[channel], four).z;
-                ACC g = passed(whole(dy, part, (size_t)out * c + channel), norm, top, 0, 0, relu);
-                total += g;
-                product += g * norm.centred(top);
+            for (int k = 0; k < width; k++) {
+                int at = channel + k;
+                norm[k] = norm_of(saved[at], saved[c + at], gamma[at], beta[at]);
             }
-        } else {
-            int rows = n * h * w;
+            if (pool) {
+                Windows windows = {h, w};
+                for (int u = lane; u < windows.count(n); u += lanes) {
+                    int row[4], out = windows.rows(u, row);
+                    if (out < 0) continue;
+                    Pack<ELEM, width> four[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) four[i] = load<width>(z + (size_t)row[i] * c + channel);
+                    auto d = whole<width>(dy, part, (size_t)out * c + channel);
+#pragma unroll
+                    for (int k = 0; k < width; k++) {
+                        ACC top = Winner(norm[k], gamma[channel + k], four, k).z;
+                        ACC g = passed(value(d.at[k]), norm[k], top, 0, relu);
+                        both[k][0] += g;
+                        both[k][1] += g * norm[k].centred(top);
+                    }
+                }
+            } else {
+                int rows = n * h * w;
 #pragma unroll 4
-            for (int row = lane; row < rows; row += lanes) {
-                size_t at = (size_t)row * c + channel;
-                ACC x = value(z[at]), g = passed(whole(dy, part, at), norm, x, y, at, relu);
-                if (y) dy[at] = element(g);
-                total += g;
-                product += g * norm.centred(x);
+                for (int row = lane; row < rows; row += lanes) {
+                    size_t at = (size_t)row * c + channel;
+                    auto x = load<width>(z + at), d = whole<width>(dy, part, at);
+                    Pack<ELEM, width> a = {};
+                    if (y) a = load<width>(y + at);
+#pragma unroll
+                    for (int k = 0; k < width; k++) {
+                        ACC g = passed(value(d.at[k]), norm[k], value(x.at[k]), y ? &a.at[k] : 0, relu);
+                        d.at[k] = element(g);
+                        both[k][0] += g;
+                        both[k][1] += g * norm[k].centred(value(x.at[k]));
+                    }
+                    if (y) store(dy + at, d);
+                }
+            }
+            for (int k = 0; k < width; k++) both[k][1] *= norm[k].inverse_std;
+        }
+#pragma unroll
+        for (int k = 0; k < width; k++) {
+            sum_over_lanes(both[k], shared);
+            double* cell = partial + ((size_t)blockIdx.x * c + channel + k) * 2;
+            if (live && threadIdx.y == 0) cell[0] = both[k][0], cell[1] = both[k][1];
+        }
+        if (!last_to_arrive(arrived + blockIdx.y)) return;
+        for (int own_channel = channel; own_channel < channel + width; own_channel++) {
+            double total[2] = {0, 0};
+            for (int first = threadIdx.y; live && first < gridDim.x; first += AHEAD * blockDim.y) {
+                double sum[AHEAD], of_products[AHEAD];
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    int b = first + i * blockDim.y;
+                    const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + own_channel) * 2;
+                    sum[i] = b < gridDim.x ? p[0] : 0, of_products[i] = b < gridDim.x ? p[1] : 0;
+                }
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) total[0] += sum[i], total[1] += of_products[i];
+            }
+            sum_over_lanes(total, shared);
+            if (live && threadIdx.y == 0) {
+                sums[own_channel] = total[0];
+                sums[c + own_channel] = total[1];
+                d_beta[own_channel] = (REAL)total[0];
+                d_gamma[own_channel] = (REAL)total[1];
             }
         }
-        product *= norm.inverse_std;
-    }
-    double both[2] = {total, product};
-    sum_over_lanes(both, shared);
-    double* cell = partial + ((size_t)blockIdx.x * c + channel) * 2;
-    if (channel < c && threadIdx.y == 0) cell[0] = both[0], cell[1] = both[1];
-    if (!last_to_arrive(arrived + blockIdx.y)) return;
-    both[0] = both[1] = 0;
-    for (int first = threadIdx.y; channel < c && first < gridDim.x; first += AHEAD * blockDim.y) {
-        double sum[AHEAD], of_products[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int b = first + i * blockDim.y;
-            const double* p = partial + ((size_t)min(b, (int)gridDim.x - 1) * c + channel) * 2;
-            sum[i] = b < gridDim.x ? p[0] : 0, of_products[i] = b < gridDim.x ? p[1] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) both[0] += sum[i], both[1] += of_products[i];
-    }
-    sum_over_lanes(both, shared);
-    if (channel < c && threadIdx.y == 0) {
-        sums[channel] = both[0];
-        sums[c + channel] = both[1];
-        d_beta[channel] = (REAL)both[0];
-        d_gamma[channel] = (REAL)both[1];
-    }
+    });
 }
-
-// dx = γ·inverse_std·(g − Σg/count − x̂·Σ(g·x̂)/count)
-struct InputGradient {
-    ACC scale, slope, shift;
-    __device__ InputGradient(const Norm& norm, double sum, double product, double count) {
-        double s = norm.scale;
-        scale = norm.scale;
-        slope = (ACC)(-s * norm.inverse_std * (product / count));
-        shift = (ACC)(-s * (sum / count));
-    }
-    __device__ ELEM at(ACC g, ACC centred) const {
-        return element(multiply_add(g, scale, multiply_add(centred, slope, shift)));
-    }
-};
 
 // dz over z. `relu` is 0 where dy holds g already.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_input_gradient(
     const ELEM* __restrict__ dy, ELEM* z, const ACC* __restrict__ saved, const REAL* __restrict__ gamma,
     const REAL* __restrict__ beta, const double* __restrict__ sums, double count, int n, int h, int w, int c,
     int pool, int relu) {
-    int channel = blockIdx.y * blockDim.x + threadIdx.x;
-    int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
-    if (channel >= c) return;
-    Norm norm = norm_of(saved[channel], saved[c + channel], gamma[channel], beta[channel]);
-    InputGradient gradient(norm, sums[channel], sums[c + channel], count);
-    if (pool) {
-        Windows windows = {h, w};
-        for (int u = lane; u < windows.count(n); u += lanes) {
-            int row[4], out = windows.rows(u, row), best = 0;
-            ACC four[4];
+    over_channels(c, [&](auto width) {
+        int channel = (blockIdx.y * blockDim.x + threadIdx.x) * width;
+        int lane = blockIdx.x * blockDim.y + threadIdx.y, lanes = gridDim.x * blockDim.y;
+        if (channel >= c) return;
+        Norm norm[width];
+        InputGradient gradient[width];
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                four[k] = row[k] < 0 ? (ACC)0 : value(z[(size_t)row[k] * c + channel]);
-            ACC g = 0;
-            if (out >= 0) {
-                Winner top(norm, gamma[channel], four);
-                g = passed(value(dy[(size_t)out * c + channel]), norm, top.z, 0, 0, relu);
-                best = top.index;
-            }
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (row[k] >= 0)
-                    z[(size_t)row[k] * c + channel] =
-                        gradient.at(k == best ? g : (ACC)0, norm.centred(four[k]));
+        for (int k = 0; k < width; k++) {
+            int at = channel + k;
+            norm[k] = norm_of(saved[at], saved[c + at], gamma[at], beta[at]);
+            gradient[k] = InputGradient(norm[k], sums[at], sums[c + at], count);
         }
-        return;
-    }
-    int rows = n * h * w;
+        if (pool) {
+            Windows windows = {h, w};
+            for (int u = lane; u < windows.count(n); u += lanes) {
+                int row[4], out = windows.rows(u, row);
+                Pack<ELEM, width> four[4], d = {};
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    four[i] = row[i] < 0 ? Pack<ELEM, width>{} : load<width>(z + (size_t)row[i] * c + channel);
+                if (out >= 0) d = load<width>(dy + (size_t)out * c + channel);
+#pragma unroll
+                for (int k = 0; k < width; k++) {
+                    Winner top(norm[k], gamma[channel + k], four, k);
+                    ACC g = out < 0 ? (ACC)0 : passed(value(d.at[k]), norm[k], top.z, 0, relu);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        ACC centred = norm[k].centred(value(four[i].at[k]));
+                        four[i].at[k] = gradient[k].at(i == top.index ? g : (ACC)0, centred);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (row[i] >= 0) store(z + (size_t)row[i] * c + channel, four[i]);
+            }
+            return;
+        }
+        int rows = n * h * w;
 #pragma unroll 4
-    for (int row = lane; row < rows; row += lanes) {
-        size_t at = (size_t)row * c + channel;
-        ACC x = value(z[at]);
-        z[at] = gradient.at(passed(value(dy[at]), norm, x, 0, 0, relu), norm.centred(x));
-    }
+        for (int row = lane; row < rows; row += lanes) {
+            size_t at = (size_t)row * c + channel;
+            auto x = load<width>(z + at), d = load<width>(dy + at);
+#pragma unroll
+            for (int k = 0; k < width; k++) {
+                ACC g = passed(value(d.at[k]), norm[k], value(x.at[k]), 0, relu);
+                x.at[k] = gradient[k].at(g, norm[k].centred(value(x.at[k])));
+            }
+            store(z + at, x);
+        }
+    });
 }

@@ -1,5 +1,6 @@
 // Batch norm in one launch, for few rows and one rank: a block has all rows of SMALL_LANES channels and holds
-// them in registers, KEEP a thread. Statistics in two passes over the registers. Operations as in norm.cu.
+// them in registers, KEEP values a thread, of P channels. Statistics in two passes over the registers. For the
+// operations see norm.cu.
 
 // Unit u of a thread: a window's four pixels with pooling, else one pixel. Returns the output's row or −1.
 template <int PER>
@@ -15,57 +16,88 @@ static __device__ __forceinline__ int rows_of(const Windows& windows, int unit, 
     return out;
 }
 
-template <int PER>
+// What counts of a unit in one channel: its pixel, or the first largest of four; `index`: which of them.
+template <int P>
+static __device__ __forceinline__ ACC top_of(
+    const Norm&, REAL, const Pack<ELEM, P> (&one)[1], int channel, int* index = 0) {
+    if (index) *index = 0;
+    return value(one[0].at[channel]);
+}
+
+template <int P>
+static __device__ __forceinline__ ACC top_of(
+    const Norm& norm, REAL gamma, const Pack<ELEM, P> (&four)[4], int channel, int* index = 0) {
+    Winner winner(norm, gamma, four, channel);
+    if (index) *index = winner.index;
+    return winner.z;
+}
+
+// Units that a thread holds.
+template <int PER, int P> constexpr int HELD = (KEEP / PER + P - 1) / P;
+
+template <int PER, int P>
 static __device__ void small_forward(
     const ELEM* z, const ELEM* residual, const REAL* gamma, const REAL* beta, REAL* running_mean,
     REAL* running_var, ACC* saved, ELEM* y, int n, int h, int w, int c, int relu, double* shared) {
-    int channel = blockIdx.x * SMALL_LANES + threadIdx.x;
+    int channel = blockIdx.x * SMALL_LANES + threadIdx.x * P;
     bool live = channel < c;
     Windows windows = {h, w};
     int units = PER == 1 ? n * h * w : windows.count(n), count = n * h * w;
-    ACC x[KEEP / PER][PER];
-    double sum = 0, squares = 0;
+    Pack<ELEM, P> x[HELD<PER, P>][PER];
+    double sum[P] = {}, squares[P] = {};
 #pragma unroll
-    for (int i = 0; i < KEEP / PER; i++) {
+    for (int i = 0; i < HELD<PER, P>; i++) {
         int row[PER];
-        rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS, units, row);
-        ACC part = 0;
+        rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS * P, units, row);
+        ACC part[P] = {};
 #pragma unroll
-        for (int k = 0; k < PER; k++) {
-            bool here = live && row[k] >= 0;
-            x[i][k] = here ? value(z[row[k] * c + channel]) : (ACC)0;
-            part += x[i][k];
+        for (int j = 0; j < PER; j++) {
+            bool here = live && row[j] >= 0;
+            x[i][j] = here ? load<P>(z + row[j] * c + channel) : Pack<ELEM, P>();
+#pragma unroll
+            for (int k = 0; k < P; k++) part[k] += value(x[i][j].at[k]);
         }
-        sum += part;
-    }
-    double mean = sum_over_lanes(sum, shared) / count;
 #pragma unroll
-    for (int i = 0; i < KEEP / PER; i++) {
+        for (int k = 0; k < P; k++) sum[k] += part[k];
+    }
+    sum_over_lanes(sum, shared);
+#pragma unroll
+    for (int i = 0; i < HELD<PER, P>; i++) {
         int row[PER];
-        rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS, units, row);
-        ACC part = 0;
+        rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS * P, units, row);
 #pragma unroll
-        for (int k = 0; k < PER; k++) {
-            ACC apart = row[k] >= 0 ? x[i][k] - (ACC)mean : (ACC)0;
-            part += apart * apart;
+        for (int k = 0; k < P; k++) {
+            ACC part = 0, mean = (ACC)(sum[k] / count);
+#pragma unroll
+            for (int j = 0; j < PER; j++) {
+                ACC apart = row[j] >= 0 ? value(x[i][j].at[k]) - mean : (ACC)0;
+                part += apart * apart;
+            }
+            squares[k] += part;
         }
-        squares += part;
     }
-    double variance = sum_over_lanes(squares, shared) / count;
+    sum_over_lanes(squares, shared);
     if (!live) return;
-    Norm norm = remember(mean, variance, count, threadIdx.y == 0, gamma[channel], beta[channel], running_mean,
-                         running_var, saved, channel, c);
+    Norm norm[P];
 #pragma unroll
-    for (int i = 0; i < KEEP / PER; i++) {
-        int row[PER], out = rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS, units, row);
+    for (int k = 0; k < P; k++) {
+        int at = channel + k;
+        norm[k] = remember(sum[k] / count, squares[k] / count, count, threadIdx.y == 0, gamma[at], beta[at],
+                           running_mean, running_var, saved, at, c);
+    }
+#pragma unroll
+    for (int i = 0; i < HELD<PER, P>; i++) {
+        int row[PER], out = rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS * P, units, row);
         if (out < 0) continue;
         int at = out * c + channel;
-        ACC a;
-        if (PER == 1)
-            a = norm.activation(x[i][0]) + (residual ? value(residual[at]) : (ACC)0);
-        else
-            a = norm.activation(Winner(norm, gamma[channel], x[i]).z);
-        y[at] = element(rectified(a, relu));
+        Pack<ELEM, P> a, more = {};
+        if (PER == 1 && residual) more = load<P>(residual + at);
+#pragma unroll
+        for (int k = 0; k < P; k++) {
+            ACC top = top_of(norm[k], gamma[channel + k], x[i], k);
+            a.at[k] = element(rectified(norm[k].activation(top) + value(more.at[k]), relu));
+        }
+        store(y + at, a);
     }
 }
 
@@ -73,64 +105,86 @@ extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_sm
     const ELEM* __restrict__ z, const ELEM* __restrict__ residual, const REAL* __restrict__ gamma,
     const REAL* __restrict__ beta, REAL* running_mean, REAL* running_var, ACC* saved, ELEM* y, int n, int h,
     int w, int c, int pool, int relu) {
-    __shared__ double shared[SMALL_LANES * SMALL_ROWS];
-    if (pool)
-        small_forward<4>(z, 0, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu, shared);
-    else
-        small_forward<1>(z, residual, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu,
-            shared);
+    __shared__ double shared[PACK * SMALL_LANES * SMALL_ROWS];
+    over_channels(c, [&](auto width) {
+        if (pool)
+            small_forward<4, width>(z, 0, gamma, beta, running_mean, running_var, saved, y, n, h, w, c, relu,
+                                    shared);
+        else
+            small_forward<1, width>(z, residual, gamma, beta, running_mean, running_var, saved, y, n, h, w, c,
+                                    relu, shared);
+    });
 }
 
-template <int PER>
+template <int PER, int P>
 static __device__ void small_backward(
     ELEM* dy, const ELEM* part, ELEM* z, const ELEM* y, const ACC* saved, const REAL* gamma, const REAL* beta,
     REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int relu, double* shared) {
-    int channel = blockIdx.x * SMALL_LANES + threadIdx.x;
+    int channel = blockIdx.x * SMALL_LANES + threadIdx.x * P;
     bool live = channel < c;
     Windows windows = {h, w};
     int units = PER == 1 ? n * h * w : windows.count(n);
-    Norm norm = {0, 0, 0, 0};
-    if (live) norm = norm_of(saved[channel], saved[c + channel], gamma[channel], beta[channel]);
-    ACC x[KEEP / PER][PER];
-    double total = 0, product = 0;
+    Norm norm[P] = {};
+    if (live) {
 #pragma unroll
-    for (int i = 0; i < KEEP / PER; i++) {
-        int row[PER], out = rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS, units, row);
+        for (int k = 0; k < P; k++) {
+            int at = channel + k;
+            norm[k] = norm_of(saved[at], saved[c + at], gamma[at], beta[at]);
+        }
+    }
+    Pack<ELEM, P> x[HELD<PER, P>][PER];
+    double both[2 * P] = {};  // Σg of each channel, then Σg·x̂
 #pragma unroll
-        for (int k = 0; k < PER; k++)
-            x[i][k] = live && row[k] >= 0 ? value(z[row[k] * c + channel]) : (ACC)0;
+    for (int i = 0; i < HELD<PER, P>; i++) {
+        int row[PER], out = rows_of<PER>(windows, threadIdx.y + i * SMALL_ROWS * P, units, row);
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            x[i][j] = live && row[j] >= 0 ? load<P>(z + row[j] * c + channel) : Pack<ELEM, P>();
         if (!live || out < 0) continue;
         int at = out * c + channel;
-        ACC top = PER == 1 ? x[i][0] : Winner(norm, gamma[channel], x[i]).z;
-        ACC g = passed(whole(dy, part, at), norm, top, y, at, relu);
-        if (y) dy[at] = element(g);
-        total += g;
-        product += g * norm.centred(top);
+        Pack<ELEM, P> d = whole<P>(dy, part, at), a = {};
+        if (y) a = load<P>(y + at);
+#pragma unroll
+        for (int k = 0; k < P; k++) {
+            ACC top = top_of(norm[k], gamma[channel + k], x[i], k);
+            ACC g = passed(value(d.at[k]), norm[k], top, y ? &a.at[k] : 0, relu);
+            d.at[k] = element(g);
+            both[k] += g;
+            both[P + k] += g * norm[k].centred(top);
+        }
+        if (y) store(dy + at, d);
     }
-    double both[2] = {total, product * norm.inverse_std};
+#pragma unroll
+    for (int k = 0; k < P; k++) both[P + k] *= norm[k].inverse_std;
     sum_over_lanes(both, shared);
-    total = both[0], product = both[1];
     // adds 0, which the compiler cannot know: it would keep the first loop's addresses in registers
     int first = threadIdx.y + __syncthreads_or(0);
     if (!live) return;
-    if (threadIdx.y == 0) d_beta[channel] = (REAL)total, d_gamma[channel] = (REAL)product;
-    InputGradient gradient(norm, total, product, n * h * w);
+    InputGradient gradient[P];
 #pragma unroll
-    for (int i = 0; i < KEEP / PER; i++) {
-        int row[PER], best = 0, out = rows_of<PER>(windows, first + i * SMALL_ROWS, units, row);
-        ACC g = 0;
-        if (out >= 0) {  // dy again: kept in registers, it would not leave enough of them
-            ACC top = x[i][0];
-            if (PER == 4) {
-                Winner window(norm, gamma[channel], x[i]);
-                top = window.z, best = window.index;
+    for (int k = 0; k < P; k++) {
+        if (threadIdx.y == 0) d_beta[channel + k] = (REAL)both[k], d_gamma[channel + k] = (REAL)both[P + k];
+        gradient[k] = InputGradient(norm[k], both[k], both[P + k], n * h * w);
+    }
+#pragma unroll
+    for (int i = 0; i < HELD<PER, P>; i++) {
+        int row[PER], out = rows_of<PER>(windows, first + i * SMALL_ROWS * P, units, row);
+        Pack<ELEM, P> d = {};  // dy again: kept in registers, it would not leave enough of them
+        if (out >= 0) d = load<P>(dy + out * c + channel);
+#pragma unroll
+        for (int k = 0; k < P; k++) {
+            int best;
+            ACC top = top_of(norm[k], gamma[channel + k], x[i], k, &best);
+            ACC g = out < 0 ? (ACC)0 : passed(value(d.at[k]), norm[k], top, 0, relu && !y);
+#pragma unroll
+            for (int j = 0; j < PER; j++) {
+                ACC centred = norm[k].centred(value(x[i][j].at[k]));
+                x[i][j].at[k] = gradient[k].at(j == best ? g : (ACC)0, centred);
             }
-            g = passed(value(dy[out * c + channel]), norm, top, 0, 0, relu && !y);
         }
 #pragma unroll
-        for (int k = 0; k < PER; k++)
-            if (row[k] >= 0)
-                z[row[k] * c + channel] = gradient.at(k == best ? g : (ACC)0, norm.centred(x[i][k]));
+        for (int j = 0; j < PER; j++)
+            if (row[j] >= 0) store(z + row[j] * c + channel, x[i][j]);
     }
 }
 
@@ -139,9 +193,13 @@ extern "C" __global__ void __launch_bounds__(SMALL_LANES* SMALL_ROWS, 1) norm_sm
     ELEM* dy, const ELEM* __restrict__ part, ELEM* z, const ELEM* __restrict__ y,
     const ACC* __restrict__ saved, const REAL* __restrict__ gamma, const REAL* __restrict__ beta,
     REAL* d_gamma, REAL* d_beta, int n, int h, int w, int c, int pool, int relu) {
-    __shared__ double shared[2 * SMALL_LANES * SMALL_ROWS];
-    if (pool)
-        small_backward<4>(dy, part, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
-    else
-        small_backward<1>(dy, part, z, y, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu, shared);
+    __shared__ double shared[2 * PACK * SMALL_LANES * SMALL_ROWS];
+    over_channels(c, [&](auto width) {
+        if (pool)
+            small_backward<4, width>(dy, part, z, 0, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu,
+                                     shared);
+        else
+            small_backward<1, width>(dy, part, z, y, saved, gamma, beta, d_gamma, d_beta, n, h, w, c, relu,
+                                     shared);
+    });
 }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nn.array import Array
 from nn.buffers import Buffers
-from nn.cuda.kernels import ELEMENT_OF, KEEP, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
+from nn.cuda.kernels import ELEMENT_OF, KEEP, PACK, SMALL_LANES, SMALL_ROWS, THREADS, Kernels
 from nn.ops.batch import Source
 from nn.ops.dropout import threshold
 from nn.ops.norm import After, Count, Norm
@@ -37,14 +37,32 @@ def tiling(rows: int, c: int, rows_per_thread: int) -> tuple[tuple[int, int], tu
     return (max(1, min(chunks, BLOCKS // groups)), groups), block
 
 
-def small_tiling(c: int) -> Tiles:
+def packed(x: Array) -> int:
+    """How many neighbouring channels of `x` a thread takes at once: `over_channels` of common.cu."""
+    pack = PACK[ELEMENT_OF[str(x.dtype)]]
+    return pack if x.shape[-1] % pack == 0 else 1
+
+
+def tiling_of(x: Array, rows: int, values: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`tiling` over rows of the channels of `x`, with so many of its values for a thread."""
+    pack = packed(x)
+    return tiling(rows, x.shape[-1] // pack, values // pack)
+
+
+def small_tiling(z: Array) -> Tiles:
     """(grid, block) of the kernels of norm_small.cu."""
-    return (-(-c // SMALL_LANES),), (SMALL_LANES, SMALL_ROWS)
+    pack = packed(z)
+    return (-(-z.shape[3] // SMALL_LANES),), (SMALL_LANES // pack, SMALL_ROWS * pack)
 
 
-def flat(size: int) -> Tiles:
-    """(grid, block) over a vector."""
-    return (max(1, min(-(-size // THREADS), BLOCKS)),), (THREADS,)
+def flat(size: int, pack: int = 1) -> Tiles:
+    """(grid, block) over a vector, of which a thread takes `pack` elements at once."""
+    return (max(1, min(-(-size // (THREADS * pack)), BLOCKS)),), (THREADS,)
+
+
+def flat_over(x: Array) -> Tiles:
+    """(grid, block) over all elements of `x`: `over_vector` of common.cu."""
+    return flat(x.size, PACK[ELEMENT_OF[str(x.dtype)]])
 
 
 def one_each(count: int) -> Tiles:
@@ -107,10 +125,10 @@ class CudaOps:
         running, shape = (norm.running_mean, norm.running_var, statistics, y), (n, h, w, c, pool, relu)
         if self._is_small(z, pool, count):
             arguments = z, residual, norm.gamma, norm.beta, *running, *shape
-            self._launch(z, "norm_small_forward", small_tiling(c), *arguments)
+            self._launch(z, "norm_small_forward", small_tiling(z), *arguments)
         else:
             moments = self._statistics(z, count, buffers)
-            tiles = tiling(rows_of(z, pool), c, 4)
+            tiles = tiling_of(z, rows_of(z, pool), 4)
             known = residual, moments, norm.gamma, norm.beta
             self._launch(z, "norm_apply", tiles, z, *known, *running, count.values, *shape)
         return SavedNorm(z, statistics, y if residual is not None and relu else None, after)
@@ -119,7 +137,7 @@ class CudaOps:
         """moments (3, C) as norm.cu has them, summed over ranks."""
         c = z.shape[3]
         rows = rows_of(z, pool=False)
-        tiles = grid, _ = tiling(rows, c, 8)
+        tiles = grid, _ = tiling_of(z, rows, 8)
         moments = buffers.persistent("norm.moments", (3, c), "float64")
         partial = buffers.temporary("norm.partial", (grid[0], c, 3), "float64")
         arrived = buffers.zeros("arrived", grid[1], "uint32")
@@ -146,9 +164,9 @@ class CudaOps:
         known = statistics, norm.gamma, norm.beta
         if self._is_small(z, pool, count):
             arguments = dy, part, z, y, *known, d_gamma, d_beta, *saved.shape(), relu
-            self._launch(z, "norm_small_backward", small_tiling(c), *arguments)
+            self._launch(z, "norm_small_backward", small_tiling(z), *arguments)
             return z, d_residual
-        tiles = grid, _ = tiling(rows, c, 8)
+        tiles = grid, _ = tiling_of(z, rows, 8)
         sums = buffers.persistent("norm.moments", (2, c), "float64")
         partial = buffers.temporary("norm.partial", (grid[0], c, 2), "float64")
         into = partial, buffers.zeros("arrived", grid[1], "uint32"), sums, d_gamma, d_beta
@@ -156,12 +174,12 @@ class CudaOps:
         if count.all_reduce:
             count.all_reduce(sums.reshape(-1))
         arguments = dy, z, *known, sums, count.values, *saved.shape(), relu and y is None
-        self._launch(z, "norm_input_gradient", tiling(rows, c, 4), *arguments)
+        self._launch(z, "norm_input_gradient", tiling_of(z, rows, 4), *arguments)
         return z, d_residual
 
     def norm_inference(self, z: Array, norm: Norm, y: Array, after: After, buffers: Buffers) -> None:
         relu, pool, residual = after
-        tiles = tiling(rows_of(z, pool), z.shape[3], 4)
+        tiles = tiling_of(z, rows_of(z, pool), 4)
         known = norm.gamma, norm.beta, norm.running_mean, norm.running_var
         self._launch(z, "norm_apply", tiles, z, residual, None, *known, None, y, 1, *z.shape, pool, relu)
 
@@ -171,7 +189,7 @@ class CudaOps:
         self, x: Array, b: Array | None, y: Array, slope: float, buffers: Buffers, keep: bool = True
     ) -> Array | None:
         if x.size:
-            self._launch(x, "activation_forward", flat(x.size), x, b, y, slope, x.shape[-1], x.size)
+            self._launch(x, "activation_forward", flat_over(x), x, b, y, slope, x.shape[-1], x.size)
         return y if keep and slope < 1 else None
 
     def activation_backward(
@@ -179,24 +197,24 @@ class CudaOps:
     ) -> None:
         c = dy.shape[-1]
         rows = dy.size // c
-        tiles = grid, _ = tiling(rows, c, 8)
+        tiles = grid, _ = tiling_of(dy, rows, 8)
         partial = buffers.temporary("activation.partial", (grid[0], c), "float64")
         into = partial, buffers.zeros("arrived", grid[1], "uint32"), db
         self._launch(dy, "activation_backward", tiles, dy, saved, *into, slope, rows, c)
 
     def copy(self, x: Array, y: Array) -> None:
         if x.size:
-            self._launch(x, "copy", flat(x.size), x, y, x.size)
+            self._launch(x, "copy", flat_over(x), x, y, x.size)
 
     def add_relu_forward(self, x: Array, residual: Array, y: Array, buffers: Buffers) -> Array:
-        self._launch(x, "add_relu_forward", flat(x.size), x, residual, y, x.size)
+        self._launch(x, "add_relu_forward", flat_over(x), x, residual, y, x.size)
         return y
 
     def add_relu_backward(self, dy: Array, saved: Array, d_residual: Array) -> None:
-        self._launch(dy, "add_relu_backward", flat(dy.size), dy, saved, d_residual, dy.size)
+        self._launch(dy, "add_relu_backward", flat_over(dy), dy, saved, d_residual, dy.size)
 
     def add(self, x: Array, y: Array) -> None:
-        self._launch(x, "add", flat(x.size), x, y, x.size)
+        self._launch(x, "add", flat_over(x), x, y, x.size)
 
     # pooling, vectors
 
@@ -227,7 +245,7 @@ class CudaOps:
     def dropout(self, x: Array, y: Array, keys: Array, salt: int, rate: float, buffers: Buffers) -> None:
         if x.size:
             numbers = salt, threshold(rate), rate, x.size // len(x), x.size
-            self._launch(x, "dropout", flat(x.size), x, y, keys, *numbers)
+            self._launch(x, "dropout", flat_over(x), x, y, keys, *numbers)
 
     def gather_keys(
         self, keys: Array, source: Array, order: Array, at: Array, batch: int, start: int
@@ -324,10 +342,10 @@ class CudaOps:
         self._launch(values, "average", flat(values.size), mean, values, decay, values.size)
 
     def to_bf16(self, x: Array, y: Array) -> None:
-        self._launch(y, "to_bf16", flat(x.size), x, y, x.size)
+        self._launch(y, "to_bf16", flat_over(y), x, y, x.size)
 
     def from_bf16(self, x: Array, y: Array) -> None:
-        self._launch(x, "from_bf16", flat(x.size), x, y, x.size)
+        self._launch(x, "from_bf16", flat_over(x), x, y, x.size)
 
     def put_leaf(self, x: Array, leaf: Array, share: float = 1.0) -> None:
         if x.size:

@@ -3,19 +3,32 @@
 // y = relu(x + residual)
 extern "C" __global__ void __launch_bounds__(THREADS) add_relu_forward(
     const ELEM* __restrict__ x, const ELEM* __restrict__ residual, ELEM* __restrict__ y, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid())
-        y[i] = element(rectified(value(x[i]) + value(residual[i]), 1));
+    auto body = [&](auto width, Step i) {
+        auto a = load<width>(x + i), b = load<width>(residual + i);
+        for (int k = 0; k < width; k++) a.at[k] = element(rectified(value(a.at[k]) + value(b.at[k]), 1));
+        store(y + i, a);
+    };
+    over_vector(size, body, x, residual, y);
 }
 
 // dy and d_residual become dy where y is above 0, 0 elsewhere.
 extern "C" __global__ void __launch_bounds__(THREADS) add_relu_backward(
     ELEM* dy, const ELEM* __restrict__ y, ELEM* __restrict__ d_residual, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid())
-        dy[i] = d_residual[i] = element(value(y[i]) > 0 ? value(dy[i]) : (ACC)0);
+    auto body = [&](auto width, Step i) {
+        auto g = load<width>(dy + i), a = load<width>(y + i);
+        for (int k = 0; k < width; k++) g.at[k] = element(value(a.at[k]) > 0 ? value(g.at[k]) : (ACC)0);
+        store(dy + i, g);
+        store(d_residual + i, g);
+    };
+    over_vector(size, body, dy, y, d_residual);
 }
 
 // x += y
 extern "C" __global__ void __launch_bounds__(THREADS) add(ELEM* x, const ELEM* __restrict__ y, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid())
-        x[i] = element(value(x[i]) + value(y[i]));
+    auto body = [&](auto width, Step i) {
+        auto a = load<width>(x + i), b = load<width>(y + i);
+        for (int k = 0; k < width; k++) a.at[k] = element(value(a.at[k]) + value(b.at[k]));
+        store(x + i, a);
+    };
+    over_vector(size, body, x, y);
 }

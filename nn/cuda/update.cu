@@ -59,10 +59,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) average(
 // y = x in the type of activations, and back: for the weights that convolutions read, gradients that travel.
 extern "C" __global__ void __launch_bounds__(THREADS) to_bf16(
     const REAL* __restrict__ x, ELEM* y, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = element((ACC)x[i]);
+    auto body = [&](auto width, Step i) {
+        auto wide = load<width>(x + i);
+        Pack<ELEM, width> narrow;
+        for (int k = 0; k < width; k++) narrow.at[k] = element((ACC)wide.at[k]);
+        store(y + i, narrow);
+    };
+    over_vector(size, body, x, y);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) from_bf16(
     const ELEM* __restrict__ x, REAL* y, Step size) {
-    for (Step i = first_of_thread(); i < size; i += threads_of_grid()) y[i] = (REAL)value(x[i]);
+    auto body = [&](auto width, Step i) {
+        auto narrow = load<width>(x + i);
+        Pack<REAL, width> wide;
+        for (int k = 0; k < width; k++) wide.at[k] = (REAL)value(narrow.at[k]);
+        store(y + i, wide);
+    };
+    over_vector(size, body, x, y);
 }

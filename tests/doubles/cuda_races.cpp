@@ -70,7 +70,7 @@ std::unordered_map<unsigned, Access> fences;                 // by thread of thi
 std::unordered_map<unsigned, std::vector<Access>> observed;  // by thread of this block: fences before its own
 std::vector<Acquired> acquired;                              // by this block
 std::unordered_map<const Element*, std::vector<Reads>> earlier;  // by other blocks than the last that read
-unsigned long long accesses = 0;
+unsigned long long accesses = 0, looked_at = 0;  // the latter: of arguments and shared memory
 
 Access access_of_now(bool atomic) { return {now.block, now.thread, now.epoch, atomic, accesses}; }
 
@@ -145,6 +145,7 @@ void access(size_t at, size_t bytes, bool writes, bool atomic = false) {
         for (const Array& array : *each) {
             const Span& span = array.span;
             if (at < span.from || at + bytes > span.to || (array.block && array.block != now.block)) continue;
+            looked_at++;
             for (size_t i = (at - span.from) / span.item; span.from + i * span.item < at + bytes; i++)
                 (writes ? write : read)(array, i, atomic);
             return;
@@ -210,14 +211,14 @@ extern "C" char __ehdr_start __attribute__((visibility("hidden"))), _end __attri
 
 /// Before a launch: the arrays among its arguments, and the memory of these, which is the double's.
 EXPORTED void races_begin(const Span* spans, int count, size_t slots, size_t bytes) {
-    now = {}, accesses = 0;
+    now = {}, accesses = looked_at = 0;
     counted.clear(), earlier.clear(), free_all(arrays), free_all(shared_arrays);
     for (int i = 0; i < count; i++) arrays.push_back(array_of(spans[i], 0));
     own = {{reinterpret_cast<size_t>(&__ehdr_start), reinterpret_cast<size_t>(&_end)}, {slots, slots + bytes}};
 }
 
-/// Loads and stores of the last launch.
-EXPORTED unsigned long long races_accesses() { return accesses; }
+/// Loads and stores of the last launch, those of a thread's own memory apart.
+EXPORTED unsigned long long races_accesses() { return looked_at; }
 
 /// Bytes that the last launch had to bring from memory and to bring back, each once.
 EXPORTED unsigned long long races_bytes() {
