@@ -503,37 +503,25 @@ def test_add(both: Both) -> None:
 
 @double_only
 def test_bfloat16_comes_two_at_once() -> None:
-    """Where both arrays begin at an even element; of a vector of odd size the last one comes alone. In batch
-    norm where the number of channels is even."""
+    """Where both arrays begin at an even element; of a vector of odd size the last one comes alone."""
     with device(races=True) as backend:
         kernels = backend.algorithms["stem"].kernels
         x, y = (backend.xp.asarray(np.arange(600, dtype=np.uint16)) for _ in range(2))
-        both = Both("bfloat16", backend)
-
-        def accesses(work: Callable[[], Any]) -> int:
-            work()
-            before = kernels._modules["bfloat16"].module.accesses
-            work()
-            return kernels._modules["bfloat16"].module.accesses - before
+        activation.copy(x, y)  # compiles
+        module = kernels._modules["bfloat16"].module
 
         def copied(first: int, size: int, to: int) -> int:
-            y[...] = 0
-            found = accesses(lambda: activation.copy(x[first : first + size], y[to : to + size]))
+            y[...], before = 0, module.accesses
+            activation.copy(x[first : first + size], y[to : to + size])
+            found = module.accesses - before
             expected = np.zeros(600)
             expected[to : to + size] = np.arange(first, first + size)
             assert (backend.to_host(y) == expected).all()
             return found
 
-        def normed(c: int) -> float:
-            norm_case(both, (*LARGE[:3], c), False, True, False)
-            a = both[1]
-            given = a("z"), norm_of(a), a("y"), F.After(True, False, None), both.buffers[1]
-            return accesses(lambda: F.norm_inference(*given)) / a("z").size
-
         # g++ splits some of the stores again
         assert copied(0, 513, 0) == copied(2, 513, 4) < 0.8 * 2 * 513
         assert copied(1, 513, 0) == copied(0, 513, 1) == copied(1, 513, 1) == 2 * 513
-        assert normed(34) < 0.8 * normed(33)
 
 
 OPTIMIZERS: list[tuple[str, list[str | None], dict]] = [  # name, moments (None: not held), options
