@@ -316,10 +316,6 @@ class Trainer:
         """Goes up whenever a buffer that steps use moves."""
         return self.shards.generation if self.shards else self.model.buffers.generation
 
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return self.config.rate(self.progress.step, self.steps_per_epoch)
-
     def state_dict(self) -> dict[str, np.ndarray]:
         """The model as it is evaluated and saved: with averaged weights, if the run averages them."""
         with self.averaged():

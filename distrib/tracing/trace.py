@@ -87,8 +87,12 @@ class Trace:
         self._step, self._wrappers = trainer.step, Wrappers()
         self._wrappers.put(trainer, "step", self.step)
 
-    def step(self) -> None:
-        """Do the next step, and trace it if it is one of those."""
+    def step(self, times: int = 1) -> None:
+        """Do the next steps one by one, and trace those that are to be."""
+        for _ in range(times):
+            self._next()
+
+    def _next(self) -> None:
         number = self._trainer.progress.step + 1
         if number > self._last:
             self.finish()

@@ -33,9 +33,9 @@ time.perf_counter = lambda: plain_clock() + ahead  # as on hosts of their own
 from distrib import train, trainer
 trainer.Reducer = partial(trainer.Reducer, bucket_bytes=1 << 13)
 plain = trainer.Trainer.step
-def step(self):
+def step(self, *times):
     time.sleep(0.05 * (self.world.rank == 2))
-    plain(self)
+    plain(self, *times)
 trainer.Trainer.step = step
 sys.exit(train.main())
 """
