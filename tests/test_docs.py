@@ -20,7 +20,7 @@ LESSONS = sorted((ROOT / "docs" / "lessons").glob("*.md"))
 PICTURES = sorted((ROOT / "docs").rglob("*.svg"))
 ROOMS = ("nn", "distrib", "launch", "tests", "slurm", "docs")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*")]
-MOST_WORDS = 6730
+MOST_WORDS = 7000
 """Of all documents together, code blocks and figures apart, and the changelog, which grows by its nature, and
 the lessons."""
 

@@ -302,7 +302,14 @@ def attributes(trainer: Trainer) -> list[set[str]]:
 
 def train_alone(command_line: Any, *options: object) -> tuple[int, str, str]:
     return command_line(
-        train.train_command, "--comm", "none", "--shards", 3, "--reproducible", *TRAINING, *options
+        train.with_options(train.train_command),
+        "--comm",
+        "none",
+        "--shards",
+        3,
+        "--reproducible",
+        *TRAINING,
+        *options,
     )
 
 
