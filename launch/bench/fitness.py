@@ -64,7 +64,10 @@ def watched(world: World, measure: Callable[[], Any]) -> Any:
 
 
 def taken_by_others(everyone: list[Work]) -> float | None:
-    """The share of the cores that other processes took, on the host where it was most; None if unknown."""
+    """The share of the cores that other processes took, on the host where it was most; None if unknown.
+
+    As the system counts in ticks of 10 ms, a short interval's may be below 0.
+    """
     hosts = defaultdict[str, list[Work]](list)
     for work in everyone:
         hosts[work.host].append(work)
@@ -74,7 +77,7 @@ def taken_by_others(everyone: list[Work]) -> float | None:
         others = sum(cores.values()) - sum(work.own for work in ranks)
         if not cores:
             return None
-        shares.append(max(0.0, others / len(cores) / max(work.seconds for work in ranks)))
+        shares.append(others / len(cores) / max(work.seconds for work in ranks))
     return max(shares)
 
 
@@ -102,7 +105,7 @@ def judge(rows: dict[str, list[dict[str, Any]]]) -> Verdict:
     shares = {
         name: [row["others"] for row in each if row["others"] is not None] for name, each in rows.items()
     }
-    others = {name: statistics.mean(found) if found else None for name, found in shares.items()}
+    others = {name: max(0.0, statistics.mean(each)) if each else None for name, each in shares.items()}
     seconds = {name: [row["seconds"] for row in each] for name, each in rows.items()}
     mine = seconds.pop("distrib")
     if seconds:

@@ -28,7 +28,6 @@ def test_what_others_took_is_what_we_did_not() -> None:
     assert taken_by_others(bound) == pytest.approx((3.5 - 2.5) / 2 / 2)
     both = [Work("a", {0: 2.0, 1: 1.5}, own, 2.0) for own in (1.0, 1.5)]
     assert taken_by_others(both) == taken_by_others(bound)
-    assert taken_by_others([Work("a", {0: 0.9}, 1.0, 1.0)]) == 0, "its ticks are coarser than our clock"
     quiet = Work("b", {0: 1.0}, 1.0, 1.0)
     assert taken_by_others([*bound, quiet]) == taken_by_others(bound), "the host that was disturbed counts"
     assert taken_by_others([Work("a", {}, 1.0, 1.0)]) is None
@@ -63,6 +62,9 @@ def test_the_verdict() -> None:
     assert judge(rows([1.0, 1.4, 1.0], [2.0, 2.0, 2.0])).unfit == "they scatter by 40 %"
     spoiled = judge(rows([1.0] * 3, [2.0] * 3, MOST_OTHERS + 0.33))
     assert spoiled.unfit == "others took 38 % of the cores"
+    assert judge(rows([1.0], [2.0], -0.1)).others["torch"] == 0, (
+        "the system's ticks are coarser than our clock"
+    )
     assert judge(rows([1.0], [2.0], None)).unfit == "", "a system that does not say"
     one = judge({"distrib": rows([1.0, 1.5], [])["distrib"]})
     assert one.spread == pytest.approx(0.4)
