@@ -208,8 +208,10 @@ def whom(waited: dict[str, float]) -> str:
     least, *others = sorted(waited, key=waited.__getitem__)
     mean = sum(waited[name] for name in others) / len(others)
     if mean - waited[least] < NOTABLE:
-        return f"No rank holds up the others: each waits some {mean:.0f} % of its time."
-    return f"The others wait for {least}: it waits {waited[least]:.0f} % of its time, they {mean:.0f} %."
+        return f"No rank holds up the others: each waits some {mean:.0f} % of the traced steps."
+    return (
+        f"The others wait for {least}: it waits {waited[least]:.0f} % of the traced steps, they {mean:.0f} %."
+    )
 
 
 def clock_error(found: dict[str, Any]) -> float | None:

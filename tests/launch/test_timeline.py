@@ -50,7 +50,9 @@ def test_what_the_spans_say() -> None:
     assert [each["exposed"] for each in shares] == pytest.approx([30, 0, 20])
     assert [each["hidden"] for each in shares] == pytest.approx([10, 40, 20])
     assert [each["compute"] for each in shares] == pytest.approx([70, 100, 80])
-    assert found.waited_for == "The others wait for rank 1 on here: it waits 0 % of its time, they 25 %."
+    assert (
+        found.waited_for == "The others wait for rank 1 on here: it waits 0 % of the traced steps, they 25 %."
+    )
 
 
 def test_whom() -> None:
