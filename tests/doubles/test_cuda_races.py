@@ -157,7 +157,7 @@ KERNELS = {"stem": stem_weight_gradient, "norm": norm_gradient_sums, "update": a
 
 def faulty(name: str, old: str, new: str, order: str, monkeypatch: pytest.MonkeyPatch) -> HostModule:
     """Our kernels of one file with a fault."""
-    monkeypatch.setattr(kernels, "FILES", ("common", name))
+    monkeypatch.setattr(kernels, "FILES", ("common", "norm_parts", name))
     return HostModule(changed(kernels.source("float32"), old, new), order, races=True)
 
 
@@ -208,6 +208,34 @@ def test_a_fault_planted_in_our_kernels_is_found(
             found.append(str(error))
     assert found
     assert all(re.match(rf"\w+: {words}", each) for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("", "", None),
+        ("? size / PACK", "? (size + 1) / PACK", "outside every argument; the nearest is x"),
+        ("(aligned(arrays) && ...)", "true", "misaligned"),
+    ],
+)
+def test_faults_of_two_elements_at_once_are_found(
+    old: str, new: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16: an odd element that is left, and arrays that begin at an odd one."""
+    monkeypatch.setattr(kernels, "FILES", ("common", "norm_parts", "update"))
+    module = HostModule(changed(kernels.source("bfloat16"), old, new), races=True)
+    function, x, y = module.get_function("to_bf16"), np.ones(8, np.float32), np.zeros(8, np.uint16)
+
+    def run() -> None:
+        for first in (0, 1):
+            function((1,), (256,), (x[first : first + 7], y[first : first + 7], np.int64(7)))
+
+    if words is None:
+        run()
+        assert (y == 0x3F80).all()
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            run()
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
