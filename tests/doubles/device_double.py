@@ -42,6 +42,8 @@ needs_device = pytest.mark.needs(*([] if REAL else ["g++"]))
 class Graph:
     """What was queued during a capture; `depth` of it can only run one after another."""
 
+    uploaded = False
+
     def __init__(self, cuda: Cuda, work: list[Callable[[], None]], depth: int) -> None:
         self.cuda, self.work, self.depth = cuda, work, depth
         if cuda.holds_collectives:
@@ -55,6 +57,7 @@ class Graph:
 
     def upload(self, stream: Any = None) -> None:
         assert self.cuda.captured is None, "a graph is not uploaded into a capture"
+        self.uploaded = True
 
 
 class _CapturingEvent(_Event):

@@ -56,7 +56,9 @@ def test_a_fork_that_is_joined(work: Work) -> None:
         work.kernel()
 
     work.y[...] = 1
-    capture(work.cuda, both).launch()
+    graph = capture(work.cuda, both)
+    assert graph.uploaded, "else the first launch has to"
+    graph.launch()
     assert work.backend.to_host(work.x) == 2
     assert work.backend.to_host(work.z) == 1
 
