@@ -39,6 +39,6 @@ def add_lines(total: Array, block: Array, buffers: Buffers) -> None:
 
 def add_products(total: Array, a: Array, b: Array, buffers: Buffers) -> None:
     """Add to `total` (k·C,), float64, the sum of a·b, both (A, B, k, C), over A and B: one pass over them."""
-    shape = (*a.shape[:2], -1)
+    shape = (*a.shape[:2], total.size)
     out = {"out": buffers.temporary("line", total.shape)} if buffers.backend.on_host else {}
     total += namespace(a).einsum("abj,abj->j", a.reshape(shape), b.reshape(shape), **out)

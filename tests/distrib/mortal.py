@@ -20,6 +20,7 @@ from pathlib import Path
 from distrib import elastic, loop, state
 from distrib.comm.meeting import Meeting
 from distrib.comm.mpi import MpiCommunicator
+from distrib.comm.reducer import Reducer
 from distrib.data import sampler
 from distrib.faults.heartbeat import Heartbeat, record_failure
 from distrib.run.folder import Run
@@ -112,6 +113,7 @@ def main() -> int:
     Trainer.step = note_step
     for owner, name in (
         (Trainer, "sum_over_ranks"),
+        (Reducer, "ready"),
         (MpiCommunicator, "start_gather"),
         (MpiCommunicator, "all_reduce"),
         (Trainer, "test"),
