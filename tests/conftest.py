@@ -264,7 +264,13 @@ def command_line(
             app.command()(command)
         monkeypatch.setattr(sys, "argv", ["distrib", *map(str, arguments)])
         capsys.readouterr()
-        return run_app(app), *capsys.readouterr()
+        before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        try:
+            return run_app(app), *capsys.readouterr()
+        finally:  # a run that ends with its process ignores signals, and so would all that later tests start
+            for number, handler in before.items():
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
 
     return call
 
