@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import cos, pi
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,7 +54,6 @@ class Optimizer(ABC):
         self.update(self.params.backend.asarray(self.rates([lr], self.steps)), self._first)
         self.steps += 1
 
-    @abstractmethod
     def update(
         self,
         rates: Array,
@@ -68,6 +67,13 @@ class Optimizer(ABC):
         The last one of a step is given `record`: it leaves the results there and moves `at` on. Threads that
         update parts side by side each give a `lane` of their own.
         """
+        compute = self.params.compute
+        narrow = None if compute is None else compute[part]
+        self._update(part, (rates, at, narrow, self.scratch(lane)), record)
+
+    @abstractmethod
+    def _update(self, part: slice, given: tuple[Any, ...], record: StepRecord | None) -> None:
+        """`update` by an operation, which takes a part of the vectors, then what is `given`."""
 
 
 class SGD(Optimizer):
@@ -82,23 +88,13 @@ class SGD(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
         super().__init__(params, weight_decay)
 
-    def update(
-        self,
-        rates: Array,
-        at: Array,
-        part: slice = WHOLE,
-        record: StepRecord | None = None,
-        lane: int = 0,
-    ) -> None:
+    def _update(self, part: slice, given: tuple[Any, ...], record: StepRecord | None) -> None:
         p, momentum = self.params, self.state.get("momentum")
         sgd(
             p.values[part],
             p.grads[part],
             None if momentum is None else momentum[part],
-            rates,
-            at,
-            None if p.compute is None else p.compute[part],
-            self.scratch(lane),
+            *given,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             nesterov=self.nesterov,
@@ -114,27 +110,9 @@ class Adam(Optimizer):
     def step_size(self, lr: float, step: int) -> float:
         return lr * (1 - BETA2**step) ** 0.5 / (1 - BETA1**step)
 
-    def update(
-        self,
-        rates: Array,
-        at: Array,
-        part: slice = WHOLE,
-        record: StepRecord | None = None,
-        lane: int = 0,
-    ) -> None:
-        p = self.params
-        adam(
-            p.values[part],
-            p.grads[part],
-            self.state["m"][part],
-            self.state["v"][part],
-            rates,
-            at,
-            None if p.compute is None else p.compute[part],
-            self.scratch(lane),
-            weight_decay=self.weight_decay,
-            record=record,
-        )
+    def _update(self, part: slice, given: tuple[Any, ...], record: StepRecord | None) -> None:
+        p, m, v = self.params, self.state["m"][part], self.state["v"][part]
+        adam(p.values[part], p.grads[part], m, v, *given, weight_decay=self.weight_decay, record=record)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "sgd": SGD}
